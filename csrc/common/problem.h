@@ -1,0 +1,89 @@
+// What a kernel is asked to compute: sizes, strides (in elements) and pointers. Knows neither torch nor an ISA.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+constexpr int kDtypes = 4;
+
+constexpr int kMaxBatchDims = 6;
+
+// A [*batch, heads, rows, cols] view.
+struct TensorView {
+  char* data = nullptr;
+  int64_t batch_strides[kMaxBatchDims] = {};
+  int64_t head_stride = 0;
+  int64_t row_stride = 0;
+  int64_t col_stride = 0;
+};
+
+enum class MaskKind : int { kNone, kBool, kFloat };
+
+struct AttentionProblem {
+  Dtype dtype = Dtype::kFloat32;
+  int batch_dims = 0;
+  int64_t batch_sizes[kMaxBatchDims] = {};
+  int64_t batch = 1;  // product of batch_sizes
+  int64_t heads_q = 0, heads_k = 0, seq_q = 0, seq_k = 0, head_dim = 0, head_dim_v = 0;
+
+  TensorView q, k, v;  // [*batch, heads, seq, dim], unit last stride
+  MaskKind mask_kind = MaskKind::kNone;
+  TensorView mask;  // [*batch, heads_q, seq_q, seq_k], stride 0 where it broadcasts
+  bool is_causal = false;
+  double scale = 1.0;
+  double dropout_p = 0.0;
+  uint64_t seed = 0;
+
+  TensorView out;       // [*batch, heads_q, seq_q, head_dim_v]
+  void* lse = nullptr;  // [batch, heads_q, seq_q] contiguous, fp32 (fp64 for fp64)
+};
+
+struct AttentionBackwardProblem {
+  AttentionProblem forward;
+  TensorView grad_out;             // [*batch, heads_q, seq_q, head_dim_v], unit last stride
+  const void* grad_lse = nullptr;  // [batch, heads_q, seq_q] contiguous, lse's dtype; may be absent
+  TensorView grad_q, grad_k, grad_v;
+  bool needs_q = false, needs_k = false, needs_v = false, needs_mask = false;
+
+  // The mask's gradient, contiguous in the mask's own shape; an extent of 1 is reduced over.
+  void* grad_mask = nullptr;
+  int64_t mask_batch_sizes[kMaxBatchDims] = {};
+  int64_t mask_heads = 1, mask_rows = 1, mask_cols = 1;
+};
+
+// One linear layer: y [m, n] = epilogue(x [m, k] w[n, k]^T + bias [n]).
+struct LinearProblem {
+  Dtype dtype = Dtype::kFloat32;
+  int64_t m = 0, n = 0, k = 0;
+  const void* x = nullptr;
+  int64_t x_stride = 0;  // between rows; unit last stride, here and below
+  const void* w = nullptr;
+  int64_t w_stride = 0;
+  const void* bias = nullptr;  // may be absent
+  bool relu = false;
+  void* y = nullptr;            // contiguous
+  uint8_t* relu_mask = nullptr;  // [m, ceil(n / 8)], may be absent
+};
+
+// The gradients of a LinearProblem. The ReLU is described by its bit-mask, or by the output itself (`y`), or is absent.
+struct LinearBackwardProblem {
+  Dtype dtype = Dtype::kFloat32;
+  int64_t m = 0, n = 0, k = 0;
+  const void* grad_y = nullptr;
+  int64_t grad_y_stride = 0;
+  bool grad_y_is_accumulator = false;  // grad_y holds fp32 (fp64 for fp64) whatever the dtype
+  const uint8_t* relu_mask = nullptr;  // [m, ceil(n / 8)]
+  const void* relu_output = nullptr;   // [m, n] contiguous
+  const void* x = nullptr;
+  int64_t x_stride = 0;
+  const void* w = nullptr;
+  int64_t w_stride = 0;
+  void* grad_x = nullptr;  // contiguous; any of the three may be absent
+  bool grad_x_is_accumulator = false;
+  void* grad_w = nullptr;
+  void* grad_bias = nullptr;
+};
+
+}  // namespace fastattn

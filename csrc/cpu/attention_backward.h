@@ -1,0 +1,171 @@
+// Attention backward, E6-E10: one pass over the score tiles, five products a tile. A task owns a range of keys of one
+// key head: it alone writes their dK and dV. With fewer key heads than threads the keys are split, and each range
+// leaves its part of dQ in a buffer of its own, added up in a fixed order afterwards: bitwise reproducible, no atomics.
+#pragma once
+
+#include "cpu/attention_mask_gradient.h"
+#include "cpu/attention_tiles.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+constexpr int64_t kPartialDqBytes = int64_t{64} << 20;
+
+template <class T>
+class AttentionBackward {
+  using A = Acc<T>;
+
+ public:
+  AttentionBackward(const AttentionBackwardProblem& problem, const Parallel& parallel)
+      : b_(problem), p_(problem.forward), parallel_(parallel), dropout_(problem.forward) {}
+
+  void run() {
+    const int64_t units = p_.batch * p_.heads_k;
+    if (units == 0) return;
+    clear_hidden_ = must_clear_hidden_keys<T>(p_, parallel_);
+    dim_padded_ = round_up(p_.head_dim, kWidth<A>);
+    dim_v_padded_ = round_up(p_.head_dim_v, kWidth<A>);
+    const int64_t key_blocks = max64(1, ceil_div(p_.seq_k, kBlockK));
+    const int64_t dq_elements = p_.heads_q * p_.batch * p_.seq_q * dim_padded_;
+    int64_t ranges = 1;
+    if (units < parallel_.threads && b_.needs_q) {
+      ranges = min64(2 * ceil_div(parallel_.threads, units), key_blocks);
+      const int64_t affordable = kPartialDqBytes / max64(1, dq_elements * static_cast<int64_t>(sizeof(A)));
+      ranges = max64(1, min64(ranges, affordable));
+    } else if (units < parallel_.threads) {
+      ranges = min64(2 * ceil_div(parallel_.threads, units), key_blocks);
+    }
+    range_keys_ = ceil_div(key_blocks, ranges) * kBlockK;
+    ranges = max64(1, ceil_div(p_.seq_k, range_keys_));
+    partial_dq_ = ranges > 1 && b_.needs_q ? thread_scratch<A>(3, ranges * dq_elements) : nullptr;
+
+    parallel_tasks(parallel_, units * ranges, [&](int64_t task) {
+      // Under a causal mask the first keys have the most queries.
+      const int64_t range = task / units, unit = task % units;
+      keys_of_one_head(unit / p_.heads_k, unit % p_.heads_k, range);
+    });
+    if (partial_dq_ == nullptr) return;
+    parallel_tasks(parallel_, p_.batch * p_.heads_q, [&](int64_t h) {
+      A* sum = partial_dq_ + h * p_.seq_q * dim_padded_;
+      for (int64_t range = 1; range < ranges; ++range) {
+        const A* part = sum + range * dq_elements;
+        for (int64_t e = 0; e < p_.seq_q * dim_padded_; ++e) sum[e] += part[e];
+      }
+      write_rows(head_data<T>(p_, b_.grad_q, h / p_.heads_q, h % p_.heads_q), b_.grad_q.row_stride, sum, dim_padded_,
+                 p_.seq_q, p_.head_dim, static_cast<A>(p_.scale));
+    });
+  }
+
+ private:
+  void keys_of_one_head(int64_t batch, int64_t head_k, int64_t range) const {
+    const int64_t first = range * range_keys_, count = max64(0, min64(range_keys_, p_.seq_k - first));
+    const int64_t sharing = p_.heads_q / p_.heads_k, padded = round_up(count, kBlockK);
+    const int64_t dq_elements = p_.seq_q * dim_padded_;
+    const int64_t key_elements = round_up(KeyRange<T>::elements(p_, count), 16);
+    const int64_t query_elements = round_up(QueryRows<T>::elements(p_, p_.seq_q), 16);
+    A* scratch = thread_scratch<A>(2, ScoreTile<T>::elements() + key_elements + query_elements +
+                                          padded * (dim_padded_ + dim_v_padded_) + dq_elements);
+    const ScoreTile<T> tile(p_, dropout_, scratch);
+    KeyRange<T> keys(p_, count, scratch + ScoreTile<T>::elements());
+    A* query_scratch = scratch + ScoreTile<T>::elements() + key_elements;
+    A* dk = query_scratch + query_elements;   // [padded, D padded]
+    A* dv = dk + padded * dim_padded_;        // [padded, Dv padded]
+    A* own_dq = dv + padded * dim_v_padded_;  // [Sq, D padded]
+    for (int64_t e = 0; e < padded * (dim_padded_ + dim_v_padded_); ++e) dk[e] = A(0);
+    if (!clear_hidden_) keys.pack(p_, batch, head_k, first, count, nullptr);
+
+    for (int64_t head = head_k * sharing; head < (head_k + 1) * sharing; ++head) {
+      const HeadMask<T> mask = head_mask<T>(p_, batch, head);
+      if (clear_hidden_) keys.pack(p_, batch, head_k, first, count, &mask);
+      const QueryRows<T> queries(b_, batch, head, 0, p_.seq_q, query_scratch);
+      A* dq = own_dq;
+      if (partial_dq_ != nullptr) {
+        dq = partial_dq_ + ((range * p_.batch + batch) * p_.heads_q + head) * dq_elements;
+      }
+      if (b_.needs_q) {
+        for (int64_t e = 0; e < dq_elements; ++e) dq[e] = A(0);
+      }
+      for (int64_t j = 0; j < count; j += kBlockK) {
+        key_block(batch, head, mask, first, j, min64(kBlockK, count - j), keys, queries, tile, dq, dk, dv);
+      }
+      if (b_.needs_q && partial_dq_ == nullptr) {
+        write_rows(head_data<T>(p_, b_.grad_q, batch, head), b_.grad_q.row_stride, dq, dim_padded_, p_.seq_q,
+                   p_.head_dim, static_cast<A>(p_.scale));
+      }
+    }
+    if (b_.needs_k) {
+      write_rows(head_data<T>(p_, b_.grad_k, batch, head_k) + first * b_.grad_k.row_stride, b_.grad_k.row_stride, dk,
+                 dim_padded_, count, p_.head_dim, static_cast<A>(p_.scale));
+    }
+    if (b_.needs_v) {
+      write_rows(head_data<T>(p_, b_.grad_v, batch, head_k) + first * b_.grad_v.row_stride, b_.grad_v.row_stride, dv,
+                 dim_v_padded_, count, p_.head_dim_v, A(1));
+    }
+  }
+
+  // Keys [first + j, first + j + count) against every query that may see them.
+  void key_block(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t first, int64_t j, int64_t count,
+                 const KeyRange<T>& keys, const QueryRows<T>& queries, const ScoreTile<T>& tile, A* dq, A* dk,
+                 A* dv) const {
+    const int64_t j0 = first + j;
+    for (int64_t i0 = p_.is_causal ? j0 / kBlockQ * kBlockQ : 0; i0 < p_.seq_q; i0 += kBlockQ) {
+      const int64_t rows = min64(kBlockQ, p_.seq_q - i0);
+      const int64_t seen = min64(count, key_limit(p_, i0 + rows - 1) - j0);
+      if (seen <= 0 || !any_attends(mask, i0, i0 + rows, j0, j0 + seen)) continue;
+      const A* q = queries.q + i0 * dim_padded_;
+      const A* grad_out = queries.grad_out + i0 * dim_v_padded_;
+      tile.compute(batch, head, mask, i0, rows, j0, seen, q, dim_padded_, grad_out, dim_v_padded_,
+                   keys.k_panels + j * p_.head_dim, keys.v_panels + j * p_.head_dim_v, queries.lse + i0,
+                   queries.delta + i0);
+      if (b_.needs_q) {
+        for (int64_t strip = 0; strip < rows; strip += kRows) {
+          const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
+          const int64_t depth = min64(seen, key_limit(p_, i0 + strip + strip_rows - 1) - j0);
+          if (depth <= 0) continue;
+          micro_kernel_wide(strip_rows, dim_padded_, depth, Strided<A>{tile.dscores + strip * kBlockK, kBlockK, 1},  // E8
+                            keys.k_rows + j * dim_padded_, dim_padded_, dq + (i0 + strip) * dim_padded_, dim_padded_,
+                            Start::kAdd);
+        }
+      }
+      if (!b_.needs_k && !b_.needs_v) continue;
+      for (int64_t strip = 0; strip < seen; strip += kRows) {
+        const int strip_rows = static_cast<int>(min64(kRows, seen - strip));
+        const int64_t from = p_.is_causal ? max64(0, j0 + strip - i0) : 0;  // the first query that sees these keys
+        if (from >= rows) break;
+        if (b_.needs_v) {
+          micro_kernel_wide(strip_rows, dim_v_padded_, rows - from,  // E10
+                            Strided<A>{tile.probs + from * kBlockK + strip, 1, kBlockK}, grad_out + from * dim_v_padded_,
+                            dim_v_padded_, dv + (j + strip) * dim_v_padded_, dim_v_padded_, Start::kAdd);
+        }
+        if (b_.needs_k) {
+          micro_kernel_wide(strip_rows, dim_padded_, rows - from,  // E9
+                            Strided<A>{tile.dscores + from * kBlockK + strip, 1, kBlockK}, q + from * dim_padded_,
+                            dim_padded_, dk + (j + strip) * dim_padded_, dim_padded_, Start::kAdd);
+        }
+      }
+    }
+  }
+
+  static void write_rows(T* dst, int64_t dst_stride, A* src, int64_t src_stride, int64_t rows, int64_t cols, A factor) {
+    for (int64_t i = 0; i < rows; ++i) {
+      A* row = src + i * src_stride;
+      for (int64_t d = 0; d < cols; ++d) row[d] *= factor;
+      convert(dst + i * dst_stride, row, cols);
+    }
+  }
+
+  const AttentionBackwardProblem& b_;
+  const AttentionProblem& p_;
+  const Parallel& parallel_;
+  Dropout dropout_;
+  bool clear_hidden_ = false;
+  int64_t dim_padded_ = 0, dim_v_padded_ = 0, range_keys_ = kBlockK;
+  A* partial_dq_ = nullptr;
+};
+
+template <class T>
+void attention_backward(const AttentionBackwardProblem& b, const Parallel& parallel) {
+  if (b.needs_q || b.needs_k || b.needs_v) AttentionBackward<T>(b, parallel).run();
+  if (b.needs_mask) attention_mask_gradient<T>(b, parallel);
+}
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

@@ -1,0 +1,205 @@
+// What attention's forward and backward share: operands of one head, masks, dropout.
+#pragma once
+
+#include "common/philox.h"
+#include "common/problem.h"
+#include "cpu/micro_kernel.h"
+#include "cpu/pack.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+constexpr int64_t kBlockQ = 96;  // 16 strips of 6 rows
+
+template <class T>
+FASTATTN_INLINE T* head_data(const AttentionProblem& p, const TensorView& view, int64_t batch, int64_t head) {
+  int64_t offset = head * view.head_stride;
+  for (int d = p.batch_dims - 1; d >= 0; --d) {
+    offset += batch % p.batch_sizes[d] * view.batch_strides[d];
+    batch /= p.batch_sizes[d];
+  }
+  return reinterpret_cast<T*>(view.data) + offset;
+}
+
+// Keys that query row i may see without regard to the mask: [0, limit).
+FASTATTN_INLINE int64_t key_limit(const AttentionProblem& p, int64_t i) {
+  return p.is_causal ? min64(p.seq_k, i + 1) : p.seq_k;
+}
+
+// --- masks ------------------------------------------------------------------------------------------------------
+
+// The mask of one head, read a row segment at a time.
+template <class T>
+struct HeadMask {
+  MaskKind kind = MaskKind::kNone;
+  const T* values = nullptr;      // kFloat
+  const uint8_t* bits = nullptr;  // kBool: one byte per element
+  int64_t row_stride = 0, col_stride = 0;
+
+  FASTATTN_INLINE bool attends(int64_t i, int64_t j) const {
+    if (kind == MaskKind::kBool) return bits[i * row_stride + j * col_stride] != 0;
+    if (kind == MaskKind::kFloat) return to_acc(values[i * row_stride + j * col_stride]) != -kInf<Acc<T>>;
+    return true;
+  }
+};
+
+template <class T>
+HeadMask<T> head_mask(const AttentionProblem& p, int64_t batch, int64_t head) {
+  HeadMask<T> mask;
+  mask.kind = p.mask_kind;
+  mask.row_stride = p.mask.row_stride;
+  mask.col_stride = p.mask.col_stride;
+  if (p.mask_kind == MaskKind::kBool) mask.bits = head_data<uint8_t>(p, p.mask, batch, head);
+  if (p.mask_kind == MaskKind::kFloat) mask.values = head_data<T>(p, p.mask, batch, head);
+  return mask;
+}
+
+// Does any of the rows [i0, i1) attend to any key in [j0, j1)?
+template <class T>
+bool any_attends(const HeadMask<T>& mask, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  if (mask.kind == MaskKind::kNone) return true;
+  if (mask.row_stride == 0) i1 = min64(i1, i0 + 1);
+  if (mask.col_stride == 0) j1 = min64(j1, j0 + 1);
+  for (int64_t i = i0; i < i1; ++i) {
+    if (mask.kind == MaskKind::kBool && mask.col_stride == 1) {
+      const uint8_t* row = mask.bits + i * mask.row_stride;
+      uint8_t any = 0;
+      for (int64_t j = j0; j < j1; ++j) any |= row[j];
+      if (any) return true;
+    } else {
+      for (int64_t j = j0; j < j1; ++j) {
+        if (mask.attends(i, j)) return true;
+      }
+    }
+  }
+  return false;
+}
+
+// s[0, n) = scale * s + M[i, j0 ...]; -inf where the mask rules out, whatever s holds there (NaN included).  // E1
+template <class T>
+FASTATTN_INLINE void scale_and_mask(const HeadMask<T>& mask, Acc<T>* s, Acc<T> scale, int64_t i, int64_t j0, int64_t n) {
+  using A = Acc<T>;
+  const int64_t offset = i * mask.row_stride + j0 * mask.col_stride;
+  if (mask.kind == MaskKind::kBool) {
+    const uint8_t* m = mask.bits + offset;
+    if (mask.col_stride == 1) {
+      for (int64_t j = 0; j < n; ++j) s[j] = m[j] ? s[j] * scale : -kInf<A>;
+    } else {
+      for (int64_t j = 0; j < n; ++j) s[j] = m[j * mask.col_stride] ? s[j] * scale : -kInf<A>;
+    }
+  } else if (mask.kind == MaskKind::kFloat) {
+    const T* m = mask.values + offset;
+    constexpr int64_t kChunk = 64;
+    A values[kChunk];
+    for (int64_t j = 0; j < n; j += kChunk) {
+      const int64_t count = min64(kChunk, n - j);
+      if (mask.col_stride == 1) {
+        convert(values, m + j, count);
+      } else {
+        for (int64_t c = 0; c < count; ++c) values[c] = to_acc(m[(j + c) * mask.col_stride]);
+      }
+      for (int64_t c = 0; c < count; ++c) {
+        s[j + c] = values[c] == -kInf<A> ? -kInf<A> : s[j + c] * scale + values[c];
+      }
+    }
+  } else {
+    for (int64_t j = 0; j < n; ++j) s[j] *= scale;
+  }
+}
+
+// --- dropout ----------------------------------------------------------------------------------------------------
+
+struct Dropout {
+  bool active;
+  uint32_t key_low, key_high;
+  uint64_t threshold;
+  double keep_scale;
+
+  explicit Dropout(const AttentionProblem& p)
+      : active(p.dropout_p > 0),
+        key_low(static_cast<uint32_t>(p.seed)),
+        key_high(static_cast<uint32_t>(p.seed >> 32)),
+        threshold(philox_keep_threshold(p.dropout_p)),
+        keep_scale(1.0 / (1.0 - p.dropout_p)) {}
+
+  // z[0, n) = keep-mask / (1 - p) of columns [j0, j0 + n); j0 is a multiple of 4 and z has room for round_up(n, 64).
+  template <class A>
+  void fill(A* z, int64_t batch, int64_t head, int64_t i, int64_t j0, int64_t n) const {
+    constexpr int kLanes = 16;
+    const A kept = static_cast<A>(keep_scale);
+    for (int64_t j = 0; j < n; j += 4 * kLanes) {
+      uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
+      for (int l = 0; l < kLanes; ++l) {
+        c0[l] = static_cast<uint32_t>((j0 + j) / 4) + static_cast<uint32_t>(l);
+        c1[l] = static_cast<uint32_t>(i);
+        c2[l] = static_cast<uint32_t>(head);
+        c3[l] = static_cast<uint32_t>(batch);
+      }
+      uint32_t k0 = key_low, k1 = key_high;
+      for (int round = 0; round < 10; ++round) {
+        for (int l = 0; l < kLanes; ++l) {
+          const uint64_t p0 = 0xD2511F53ull * c0[l], p1 = 0xCD9E8D57ull * c2[l];
+          c0[l] = static_cast<uint32_t>(p1 >> 32) ^ c1[l] ^ k0;
+          c1[l] = static_cast<uint32_t>(p1);
+          c2[l] = static_cast<uint32_t>(p0 >> 32) ^ c3[l] ^ k1;
+          c3[l] = static_cast<uint32_t>(p0);
+        }
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+      }
+      for (int l = 0; l < kLanes; ++l) {
+        z[j + 4 * l + 0] = c0[l] >= threshold ? kept : A(0);
+        z[j + 4 * l + 1] = c1[l] >= threshold ? kept : A(0);
+        z[j + 4 * l + 2] = c2[l] >= threshold ? kept : A(0);
+        z[j + 4 * l + 3] = c3[l] >= threshold ? kept : A(0);
+      }
+    }
+  }
+};
+
+// --- keys and values of one head ----------------------------------------------------------------------------------
+
+// K^T or V^T of keys [j0, j0 + n) as panels [ceil(n / kPanel)][dim][kPanel].
+template <class T>
+void pack_key_panels(Acc<T>* dst, const T* src, int64_t src_stride, int64_t n, int64_t dim, Acc<T>* staging) {
+  using A = Acc<T>;
+  for (int64_t j = 0; j < n; j += kPanel<A>) {
+    pack_transposed_panel(dst + j * dim, src + j * src_stride, src_stride, min64(kPanel<A>, n - j), dim, staging);
+  }
+}
+
+template <class T>
+bool rows_are_finite(const T* src, int64_t stride, int64_t rows, int64_t cols) {
+  bool finite = true;
+  for (int64_t i = 0; i < rows; ++i) {
+    Acc<T> poison = 0;
+    for (int64_t j = 0; j < cols; ++j) poison += to_acc(src[i * stride + j]) * Acc<T>(0);
+    finite = finite && poison == Acc<T>(0);
+  }
+  return finite;
+}
+
+// Keys that the mask hides from every query must not influence anything, not even by 0 * NaN. Only then, that is with a
+// mask and with a NaN or an infinity among the keys or values, the kernels clear those keys' rows in their packed copies.
+template <class T>
+bool must_clear_hidden_keys(const AttentionProblem& p, const Parallel& parallel) {
+  if (p.mask_kind == MaskKind::kNone) return false;
+  bool clear = false;
+  parallel_tasks(parallel, p.batch * p.heads_k, [&](int64_t unit) {
+    const int64_t batch = unit / p.heads_k, head = unit % p.heads_k;
+    if (!rows_are_finite(head_data<T>(p, p.k, batch, head), p.k.row_stride, p.seq_k, p.head_dim) ||
+        !rows_are_finite(head_data<T>(p, p.v, batch, head), p.v.row_stride, p.seq_k, p.head_dim_v)) {
+      __atomic_store_n(&clear, true, __ATOMIC_RELAXED);
+    }
+  });
+  return clear;
+}
+
+template <class T>
+bool key_is_hidden(const AttentionProblem& p, const HeadMask<T>& mask, int64_t j) {
+  for (int64_t i = p.is_causal ? j : 0; i < p.seq_q; ++i) {
+    if (mask.attends(i, j)) return false;
+  }
+  return true;
+}
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

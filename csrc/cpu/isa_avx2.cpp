@@ -1,0 +1,2 @@
+#define FASTATTN_ISA avx2
+#include "cpu/kernels.h"

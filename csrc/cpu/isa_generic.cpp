@@ -1,0 +1,2 @@
+#define FASTATTN_ISA generic
+#include "cpu/kernels.h"

@@ -1,0 +1,28 @@
+// One table of entry points per ISA; dispatch.cpp picks it once.
+#pragma once
+
+#include "common/parallel.h"
+#include "common/problem.h"
+
+namespace fastattn::cpu {
+
+struct KernelTable {
+  void (*attention_forward)(const AttentionProblem&, const Parallel&);
+  void (*attention_backward)(const AttentionBackwardProblem&, const Parallel&);
+  void (*linear_forward)(const LinearProblem&, const Parallel&);
+  void (*linear_backward)(const LinearBackwardProblem&, const Parallel&);
+};
+
+namespace avx512 {
+extern const KernelTable kTable;
+}
+namespace avx2 {
+extern const KernelTable kTable;
+}
+namespace generic {
+extern const KernelTable kTable;
+}
+
+const KernelTable& kernels();
+
+}  // namespace fastattn::cpu

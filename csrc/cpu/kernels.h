@@ -1,0 +1,37 @@
+// Every kernel of one ISA, in all dtypes, behind one table. Included once by each isa_*.cpp.
+#pragma once
+
+#include "cpu/attention_backward.h"
+#include "cpu/attention_forward.h"
+#include "cpu/kernel_table.h"
+#include "cpu/linear_relu.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+template <class Body>
+void with_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kFloat32: return body(float{});
+    case Dtype::kFloat64: return body(double{});
+    case Dtype::kBFloat16: return body(bf16{});
+    case Dtype::kFloat16: return body(fp16{});
+  }
+}
+
+extern const KernelTable kTable;
+const KernelTable kTable = {
+    [](const AttentionProblem& p, const Parallel& parallel) {
+      with_dtype(p.dtype, [&](auto t) { attention_forward<decltype(t)>(p, parallel); });
+    },
+    [](const AttentionBackwardProblem& b, const Parallel& parallel) {
+      with_dtype(b.forward.dtype, [&](auto t) { attention_backward<decltype(t)>(b, parallel); });
+    },
+    [](const LinearProblem& p, const Parallel& parallel) {
+      with_dtype(p.dtype, [&](auto t) { linear_forward<decltype(t)>(p, parallel); });
+    },
+    [](const LinearBackwardProblem& p, const Parallel& parallel) {
+      with_dtype(p.dtype, [&](auto t) { linear_backward<decltype(t)>(p, parallel); });
+    },
+};
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

@@ -1,0 +1,127 @@
+// Operands brought into the accumulator's type and the micro-kernel's layout.
+#pragma once
+
+#include "common/parallel.h"
+#include "cpu/simd.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+template <class T>
+T* thread_scratch(int slot, int64_t count) {
+  return static_cast<T*>(thread_scratch_bytes(slot, count * static_cast<int64_t>(sizeof(T))));
+}
+
+template <class F>
+void parallel_tasks(const Parallel& parallel, int64_t tasks, const F& body) {
+  if (tasks <= 0) return;
+  if (tasks == 1 || parallel.threads == 1) {
+    for (int64_t i = 0; i < tasks; ++i) body(i);
+    return;
+  }
+  parallel.run(tasks, [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, &body);
+}
+
+// dst [rows, padded] = src [rows, cols], columns past `cols` are 0. Returns whether every element is finite.
+template <class T>
+bool pack_rows(Acc<T>* dst, int64_t padded, const T* src, int64_t src_stride, int64_t rows, int64_t cols) {
+  using A = Acc<T>;
+  Vec<A> poison{};  // stays 0 while every element is finite
+  for (int64_t i = 0; i < rows; ++i) {
+    A* row = dst + i * padded;
+    convert(row, src + i * src_stride, cols);
+    for (int64_t j = cols; j < padded; ++j) row[j] = A(0);
+    for (int64_t j = 0; j < padded; j += kWidth<A>) poison += load(row + j) * broadcast(A(0));
+  }
+  return reduce_add(poison) == A(0);
+}
+
+#if defined(__AVX512F__)
+// dst [16, dst_stride] = transpose of src [16, src_stride].
+FASTATTN_INLINE void transpose_tile(float* dst, int64_t dst_stride, const float* src, int64_t src_stride) {
+  __m512 r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(src + i * src_stride);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int h = 0; h < 2; ++h) {
+      const __m512d lo = _mm512_castps_pd(t[i + h]), hi = _mm512_castps_pd(t[i + 2 + h]);
+      r[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+      r[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+    }
+  }
+  // r[4g + c] now holds, in its 128-bit lane l, column 4l + c of rows 4g .. 4g+3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512 a = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd), e = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
+    _mm512_storeu_ps(dst + c * dst_stride, _mm512_shuffle_f32x4(a, b, 0x88));
+    _mm512_storeu_ps(dst + (4 + c) * dst_stride, _mm512_shuffle_f32x4(d, e, 0x88));
+    _mm512_storeu_ps(dst + (8 + c) * dst_stride, _mm512_shuffle_f32x4(a, b, 0xdd));
+    _mm512_storeu_ps(dst + (12 + c) * dst_stride, _mm512_shuffle_f32x4(d, e, 0xdd));
+  }
+}
+constexpr int kTransposeTile = 16;
+#elif defined(__AVX2__)
+FASTATTN_INLINE void transpose_tile(float* dst, int64_t dst_stride, const float* src, int64_t src_stride) {
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src + i * src_stride);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int h = 0; h < 2; ++h) {
+      const __m256d lo = _mm256_castps_pd(t[i + h]), hi = _mm256_castps_pd(t[i + 2 + h]);
+      r[i + 2 * h] = _mm256_castpd_ps(_mm256_unpacklo_pd(lo, hi));
+      r[i + 2 * h + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(lo, hi));
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(dst + c * dst_stride, _mm256_permute2f128_ps(r[c], r[4 + c], 0x20));
+    _mm256_storeu_ps(dst + (4 + c) * dst_stride, _mm256_permute2f128_ps(r[c], r[4 + c], 0x31));
+  }
+}
+constexpr int kTransposeTile = 8;
+#else
+constexpr int kTransposeTile = 1;  // none: element by element
+#endif
+
+// dst [cols, dst_stride] = transpose of src [rows, cols], both in the accumulator's type.
+template <class A>
+void transpose(A* dst, int64_t dst_stride, const A* src, int64_t src_stride, int64_t rows, int64_t cols) {
+  int64_t tiled_rows = 0, tiled_cols = 0;
+  if constexpr (sizeof(A) == 4 && kTransposeTile > 1) {
+    tiled_rows = rows / kTransposeTile * kTransposeTile;
+    tiled_cols = cols / kTransposeTile * kTransposeTile;
+    for (int64_t i = 0; i < tiled_rows; i += kTransposeTile) {
+      for (int64_t j = 0; j < tiled_cols; j += kTransposeTile) {
+        transpose_tile(dst + j * dst_stride + i, dst_stride, src + i * src_stride + j, src_stride);
+      }
+    }
+  }
+  for (int64_t j = 0; j < cols; ++j) {
+    for (int64_t i = j < tiled_cols ? tiled_rows : 0; i < rows; ++i) dst[j * dst_stride + i] = src[i * src_stride + j];
+  }
+}
+
+// One panel of B = src^T: dst [depth, kPanel] = src [rows <= kPanel, depth]^T, columns past `rows` are 0.
+// `staging` holds kPanel * depth elements.
+template <class T>
+void pack_transposed_panel(Acc<T>* dst, const T* src, int64_t src_stride, int64_t rows, int64_t depth,
+                           Acc<T>* staging) {
+  using A = Acc<T>;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    transpose(dst, kPanel<A>, src, src_stride, rows, depth);
+  } else {
+    for (int64_t i = 0; i < rows; ++i) convert(staging + i * depth, src + i * src_stride, depth);
+    transpose(dst, kPanel<A>, staging, depth, rows, depth);
+  }
+  if (rows < kPanel<A>) {
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t j = rows; j < kPanel<A>; ++j) dst[k * kPanel<A> + j] = A(0);
+    }
+  }
+}
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

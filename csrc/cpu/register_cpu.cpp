@@ -1,0 +1,261 @@
+// The CPU implementations: validate, allocate, call the kernels of the chosen ISA.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <tuple>
+
+#include "common/validate.h"
+#include "cpu/kernel_table.h"
+
+namespace fastattn::cpu {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Tasks are handed out one by one, so that uneven ones (causal blocks) balance. Which thread runs a task does not
+// change its result.
+void run_tasks(int64_t tasks, Parallel::Body body, const void* context) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t task = next++; task < tasks; task = next++) body(context, task);
+  });
+}
+
+Parallel parallel() { return {static_cast<int>(torch::stable::get_num_threads()), run_tasks}; }
+
+Tensor absent(const Tensor& like) { return empty_like_device(like, {0}, like.scalar_type()); }
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                             const OptionalTensor& attn_mask, const OptionalTensor& seed, bool is_causal,
+                                             double scale, double dropout_p) {
+  AttentionInputs in =
+      validate_attention("attention_forward", query, key, value, attn_mask, seed, is_causal, scale, dropout_p);
+  AttentionProblem& p = in.problem;
+  Tensor out = empty_like_device(query, in.shape(p.heads_q, p.seq_q, p.head_dim_v), query.scalar_type());
+  Tensor lse = empty_like_device(query, in.shape(p.heads_q, p.seq_q), accumulator_type(query.scalar_type()));
+  p.out = view_of(out);
+  p.lse = lse.data_ptr();
+  kernels().attention_forward(p, parallel());
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& attn_mask, const Tensor& out, const Tensor& lse, const OptionalTensor& seed, bool is_causal,
+    double scale, double dropout_p, const std::vector<bool>& needs) {
+  const char* op = "attention_backward";
+  AttentionInputs in = validate_attention(op, query, key, value, attn_mask, seed, is_causal, scale, dropout_p);
+  check(needs.size() == 4, op, "needs", "4 flags (query, key, value, attn_mask)", needs.size());
+  AttentionBackwardProblem b;
+  AttentionProblem& p = in.problem;
+  const ScalarType dtype = query.scalar_type(), accumulator = accumulator_type(dtype);
+  const Shape out_shape = in.shape(p.heads_q, p.seq_q, p.head_dim_v), lse_shape = in.shape(p.heads_q, p.seq_q);
+  check_like(op, "grad_out", grad_out, dtype, query);
+  check_shape(op, "grad_out", grad_out, out_shape);
+  check_like(op, "out", out, dtype, query);
+  check_shape(op, "out", out, out_shape);
+  check_like(op, "lse", lse, accumulator, query);
+  check_shape(op, "lse", lse, lse_shape);
+  const Tensor go = unit_last_stride(grad_out), o = unit_last_stride(out), l = torch::stable::contiguous(lse);
+  OptionalTensor gl;
+  if (grad_lse.has_value()) {
+    check_like(op, "grad_lse", *grad_lse, accumulator, query);
+    check_shape(op, "grad_lse", *grad_lse, lse_shape);
+    gl = torch::stable::contiguous(*grad_lse);
+    b.grad_lse = gl->data_ptr();
+  }
+  p.out = view_of(o);
+  p.lse = l.data_ptr();
+  b.grad_out = view_of(go);
+
+  const auto gradient = [&](bool needed, const Tensor& like, TensorView& view) {
+    if (!needed) return absent(query);
+    Tensor grad = empty_like_device(query, shape_of(like), dtype);
+    view = view_of(grad);
+    return grad;
+  };
+  Tensor grad_query = gradient(needs[0], query, b.grad_q);
+  Tensor grad_key = gradient(needs[1], key, b.grad_k);
+  Tensor grad_value = gradient(needs[2], value, b.grad_v);
+  Tensor grad_mask = absent(query);
+  b.needs_q = needs[0];
+  b.needs_k = needs[1];
+  b.needs_v = needs[2];
+  b.needs_mask = needs[3];
+  if (b.needs_mask) {
+    check(p.mask_kind == MaskKind::kFloat, op, "attn_mask", "a floating-point mask, as its gradient is needed",
+          p.mask_kind == MaskKind::kBool ? "bool" : "None");
+    const int64_t rank = attn_mask->dim();
+    grad_mask = empty_like_device(query, shape_of(*attn_mask), dtype);
+    b.grad_mask = grad_mask.data_ptr();
+    for (int d = 0; d < p.batch_dims; ++d) b.mask_batch_sizes[d] = attn_mask->size(d);
+    b.mask_heads = attn_mask->size(rank - 3);
+    b.mask_rows = attn_mask->size(rank - 2);
+    b.mask_cols = attn_mask->size(rank - 1);
+  }
+  b.forward = p;
+  kernels().attention_backward(b, parallel());
+  return {grad_query, grad_key, grad_value, grad_mask};
+}
+
+std::tuple<Tensor, Tensor> linear_relu_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  LinearInputs in = validate_linear("linear_relu_forward", input, weight, bias);
+  LinearProblem& p = in.problem;
+  Tensor out = empty_like_device(input, in.out_shape, input.scalar_type());
+  Tensor mask = empty_like_device(input, {p.m, (p.n + 7) / 8}, ScalarType::Byte);
+  p.relu = true;
+  p.y = out.data_ptr();
+  p.relu_mask = static_cast<uint8_t*>(mask.data_ptr());
+  kernels().linear_forward(p, parallel());
+  return {out, mask};
+}
+
+// The gradient of a layer's output, folded to [m, n].
+Tensor fold(const Tensor& t, int64_t m, int64_t n) {
+  const int64_t folded[] = {m, n};
+  const Tensor contiguous = unit_last_stride(t);
+  return contiguous.dim() == 2 ? contiguous : torch::stable::reshape(contiguous, {folded, 2});
+}
+
+LinearBackwardProblem backward_of(const LinearInputs& in) {
+  const LinearProblem& p = in.problem;
+  LinearBackwardProblem b;
+  b.dtype = p.dtype;
+  b.m = p.m;
+  b.n = p.n;
+  b.k = p.k;
+  b.x = p.x;
+  b.x_stride = p.x_stride;
+  b.w = p.w;
+  b.w_stride = p.w_stride;
+  return b;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, const Tensor& input, const Tensor& weight,
+                                                        const Tensor& mask, const std::vector<bool>& needs) {
+  const char* op = "linear_relu_backward";
+  const LinearInputs in = validate_linear(op, input, weight, std::nullopt);
+  check(needs.size() == 3, op, "needs", "3 flags (input, weight, bias)", needs.size());
+  LinearBackwardProblem b = backward_of(in);
+  const ScalarType dtype = input.scalar_type();
+  check_like(op, "grad_out", grad_out, dtype, input);
+  check_shape(op, "grad_out", grad_out, in.out_shape);
+  check_like(op, "mask", mask, ScalarType::Byte, input);
+  check_shape(op, "mask", mask, {b.m, (b.n + 7) / 8});
+  const Tensor go = fold(grad_out, b.m, b.n), bits = torch::stable::contiguous(mask);
+  b.grad_y = go.data_ptr();
+  b.grad_y_stride = go.stride(0);
+  b.relu_mask = static_cast<const uint8_t*>(bits.data_ptr());
+  Tensor grad_input = needs[0] ? empty_like_device(input, shape_of(input), dtype) : absent(input);
+  Tensor grad_weight = needs[1] ? empty_like_device(input, shape_of(weight), dtype) : absent(input);
+  Tensor grad_bias = needs[2] ? empty_like_device(input, {b.n}, dtype) : absent(input);
+  if (needs[0]) b.grad_x = grad_input.data_ptr();
+  if (needs[1]) b.grad_w = grad_weight.data_ptr();
+  if (needs[2]) b.grad_bias = grad_bias.data_ptr();
+  kernels().linear_backward(b, parallel());
+  return {grad_input, grad_weight, grad_bias};
+}
+
+// The layers of an MLP: layer l takes hidden[l - 1] (input for l = 0) and has a ReLU unless it is the last.
+std::vector<LinearInputs> validate_layers(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                                          const std::vector<Tensor>* biases, const std::vector<Tensor>& activations) {
+  std::vector<LinearInputs> layers;
+  for (size_t l = 0; l < weights.size(); ++l) {
+    OptionalTensor bias;
+    const bool absent_bias = biases == nullptr || ((*biases)[l].dim() == 1 && (*biases)[l].numel() == 0 &&
+                                                   weights[l].dim() == 2 && weights[l].size(0) != 0);
+    if (!absent_bias) bias = (*biases)[l];
+    layers.push_back(validate_linear(op, l == 0 ? input : activations[l - 1], weights[l], bias));
+  }
+  return layers;
+}
+
+std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& weights,
+                                const std::vector<Tensor>& biases) {
+  const char* op = "mlp_forward";
+  check(!weights.empty(), op, "weights", "at least 1 layer", 0);
+  check(biases.size() == weights.size(), op, "biases", std::to_string(weights.size()) + " tensors", biases.size());
+  check(input.dim() >= 1, op, "input", "at least 1 dimension [*, in_features]", text(shape_of(input)));
+  std::vector<Tensor> activations;
+  for (const Tensor& weight : weights) {
+    check(weight.dim() == 2, op, "weights", "2 dimensions [out_features, in_features]", text(shape_of(weight)));
+    Shape shape = shape_of(input);
+    shape.back() = weight.size(0);
+    activations.push_back(empty_like_device(input, shape, input.scalar_type()));
+  }
+  std::vector<LinearInputs> layers = validate_layers(op, input, weights, &biases, activations);
+  for (size_t l = 0; l < layers.size(); ++l) {
+    LinearProblem& p = layers[l].problem;
+    p.relu = l + 1 < layers.size();
+    p.y = activations[l].data_ptr();
+    kernels().linear_forward(p, parallel());
+  }
+  std::vector<Tensor> result = {activations.back()};
+  result.insert(result.end(), activations.begin(), activations.end() - 1);
+  return result;
+}
+
+std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input, const std::vector<Tensor>& weights,
+                                 const std::vector<Tensor>& hidden, const std::vector<bool>& needs) {
+  const char* op = "mlp_backward";
+  const size_t count = weights.size();
+  check(count > 0, op, "weights", "at least 1 layer", 0);
+  check(hidden.size() + 1 == count, op, "hidden", std::to_string(count - 1) + " tensors", hidden.size());
+  check(needs.size() == 1 + 2 * count, op, "needs", std::to_string(1 + 2 * count) + " flags", needs.size());
+  const ScalarType dtype = input.scalar_type();
+  std::vector<Tensor> kept;  // the ReLU is read from these: contiguous
+  for (const Tensor& h : hidden) kept.push_back(torch::stable::contiguous(h));
+  const std::vector<LinearInputs> layers = validate_layers(op, input, weights, nullptr, kept);
+  for (size_t l = 0; l + 1 < count; ++l) check_shape(op, "hidden", kept[l], layers[l].out_shape);
+  check_like(op, "grad_out", grad_out, dtype, input);
+  check_shape(op, "grad_out", grad_out, layers.back().out_shape);
+
+  std::vector<Tensor> grads(1 + 2 * count, absent(input));
+  size_t first = 0;  // no layer below this one needs anything
+  while (first < count && !needs[1 + first] && !needs[1 + count + first]) ++first;
+  if (needs[0]) first = 0;
+
+  const Tensor go = fold(grad_out, layers.back().problem.m, layers.back().problem.n);
+  Tensor grad_y = go;  // between layers in the accumulator's type: gradients are not rounded on the way
+  for (size_t l = count; l-- > first;) {
+    LinearBackwardProblem b = backward_of(layers[l]);
+    b.grad_y = grad_y.data_ptr();
+    b.grad_y_stride = grad_y.stride(0);
+    b.grad_y_is_accumulator = l + 1 < count;
+    if (l + 1 < count) b.relu_output = kept[l].data_ptr();
+    if (needs[1 + l]) {
+      grads[1 + l] = empty_like_device(input, shape_of(weights[l]), dtype);
+      b.grad_w = grads[1 + l].data_ptr();
+    }
+    if (needs[1 + count + l]) {
+      grads[1 + count + l] = empty_like_device(input, {b.n}, dtype);
+      b.grad_bias = grads[1 + count + l].data_ptr();
+    }
+    Tensor grad_x = grad_y;
+    if (l > first) {
+      grad_x = empty_like_device(input, {b.m, b.k}, accumulator_type(dtype));
+      b.grad_x = grad_x.data_ptr();
+      b.grad_x_is_accumulator = true;
+    } else if (l == 0 && needs[0]) {
+      grads[0] = empty_like_device(input, shape_of(input), dtype);
+      b.grad_x = grads[0].data_ptr();
+    }
+    kernels().linear_backward(b, parallel());
+    grad_y = grad_x;
+  }
+  return grads;
+}
+
+}  // namespace
+}  // namespace fastattn::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&fastattn::cpu::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&fastattn::cpu::attention_backward));
+  m.impl("linear_relu_forward", TORCH_BOX(&fastattn::cpu::linear_relu_forward));
+  m.impl("linear_relu_backward", TORCH_BOX(&fastattn::cpu::linear_relu_backward));
+  m.impl("mlp_forward", TORCH_BOX(&fastattn::cpu::mlp_forward));
+  m.impl("mlp_backward", TORCH_BOX(&fastattn::cpu::mlp_backward));
+}

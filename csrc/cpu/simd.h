@@ -1,0 +1,277 @@
+// The CPU's instructions: vectors of float and double, and rows of the 16-bit types converted from and to them.
+// Compiled once per ISA, inside its namespace. No libstdc++ templates here or in the kernels: an inline function
+// compiled with wide instructions must never be the copy that the linker keeps for everybody.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define FASTATTN_INLINE inline __attribute__((always_inline))
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+constexpr int kPanelVecs = 4;  // micro-kernel 6 x 64: 24 accumulators + 4 + broadcasts of 32 registers
+#else
+constexpr int kVecBytes = 32;
+constexpr int kPanelVecs = 2;  // micro-kernel 6 x 16: 12 accumulators + 2 + broadcasts of 16 registers
+#endif
+constexpr int kRows = 6;
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccumulatorOf<T>::type;
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVecBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kWidth = kVecBytes / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int kPanel = kPanelVecs * kWidth<T>;  // columns of a micro-kernel tile
+
+template <class T>
+constexpr T kInf = static_cast<T>(__builtin_inf());
+
+FASTATTN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTATTN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTATTN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTATTN_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// --- loads, stores, broadcasts ---------------------------------------------------------------------------------
+
+template <class T>
+FASTATTN_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class T>
+FASTATTN_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+#if defined(__AVX512F__)
+FASTATTN_INLINE Vec<float> broadcast(float x) { return (Vec<float>)_mm512_set1_ps(x); }
+FASTATTN_INLINE Vec<double> broadcast(double x) { return (Vec<double>)_mm512_set1_pd(x); }
+// Where either operand is NaN, the second one is returned.
+FASTATTN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b); }
+FASTATTN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
+  return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
+}
+FASTATTN_INLINE Vec<float> round_nearest(Vec<float> x) { return (Vec<float>)_mm512_roundscale_ps((__m512)x, 8); }
+FASTATTN_INLINE Vec<double> round_nearest(Vec<double> x) { return (Vec<double>)_mm512_roundscale_pd((__m512d)x, 8); }
+// p * 2^n for an integer-valued n.
+FASTATTN_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
+  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+FASTATTN_INLINE Vec<double> scale_by_power(Vec<double> p, Vec<double> n) {
+  return (Vec<double>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+}
+FASTATTN_INLINE float reduce_max(Vec<float> v) { return _mm512_reduce_max_ps((__m512)v); }
+FASTATTN_INLINE double reduce_max(Vec<double> v) { return _mm512_reduce_max_pd((__m512d)v); }
+FASTATTN_INLINE float reduce_add(Vec<float> v) { return _mm512_reduce_add_ps((__m512)v); }
+FASTATTN_INLINE double reduce_add(Vec<double> v) { return _mm512_reduce_add_pd((__m512d)v); }
+#else
+#if defined(__AVX2__)
+FASTATTN_INLINE Vec<float> broadcast(float x) { return (Vec<float>)_mm256_set1_ps(x); }
+FASTATTN_INLINE Vec<double> broadcast(double x) { return (Vec<double>)_mm256_set1_pd(x); }
+FASTATTN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b); }
+FASTATTN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
+  return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
+}
+#else
+FASTATTN_INLINE Vec<float> broadcast(float x) { return Vec<float>{x, x, x, x, x, x, x, x}; }
+FASTATTN_INLINE Vec<double> broadcast(double x) { return Vec<double>{x, x, x, x}; }
+template <class V>
+FASTATTN_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+#endif
+// Adding and subtracting 1.5 * 2^(mantissa bits) rounds |x| < 2^22 (2^51) to the nearest integer.
+FASTATTN_INLINE Vec<float> round_nearest(Vec<float> x) {
+  const Vec<float> magic = broadcast(12582912.0f);
+  return (x + magic) - magic;
+}
+FASTATTN_INLINE Vec<double> round_nearest(Vec<double> x) {
+  const Vec<double> magic = broadcast(6755399441055744.0);
+  return (x + magic) - magic;
+}
+// p * 2^n for an integer-valued n <= 0; results below the normal range become 0.
+FASTATTN_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
+  typedef int32_t Bits __attribute__((vector_size(kVecBytes)));
+  n = max(n, broadcast(-127.0f));
+  const Bits exponent = __builtin_convertvector(n, Bits) + 127;
+  return p * (Vec<float>)(exponent << 23);
+}
+FASTATTN_INLINE Vec<double> scale_by_power(Vec<double> p, Vec<double> n) {
+  typedef int64_t Bits __attribute__((vector_size(kVecBytes)));
+  n = max(n, broadcast(-1023.0));
+  // n + 1023 + 2^52 holds the biased exponent in its low mantissa bits.
+  const Bits exponent = (Bits)(n + broadcast(1023.0 + 4503599627370496.0));
+  return p * (Vec<double>)(exponent << 52);
+}
+template <class T, class V>
+FASTATTN_INLINE T reduce_max_lanes(V v) {
+  T best = v[0];
+  for (int i = 1; i < kWidth<T>; ++i) best = best > v[i] ? best : v[i];
+  return best;
+}
+template <class T, class V>
+FASTATTN_INLINE T reduce_add_lanes(V v) {
+  T sum = v[0];
+  for (int i = 1; i < kWidth<T>; ++i) sum += v[i];
+  return sum;
+}
+FASTATTN_INLINE float reduce_max(Vec<float> v) { return reduce_max_lanes<float>(v); }
+FASTATTN_INLINE double reduce_max(Vec<double> v) { return reduce_max_lanes<double>(v); }
+FASTATTN_INLINE float reduce_add(Vec<float> v) { return reduce_add_lanes<float>(v); }
+FASTATTN_INLINE double reduce_add(Vec<double> v) { return reduce_add_lanes<double>(v); }
+#endif
+
+// --- exp --------------------------------------------------------------------------------------------------------
+
+// e^x for x up to the overflow threshold; 0 for -inf, NaN for NaN. Relative error 7.5e-8 before rounding: minimax
+// polynomial of degree 5 on |r| <= ln(2) / 2, Cody-Waite reduction.
+FASTATTN_INLINE Vec<float> exp(Vec<float> x) {
+  x = max(broadcast(-110.0f), x);  // below it the result is 0 even as a denormal; NaN stays
+  const Vec<float> n = round_nearest(x * broadcast(1.44269504088896341f));
+  Vec<float> r = x - n * broadcast(0.693359375f);
+  r = r - n * broadcast(-2.12194440e-4f);
+  Vec<float> p = broadcast(0.00829765548835f);
+  p = p * r + broadcast(0.0419153820303f);
+  p = p * r + broadcast(0.166675747237f);
+  p = p * r + broadcast(0.499988948509f);
+  p = p * r + broadcast(0.999999691992f);
+  p = p * r + broadcast(1.00000007165f);
+  return scale_by_power(p, n);
+}
+
+// Taylor polynomial of degree 13: the truncation error on |r| <= ln(2) / 2 is 4e-18.
+FASTATTN_INLINE Vec<double> exp(Vec<double> x) {
+  x = max(broadcast(-760.0), x);
+  const Vec<double> n = round_nearest(x * broadcast(1.4426950408889634074));
+  Vec<double> r = x - n * broadcast(6.93147180369123816490e-01);
+  r = r - n * broadcast(1.90821492927058770002e-10);
+  const double inverse_factorials[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                                       1.0 / 40320,     1.0 / 5040,     1.0 / 720,     1.0 / 120,
+                                       1.0 / 24,        1.0 / 6,        0.5,           1.0,
+                                       1.0};
+  Vec<double> p = broadcast(1.0 / 6227020800.0);
+  for (const double c : inverse_factorials) p = p * r + broadcast(c);
+  return scale_by_power(p, n);
+}
+
+// --- 16-bit types -----------------------------------------------------------------------------------------------
+
+FASTATTN_INLINE float to_float(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+FASTATTN_INLINE bf16 to_bf16(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const uint32_t quiet_nan = (bits >> 16) | 0x40;
+  return bf16{static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded)};
+}
+#if defined(__F16C__)
+FASTATTN_INLINE float to_float(fp16 x) { return _cvtsh_ss(x.bits); }
+FASTATTN_INLINE fp16 to_fp16(float f) { return fp16{static_cast<uint16_t>(_cvtss_sh(f, 0))}; }
+#else
+FASTATTN_INLINE float to_float(fp16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t exponent = (x.bits >> 10) & 0x1f, mantissa = x.bits & 0x3ff;
+  float f;
+  if (exponent == 0) {
+    f = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+    uint32_t bits;
+    __builtin_memcpy(&bits, &f, 4);
+    bits |= sign;
+    __builtin_memcpy(&f, &bits, 4);
+    return f;
+  }
+  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (mantissa << 13);
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+FASTATTN_INLINE fp16 to_fp16(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return fp16{static_cast<uint16_t>(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000) return fp16{static_cast<uint16_t>(sign | 0x7c00)};  // rounds to infinity
+  if (magnitude < 0x38800000) {  // denormal in fp16: let the fp32 adder round at 2^-24
+    float m;
+    __builtin_memcpy(&m, &magnitude, 4);
+    m += 0.5f;
+    uint32_t shifted;
+    __builtin_memcpy(&shifted, &m, 4);
+    return fp16{static_cast<uint16_t>(sign | (shifted - 0x3f000000))};
+  }
+  const uint32_t rounded = magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1);
+  return fp16{static_cast<uint16_t>(sign | (rounded >> 13))};
+}
+#endif
+
+FASTATTN_INLINE float to_acc(float x) { return x; }
+FASTATTN_INLINE double to_acc(double x) { return x; }
+FASTATTN_INLINE float to_acc(bf16 x) { return to_float(x); }
+FASTATTN_INLINE float to_acc(fp16 x) { return to_float(x); }
+
+// dst[i] = src[i], between an io type and its accumulator type.
+template <class T>
+FASTATTN_INLINE void convert(T* dst, const T* src, int64_t n) {
+  if (n > 0) __builtin_memcpy(dst, src, static_cast<size_t>(n) * sizeof(T));
+}
+FASTATTN_INLINE void convert(float* dst, const bf16* src, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = to_float(src[i]);
+}
+FASTATTN_INLINE void convert(bf16* dst, const float* src, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = to_bf16(src[i]);
+}
+FASTATTN_INLINE void convert(float* dst, const fp16* src, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
+  }
+#endif
+  for (; i < n; ++i) dst[i] = to_float(src[i]);
+}
+FASTATTN_INLINE void convert(fp16* dst, const float* src, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), _mm256_cvtps_ph(_mm256_loadu_ps(src + i), 0));
+  }
+#endif
+  for (; i < n; ++i) dst[i] = to_fp16(src[i]);
+}
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

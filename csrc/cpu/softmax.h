@@ -1,0 +1,33 @@
+// Row pieces of the softmax: all lengths are multiples of the vector width.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+template <class A>
+FASTATTN_INLINE A row_max(const A* s, int64_t n) {
+  Vec<A> best = broadcast(-kInf<A>);
+  for (int64_t j = 0; j < n; j += kWidth<A>) best = max(best, load(s + j));
+  return reduce_max(best);
+}
+
+// s = e^{scale * s - shift}; returns the sum.  // E3, E6
+template <class A>
+FASTATTN_INLINE A row_exp(A* s, int64_t n, A scale, A shift) {
+  const Vec<A> factor = broadcast(scale), offset = broadcast(shift);
+  Vec<A> sum{};
+  for (int64_t j = 0; j < n; j += kWidth<A>) {
+    const Vec<A> p = exp(load(s + j) * factor - offset);
+    sum += p;
+    store(s + j, p);
+  }
+  return reduce_add(sum);
+}
+
+template <class A>
+FASTATTN_INLINE void row_multiply(A* s, const A* z, int64_t n) {
+  for (int64_t j = 0; j < n; j += kWidth<A>) store(s + j, load(s + j) * load(z + j));
+}
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

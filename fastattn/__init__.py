@@ -1,0 +1,50 @@
+"""Fused linear+ReLU and softmax attention for PyTorch, under one contract on every backend."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fastattn import backends, functional
+from fastattn.backends import FastAttnWarning
+from fastattn.functional import linear_relu, mlp, scaled_dot_product_attention, varlen_attn
+
+__version__ = "0.1.0"
+
+# Loaded on first use, so that importing fastattn stays quick.
+_LAZY = {
+    "nn": "fastattn.nn",
+    "integrations": "fastattn.integrations",
+    "patch": "fastattn.integrations.torch_nn",
+    "unpatch": "fastattn.integrations.torch_nn",
+    "PatchReport": "fastattn.integrations.torch_nn",
+    "override_sdpa": "fastattn.integrations.sdpa",
+}
+
+__all__ = [
+    "FastAttnWarning",
+    "PatchReport",
+    "__version__",
+    "backends",
+    "functional",
+    "integrations",
+    "linear_relu",
+    "mlp",
+    "nn",
+    "override_sdpa",
+    "patch",
+    "scaled_dot_product_attention",
+    "unpatch",
+    "varlen_attn",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    return module if name in ("nn", "integrations") else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,59 @@
+"""Loads the native library if it was built. Importing this module never fails; using the library says why it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).parent
+
+
+def _read_build_info() -> dict:
+    try:
+        return json.loads((_PACKAGE / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {"native": False, "reason": "the package was never built", "hint": "pip install ."}
+
+
+def _load() -> str | None:
+    """Loads the library; returns why it could not be, and what to do, or None."""
+    if not build_info.get("native"):
+        return f"{build_info.get('reason')}; {build_info.get('hint')}"
+    try:
+        torch.ops.load_library(str(_PACKAGE / "_ops.so"))
+        from fastattn import _C
+
+        _C.cpu_isa()  # an unusable FASTATTN_CPU_ISA shows here
+    except (OSError, ImportError, RuntimeError) as error:
+        return f"{error}; reinstall fastattn with this torch ({torch.__version__}), or see its settings"
+    return None
+
+
+build_info: dict = _read_build_info()
+_failure: str | None = _load()
+HAS_NATIVE: bool = _failure is None
+
+
+def why_not() -> str | None:
+    """Why the native library is missing and what to do about it; None when it is loaded."""
+    return _failure
+
+
+def cpu_isa() -> str | None:
+    """The kernel set in use (``avx512``, ``avx2``, ``generic``), or None without the native library."""
+    if not HAS_NATIVE:
+        return None
+    from fastattn import _C
+
+    return _C.cpu_isa()
+
+
+def cpu_features() -> list[str]:
+    """The SIMD extensions of this processor that the kernels know of."""
+    if not HAS_NATIVE:
+        return []
+    from fastattn import _C
+
+    return _C.cpu_features()

@@ -1,0 +1,140 @@
+"""Which backend serves a call, and why the others do not.
+
+A backend's limits are the reasons it gives against a problem; the first backend without one is taken. An explicit
+backend is obeyed or raises with its reasons.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastattn import _extension
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+OPS = ("attention", "varlen_attn", "linear_relu", "mlp")
+
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_default = os.environ.get("FASTATTN_BACKEND") or None
+_warned: set[tuple[str, str]] = set()
+
+
+class FastAttnWarning(UserWarning):
+    """The O(S²) reference backend was taken because no kernel serves the call."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a backend must know to say whether it serves a call."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    options: tuple[str, ...] = field(default=())  # the extras in use: window_size, softcap, alibi_slopes
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend chosen for a call, and the reasons against each of the others."""
+
+    op: str
+    backend: str
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend}"]
+        for name, reasons in self.reasons.items():
+            if name != self.backend:
+                lines.append(f"  not {name}: {'; '.join(reasons) or 'comes after ' + self.backend}")
+        return "\n".join(lines)
+
+
+def reasons(problem: Problem, backend: str) -> list[str]:
+    """Why ``backend`` does not serve ``problem``; empty where it does."""
+    if backend == "reference":
+        return []
+    if backend in ("cuda", "triton"):
+        return [f"this version has no {backend} kernels"]
+    found = []
+    if not _extension.HAS_NATIVE:
+        found.append(f"the native library is not loaded ({_extension.why_not()})")
+    if problem.device != "cpu":
+        found.append(f"the inputs are on {problem.device}")
+    if problem.dtype not in _CPU_DTYPES:
+        found.append(f"{problem.dtype} is not one of float32, float64, bfloat16, float16")
+    found += [f"the cpu kernels do not take {option} yet" for option in problem.options]
+    return found
+
+
+def select(problem: Problem, backend: str | None = None) -> str:
+    """The backend for ``problem``: ``backend``, or ``FASTATTN_BACKEND``, or the first without a reason against it.
+
+    Raises ValueError for an unknown backend and RuntimeError, with the reasons, for one that cannot serve the call.
+    """
+    explicit = backend if backend is not None else _default
+    if explicit is not None:
+        if explicit not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {explicit!r}")
+        against = reasons(problem, explicit)
+        if against:
+            raise RuntimeError(f"backend {explicit!r} cannot serve {problem.op}: {'; '.join(against)}")
+        return explicit
+    native_first = "cpu" if problem.device == "cpu" else "cuda"
+    against = reasons(problem, native_first)
+    if not against:
+        return native_first
+    if not torch.compiler.is_compiling():
+        _warn_reference(problem, against)
+    return "reference"
+
+
+def _warn_reference(problem: Problem, against: list[str]) -> None:
+    message = f"{problem.op} runs on the O(S²) reference backend: {'; '.join(against)}"
+    if (problem.op, message) not in _warned:
+        _warned.add((problem.op, message))
+        warnings.warn(message, FastAttnWarning, stacklevel=4)
+
+
+def available() -> list[str]:
+    """The backends that can serve anything on this machine."""
+    return (["cpu"] if _extension.HAS_NATIVE else []) + ["reference"]
+
+
+def explain(op: str, *args: Tensor, backend: str | None = None, **options: object) -> Explanation:
+    """Which backend serves ``op`` (one of ``attention``, ``varlen_attn``, ``linear_relu``, ``mlp``) with these
+    arguments, and why not the others. Nothing is computed."""
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if not tensors:
+        raise TypeError("args: expected the op's tensors, got none")
+    extras = active_options(**{k: v for k, v in options.items() if k in _EXTRAS})
+    problem = Problem(op, tensors[0].device.type, tensors[0].dtype, extras)
+    against = {name: reasons(problem, name) for name in BACKENDS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FastAttnWarning)
+        chosen = select(problem, backend)
+    return Explanation(op, chosen, against)
+
+
+_EXTRAS = ("window_size", "softcap", "alibi_slopes")
+
+
+def active_options(
+    window_size: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+) -> tuple[str, ...]:
+    """The names of the extras that a call makes use of."""
+    active = ()
+    if window_size is not None and tuple(window_size) != (-1, -1):
+        active += ("window_size",)
+    if softcap:
+        active += ("softcap",)
+    if alibi_slopes is not None:
+        active += ("alibi_slopes",)
+    return active

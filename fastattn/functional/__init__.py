@@ -1,0 +1,15 @@
+"""The user's functions and their autograd Functions."""
+
+from fastattn.functional.attention import AttentionFunction, scaled_dot_product_attention
+from fastattn.functional.linear import LinearReLUFunction, MLPFunction, linear_relu, mlp
+from fastattn.functional.varlen import varlen_attn
+
+__all__ = [
+    "AttentionFunction",
+    "LinearReLUFunction",
+    "MLPFunction",
+    "linear_relu",
+    "mlp",
+    "scaled_dot_product_attention",
+    "varlen_attn",
+]

@@ -1,0 +1,185 @@
+"""Softmax attention: the user's function and its autograd Function."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from fastattn import backends, ops, reference
+from fastattn.functional import _validate
+from fastattn.functional._autograd import autocast, first_order
+
+
+class AttentionFunction(torch.autograd.Function):
+    """(out, lse) by the kernels. Saves q, k, v, the mask, out, LSE and the dropout seed: O(S) memory."""
+
+    @staticmethod
+    def forward(query, key, value, attn_mask, seed, is_causal, scale, dropout_p):
+        return ops.attention_forward(
+            query, key, value, attn_mask, seed, is_causal, scale, dropout_p
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        query, key, value, attn_mask, seed, ctx.is_causal, ctx.scale, ctx.dropout_p = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, attn_mask, seed, *output)
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        query, key, value, attn_mask, seed, out, lse = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:4])
+        if grad_out is None and grad_lse is None:
+            return (None,) * 8
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+
+        def kernel(grad_out, grad_lse, query, key, value, attn_mask):
+            return ops.attention_backward(
+                grad_out,
+                grad_lse,
+                query,
+                key,
+                value,
+                attn_mask,
+                out,
+                lse,
+                seed,
+                ctx.is_causal,
+                ctx.scale,
+                ctx.dropout_p,
+                needs,
+            )
+
+        grads = first_order(
+            kernel, "attention", grad_out, grad_lse, query, key, value, attn_mask
+        )
+        grads = (g if need else None for g, need in zip(grads, needs, strict=True))
+        return (*grads, None, None, None, None)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window_size: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale · Q Kᵀ + mask) V; the positional part is ``torch.nn.functional``'s, with its meaning.
+
+    Args:
+        query: ``[..., Hq, Sq, D]``, floating point.
+        key: ``[..., Hk, Sk, D]``; value: ``[..., Hk, Sk, Dv]``. Batch dimensions broadcast.
+        attn_mask: bool (True = attend) or float added to the scores, broadcastable to ``[..., Hq, Sq, Sk]``. A float
+            mask may require grad. ``torch.nn.attention.bias.causal_lower_right`` is accepted.
+        dropout_p: probability in [0, 1) of dropping an attention weight; applied whenever it is positive.
+        is_causal: query i sees keys j <= i (top-left aligned). Together with attn_mask: both.
+        scale: finite; ``1/sqrt(D)`` by default.
+        enable_gqa: allow Hk to be a divisor of Hq.
+        window_size: ``(left, right)``: query i sees i-left <= j <= i+right; -1 is unbounded.
+        softcap: c > 0 turns a score s into c·tanh(s/c) before the mask.
+        alibi_slopes: ``[Hq]`` or ``[B, Hq]``: adds -slope·|i-j|.
+        return_lse: also return the log-sum-exp of each row, ``[..., Hq, Sq]``, float32 (float64), differentiable.
+        backend: ``cpu``, ``reference`` or None for the first that serves the call.
+
+    Returns:
+        ``[..., Hq, Sq, Dv]`` in query's dtype. A row with nothing to attend to is 0, its LSE -inf, its gradients 0.
+
+    Raises:
+        ValueError, TypeError: bad input; RuntimeError: an explicit backend that cannot serve the call.
+    """
+    _validate.attention(query, key, value, enable_gqa)
+    _validate.probability("dropout_p", dropout_p)
+    if window_size is not None or softcap or alibi_slopes is not None:
+        _validate.extras(window_size, softcap, alibi_slopes, query)
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    else:
+        _validate.number("scale", scale)
+    query, key, value = autocast(query, key, value)
+
+    unbatched = query.dim() == 2
+    if unbatched:
+        query, key, value = query[None], key[None], value[None]
+    query, key, value = _broadcast_batch(query, key, value)
+    if attn_mask is not None:
+        attn_mask, is_causal = _prepare_mask(attn_mask, is_causal, query, key)
+
+    problem = backends.Problem(
+        "attention",
+        query.device.type,
+        query.dtype,
+        backends.active_options(window_size, softcap, alibi_slopes),
+    )
+    chosen = backends.select(problem, backend)
+    seed = None
+    if dropout_p > 0.0:
+        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    if chosen == "reference":
+        out, lse = reference.attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            seed=seed,
+            is_causal=is_causal,
+            scale=scale,
+            dropout_p=dropout_p,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+        )
+    else:
+        out, lse = AttentionFunction.apply(
+            query, key, value, attn_mask, seed, is_causal, float(scale), float(dropout_p)
+        )
+    if unbatched:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_lse else out
+
+
+def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch = query.shape[:-3]
+    if key.shape[:-3] == batch and value.shape[:-3] == batch:
+        return query, key, value
+    try:
+        batch = torch.broadcast_shapes(batch, key.shape[:-3], value.shape[:-3])
+    except RuntimeError as error:
+        raise ValueError(
+            "key, value: expected batch dimensions that broadcast with query's "
+            f"{tuple(query.shape[:-3])}, got {tuple(key.shape[:-3])} and {tuple(value.shape[:-3])}"
+        ) from error
+    return tuple(x.expand(*batch, *x.shape[-3:]) for x in (query, key, value))
+
+
+def _prepare_mask(
+    mask: Tensor, is_causal: bool, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, bool]:
+    """The mask with query's rank and a kernel's dtype, and whether the call is causal."""
+    seq_q, seq_k = query.shape[-2], key.shape[-2]
+    if isinstance(mask, CausalBias):
+        if (mask.seq_len_q, mask.seq_len_kv) != (seq_q, seq_k):
+            raise ValueError(
+                f"attn_mask: expected a causal bias of ({seq_q}, {seq_k}), "
+                f"got ({mask.seq_len_q}, {mask.seq_len_kv})"
+            )
+        if mask.variant == CausalVariant.UPPER_LEFT or seq_q == seq_k:
+            return None, True
+        mask = torch.ones((seq_q, seq_k), dtype=torch.bool, device=query.device).tril(seq_k - seq_q)
+    _validate.attn_mask(mask, query, (*query.shape[:-1], seq_k))
+    mask = mask[(None,) * (query.dim() - mask.dim())]
+    if mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    return mask, is_causal

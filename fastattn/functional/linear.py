@@ -1,0 +1,135 @@
+"""Linear+ReLU and the MLP: the user's functions and their autograd Functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn import backends, ops, reference
+from fastattn.functional import _validate
+from fastattn.functional._autograd import autocast, first_order
+
+
+class LinearReLUFunction(torch.autograd.Function):
+    """relu(x Wᵀ + b) and its bit-mask. Saves x, W and one bit an output element."""
+
+    @staticmethod
+    def forward(input, weight, bias):
+        return ops.linear_relu_forward(input, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        input, weight, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, weight, output[1])
+
+    @staticmethod
+    def backward(ctx, grad_out, _grad_mask):
+        if grad_out is None:
+            return None, None, None
+        input, weight, mask = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad)
+
+        def kernel(grad_out, input, weight):
+            return ops.linear_relu_backward(grad_out, input, weight, mask, needs)
+
+        grads = first_order(kernel, "linear_relu", grad_out, input, weight)
+        return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+class MLPFunction(torch.autograd.Function):
+    """A whole Linear-ReLU-...-Linear stack as one node: (out, hidden activations...). Saves x, the weights and the
+    hidden activations, from which the ReLUs are read."""
+
+    @staticmethod
+    def forward(input, layers, *parameters):
+        weights, biases = list(parameters[:layers]), list(parameters[layers:])
+        absent = input.new_empty((0,))
+        biases = [absent if b is None else b for b in biases]
+        return tuple(ops.mlp_forward(input, weights, biases))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        input, ctx.layers, *parameters = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, *parameters[: ctx.layers], *output[1:])
+
+    @staticmethod
+    def backward(ctx, grad_out, *_grad_hidden):
+        layers = ctx.layers
+        if grad_out is None:
+            return (None,) * (2 + 2 * layers)
+        input, *rest = ctx.saved_tensors
+        weights, hidden = rest[:layers], rest[layers:]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+
+        def kernel(grad_out, input, *weights):
+            return ops.mlp_backward(grad_out, input, list(weights), list(hidden), needs)
+
+        grads = first_order(kernel, "mlp", grad_out, input, *weights)
+        grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+        return (grads[0], None, *grads[1:])
+
+
+def linear_relu(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """relu(input weightᵀ + bias).
+
+    Args:
+        input: ``[..., in_features]``, floating point.
+        weight: ``[out_features, in_features]``; bias: ``[out_features]`` or None; input's dtype and device.
+        backend: ``cpu``, ``reference`` or None for the first that serves the call.
+
+    Returns:
+        ``[..., out_features]`` in input's dtype. A NaN stays a NaN.
+    """
+    if isinstance(input, Tensor):
+        input, weight, bias = autocast(input, weight, bias)
+    _validate.linear(input, weight, bias)
+    _validate.in_features("weight", weight, input.shape[-1])
+    problem = backends.Problem("linear_relu", input.device.type, input.dtype)
+    if backends.select(problem, backend) == "reference":
+        return reference.linear_relu(input, weight, bias)
+    return LinearReLUFunction.apply(input, weight, bias)[0]
+
+
+def mlp(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear-ReLU-...-Linear, no ReLU after the last, as one autograd node.
+
+    Args:
+        input: ``[..., N_0]``, floating point.
+        weights: L >= 1 tensors ``[N_l, N_{l-1}]``; biases: L tensors ``[N_l]`` or Nones, or None for no bias at all.
+        backend: ``cpu``, ``reference`` or None for the first that serves the call.
+
+    Returns:
+        ``[..., N_L]`` in input's dtype.
+    """
+    weights = list(weights)
+    biases = [None] * len(weights) if biases is None else list(biases)
+    if not weights:
+        raise ValueError("weights: expected at least 1 layer, got none")
+    if len(biases) != len(weights):
+        raise ValueError(f"biases: expected {len(weights)} entries as weights, got {len(biases)}")
+    if isinstance(input, Tensor):
+        input, *parameters = autocast(input, *weights, *biases)
+        weights, biases = parameters[: len(weights)], parameters[len(weights) :]
+    width = None
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        _validate.linear(input, weight, bias, suffix=f" {layer}")
+        _validate.in_features(f"weight {layer}", weight, input.shape[-1] if width is None else width)
+        width = weight.shape[0]
+    problem = backends.Problem("mlp", input.device.type, input.dtype)
+    if backends.select(problem, backend) == "reference":
+        return reference.mlp(input, weights, biases)
+    return MLPFunction.apply(input, len(weights), *weights, *biases)[0]

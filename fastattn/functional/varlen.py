@@ -1,0 +1,96 @@
+"""Attention over packed sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.functional import _validate
+from fastattn.functional.attention import scaled_dot_product_attention
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    dropout_p: float = 0.0,
+    window_size: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of each of B packed sequences with itself; names as ``torch.nn.attention.varlen.varlen_attn``.
+
+    Args:
+        query: ``[total_q, Hq, D]``; key: ``[total_k, Hk, D]``; value: ``[total_k, Hk, Dv]``; Hk divides Hq.
+        cu_seq_q, cu_seq_k: int32 or int64 ``[B + 1]``: where each sequence starts, and the total at the end.
+        max_q, max_k: upper bounds of the lengths.
+        is_causal, scale, dropout_p, window_size, softcap, alibi_slopes, return_lse, backend: as in
+            ``scaled_dot_product_attention``; the causal mask is top-left aligned in each sequence.
+
+    Returns:
+        ``[total_q, Hq, Dv]`` (and the LSE, ``[Hq, total_q]``).
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _validate.tensor(name, x)
+        if x.dim() != 3:
+            raise ValueError(f"{name}: expected 3 dimensions [tokens, heads, dim], got {tuple(x.shape)}")
+    starts_q = _sequence_starts("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
+    starts_k = _sequence_starts("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
+    if len(starts_q) != len(starts_k):
+        raise ValueError(
+            f"cu_seq_k: expected {len(starts_q)} entries as cu_seq_q, got {len(starts_k)}"
+        )
+    outs, lses = [], []
+    for b in range(len(starts_q) - 1):
+        rows_q, rows_k = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
+        slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
+        out, lse = scaled_dot_product_attention(
+            query[rows_q].transpose(0, 1),
+            key[rows_k].transpose(0, 1),
+            value[rows_k].transpose(0, 1),
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=True,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=slopes,
+            return_lse=True,
+            backend=backend,
+        )
+        outs.append(out.transpose(0, 1))
+        lses.append(lse)
+    if not outs:
+        out = query.new_empty((0, query.shape[1], value.shape[-1]))
+        lse = query.new_empty((query.shape[1], 0), dtype=torch.float32)
+    else:
+        out, lse = torch.cat(outs), torch.cat(lses, dim=1)
+    return (out, lse) if return_lse else out
+
+
+def _sequence_starts(
+    argument: str, starts: Tensor, tokens: int, max_argument: str, longest: int
+) -> list[int]:
+    if not isinstance(starts, Tensor) or starts.dtype not in (torch.int32, torch.int64):
+        got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
+        raise TypeError(f"{argument}: expected an int32 or int64 tensor, got {got}")
+    if starts.dim() != 1 or starts.numel() == 0:
+        raise ValueError(f"{argument}: expected shape [B + 1], got {tuple(starts.shape)}")
+    values = starts.tolist()
+    if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(
+            f"{argument}: expected non-decreasing starts from 0 to {tokens}, got {values}"
+        )
+    lengths = [b - a for a, b in zip(values, values[1:], strict=False)]
+    if lengths and max(lengths) > longest:
+        raise ValueError(f"{max_argument}: expected at least {max(lengths)}, got {longest}")
+    return values

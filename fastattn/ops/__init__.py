@@ -1,0 +1,18 @@
+"""The registered ops, without autograd, and what they return for fake tensors."""
+
+from fastattn.ops.attention import attention_backward, attention_forward
+from fastattn.ops.linear import (
+    linear_relu_backward,
+    linear_relu_forward,
+    mlp_backward,
+    mlp_forward,
+)
+
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "linear_relu_backward",
+    "linear_relu_forward",
+    "mlp_backward",
+    "mlp_forward",
+]

@@ -1,0 +1,70 @@
+"""Linear+ReLU and MLP ops: input ``[*, K]``, weight ``[N, K]``, bias ``[N]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn import _extension
+
+
+def linear_relu_forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """out ``[*, N]`` and its ReLU bit-mask, uint8 ``[M, ceil(N / 8)]`` with M rows of input."""
+    return torch.ops.fastattn.linear_relu_forward(input, weight, bias)
+
+
+def linear_relu_backward(
+    grad_out: Tensor, input: Tensor, weight: Tensor, mask: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias; one that is not needed has shape ``[0]``."""
+    return torch.ops.fastattn.linear_relu_backward(grad_out, input, weight, mask, needs)
+
+
+def mlp_forward(input: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    """[out, h_1, ..., h_{L-1}]: the output and the hidden activations; an absent bias has shape ``[0]``."""
+    return torch.ops.fastattn.mlp_forward(input, weights, biases)
+
+
+def mlp_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    weights: list[Tensor],
+    hidden: list[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of input, the L weights, the L biases; one that is not needed has shape ``[0]``."""
+    return torch.ops.fastattn.mlp_backward(grad_out, input, weights, hidden, needs)
+
+
+if _extension.HAS_NATIVE:
+
+    @torch.library.register_fake("fastattn::linear_relu_forward")
+    def _(input, weight, bias):
+        rows = 1
+        for extent in input.shape[:-1]:
+            rows = rows * extent
+        out = input.new_empty((*input.shape[:-1], weight.shape[0]))
+        return out, input.new_empty((rows, (weight.shape[0] + 7) // 8), dtype=torch.uint8)
+
+    @torch.library.register_fake("fastattn::linear_relu_backward")
+    def _(grad_out, input, weight, mask, needs):
+        shapes = (input.shape, weight.shape, (weight.shape[0],))
+        return tuple(
+            input.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True)
+        )
+
+    @torch.library.register_fake("fastattn::mlp_forward")
+    def _(input, weights, biases):
+        activations = [input.new_empty((*input.shape[:-1], w.shape[0])) for w in weights]
+        return [activations[-1], *activations[:-1]]
+
+    @torch.library.register_fake("fastattn::mlp_backward")
+    def _(grad_out, input, weights, hidden, needs):
+        shapes = [input.shape, *(w.shape for w in weights), *((w.shape[0],) for w in weights)]
+        return [
+            input.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True)
+        ]
