@@ -36,7 +36,7 @@ def like(argument: str, x: object, first_name: str, first: Tensor) -> None:
 def number(argument: str, x: object) -> None:
     if isinstance(x, bool) or not isinstance(x, int | float | torch.SymFloat | torch.SymInt):
         _bad(TypeError, argument, "a number", type(x).__name__)
-    if isinstance(x, float) and not math.isfinite(x):
+    if isinstance(x, float) and not -math.inf < x < math.inf:
         _bad(ValueError, argument, "a finite number", x)
 
 

@@ -1,0 +1,93 @@
+"""Linear layers with a ReLU, alone and stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastattn import functional
+
+
+class LinearReLU(nn.Linear):
+    """``relu(x Wᵀ + b)`` in one kernel; ``torch.nn.Linear``'s arguments and state_dict."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``."""
+        return functional.linear_relu(input, self.weight, self.bias)
+
+
+class FusedReLU(nn.ReLU):
+    """Stands where a ReLU was that the Linear before it now does; returns its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does what ``kind.forward`` does and nothing else: the exact type, no hooks."""
+    return type(module) is kind and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+class MLP(nn.Sequential):
+    """Linear-ReLU-...-Linear as one autograd node.
+
+    ``MLP(784, 128, 10)`` or ``MLP(784, [256, 128], 10)``. The state_dict is that of
+    ``nn.Sequential(Linear, ReLU, Linear, ...)``: keys ``0.weight``, ``0.bias``, ``2.weight``, ...
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | Sequence[int],
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        hidden = [hidden_features] if isinstance(hidden_features, int) else list(hidden_features)
+        widths = [in_features, *hidden, out_features]
+        layers: list[nn.Module] = []
+        for n_in, n_out in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(n_in, n_out, bias=bias, device=device, dtype=dtype), nn.ReLU()]
+        super().__init__(*layers[:-1])
+
+    @staticmethod
+    def fits(sequential: nn.Sequential) -> bool:
+        """Whether it is Linear, ReLU, ..., Linear with at least one ReLU and no hooks on its children."""
+        children = list(sequential)
+        return (
+            len(children) >= 3
+            and len(children) % 2 == 1
+            and all(is_plain(m, (nn.Linear, nn.ReLU)[i % 2]) for i, m in enumerate(children))
+        )
+
+    @classmethod
+    def from_sequential(cls, sequential: nn.Sequential) -> MLP:
+        """An MLP that shares ``sequential``'s layers: the same Parameter objects, the same keys."""
+        if not cls.fits(sequential):
+            raise ValueError(
+                f"sequential: expected Linear, ReLU, ..., Linear without hooks, got {sequential}"
+            )
+        shared = cls.__new__(cls)
+        nn.Sequential.__init__(shared, *sequential)
+        shared.train(sequential.training)
+        return shared
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``."""
+        if not MLP.fits(self):  # a hook or another module was put in since
+            return super().forward(input)
+        layers = list(self)[::2]
+        return functional.mlp(input, [m.weight for m in layers], [m.bias for m in layers])
