@@ -7,14 +7,16 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
-constexpr int64_t kPanelsPerStep = 4;          // keys per online-softmax step: 256 in fp32 on AVX-512
+constexpr int64_t kStepKeys = 256;  // keys per online-softmax step
 constexpr int64_t kGroupBytes = int64_t{8} << 20;
 
 template <class T>
 class AttentionForward {
   using A = Acc<T>;
   static constexpr int64_t kPanelKeys = kPanel<A>;
-  static constexpr int64_t kStep = kPanelsPerStep * kPanelKeys;
+  // An odd number of cache lines: rows 1 KB apart would all fall into the same few sets of L1.
+  static constexpr int64_t kStep = kStepKeys + 64 / static_cast<int64_t>(sizeof(A));
+  static constexpr int64_t kPanelsPerStep = kStepKeys / kPanelKeys;
 
  public:
   AttentionForward(const AttentionProblem& problem, const Parallel& parallel)
@@ -31,7 +33,8 @@ class AttentionForward {
     panels_ = ceil_div(p_.seq_k, kPanelKeys);
     dim_v_padded_ = round_up(p_.head_dim_v, kWidth<A>);
     k_elements_ = round_up(panels_ * kPanelKeys * p_.head_dim, 16);
-    unit_elements_ = k_elements_ + round_up(p_.seq_k * dim_v_padded_, 16);
+    v_panels_ = ceil_div(p_.head_dim_v, kPanelKeys);
+    unit_elements_ = k_elements_ + round_up(v_panels_ * kPanelKeys * p_.seq_k, 16);
     const int64_t units = p_.batch * units_per_batch_;
     const int64_t unit_bytes = max64(1, unit_elements_ * static_cast<int64_t>(sizeof(A)));
     const int64_t group = max64(1, min64(units, max64(parallel_.threads, kGroupBytes / unit_bytes)));
@@ -53,30 +56,34 @@ class AttentionForward {
   }
 
  private:
-  // Packed keys: K^T panels [panels][D][kPanel], then V [Sk, Dv padded].
+  // Packed keys: K^T panels [panels][D][kPanel], then V's columns as panels [panels][Sk][kPanel].
   void pack_unit(int64_t unit, A* dst) const {
     const int64_t batch = unit / units_per_batch_, head = unit % units_per_batch_ * heads_per_unit_;
     const int64_t head_k = head / (p_.heads_q / p_.heads_k);
     A* staging = thread_scratch<A>(1, kPanelKeys * p_.head_dim);
     pack_key_panels(dst, head_data<T>(p_, p_.k, batch, head_k), p_.k.row_stride, p_.seq_k, p_.head_dim, staging);
     A* v = dst + k_elements_;
-    pack_rows(v, dim_v_padded_, head_data<T>(p_, p_.v, batch, head_k), p_.v.row_stride, p_.seq_k, p_.head_dim_v);
+    for (int64_t d = 0; d < p_.head_dim_v; d += kPanelKeys) {
+      pack_rows(v + d * p_.seq_k, kPanelKeys, head_data<T>(p_, p_.v, batch, head_k) + d, p_.v.row_stride, p_.seq_k,
+                min64(kPanelKeys, p_.head_dim_v - d));
+    }
     if (!clear_hidden_) return;
     const HeadMask<T> mask = head_mask<T>(p_, batch, head);
     for (int64_t j = 0; j < p_.seq_k; ++j) {
       if (!key_is_hidden(p_, mask, j)) continue;
-      for (int64_t d = 0; d < dim_v_padded_; ++d) v[j * dim_v_padded_ + d] = A(0);
+      for (int64_t d = 0; d < v_panels_ * kPanelKeys; ++d) v[(d / kPanelKeys * p_.seq_k + j) * kPanelKeys + d % kPanelKeys] = A(0);
     }
   }
 
   void query_block(int64_t batch, int64_t head, int64_t i0, const A* packed) const {
     const int64_t rows = min64(kBlockQ, p_.seq_q - i0), dim = p_.head_dim;
-    A* q = thread_scratch<A>(2, rows * dim + kBlockQ * (dim_v_padded_ + 4) + kRows * kStep + kStep + 64);
-    A* o = q + round_up(rows * dim, 16);    // [rows, Dv padded]
-    A* m = o + kBlockQ * dim_v_padded_;     // [rows] running maximum
-    A* l = m + kBlockQ;                     // [rows] running sum
-    A* s = l + kBlockQ;                     // [6, kStep]
-    A* z = s + kRows * kStep;               // [kStep] dropout multipliers of one row
+    A* q = thread_scratch<A>(2, round_up(rows * dim, 16) + kBlockQ * (dim_v_padded_ + 3) + kBlockQ * kStep + kStep + 64);
+    A* o = q + round_up(rows * dim, 16);  // [rows, Dv padded]
+    A* m = o + kBlockQ * dim_v_padded_;   // [rows] running maximum
+    A* l = m + kBlockQ;                   // [rows] running sum
+    A* rescale = l + kBlockQ;             // [rows] of the current step
+    A* s = rescale + kBlockQ;             // [rows, kStep]
+    A* z = s + kBlockQ * kStep;           // [kStep] dropout multipliers of one row
     const T* q_rows = head_data<T>(p_, p_.q, batch, head) + i0 * p_.q.row_stride;
     for (int64_t i = 0; i < rows; ++i) {
       convert(q + i * dim, q_rows + i * p_.q.row_stride, dim);
@@ -99,55 +106,67 @@ class AttentionForward {
         ++panel;
         continue;
       }
-      const int64_t j0 = panel * kPanelKeys;
-      for (int64_t strip = 0; strip < rows; strip += kRows) {
-        const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
-        step(batch, head, mask, i0 + strip, strip_rows, j0, min64(run * kPanelKeys, p_.seq_k - j0), q + strip * dim,
-             packed, o + strip * dim_v_padded_, m + strip, l + strip, s, z);
-      }
+      const int64_t j0 = panel * kPanelKeys, keys = min64(run * kPanelKeys, p_.seq_k - j0);
       panel += run;
+
+      // A panel of K^T stays in L1 while the strips of Q pass by it.
+      for (int64_t c = 0; c < keys; c += kPanelKeys) {  // E1
+        for (int64_t strip = 0; strip < rows; strip += kRows) {
+          const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
+          const int64_t seen = min64(kPanelKeys, keys_seen(i0 + strip + strip_rows - 1, j0 + c, keys - c));
+          if (seen <= 0) continue;
+          micro_kernel(strip_rows, static_cast<int>(ceil_div(seen, kWidth<A>)), dim, Strided<A>{q + strip * dim, dim, 1},
+                       packed + (j0 + c) * dim, kPanelKeys, s + strip * kStep + c, kStep, Start::kZero);
+        }
+      }
+      for (int64_t strip = 0; strip < rows; strip += kRows) {
+        const int64_t strip_rows = min64(kRows, rows - strip);
+        const int64_t seen = keys_seen(i0 + strip + strip_rows - 1, j0, keys);
+        for (int64_t i = strip; seen > 0 && i < strip + strip_rows; ++i) {
+          softmax_row(batch, head, mask, i0 + i, j0, keys, seen, s + i * kStep, m[i], l[i], rescale[i], z);
+        }
+      }
+      for (int64_t d = 0; d < p_.head_dim_v; d += kPanelKeys) {  // E4
+        const A* v = packed + k_elements_ + d * p_.seq_k + j0 * kPanelKeys;
+        const int vecs = static_cast<int>(ceil_div(min64(kPanelKeys, p_.head_dim_v - d), kWidth<A>));
+        for (int64_t strip = 0; strip < rows; strip += kRows) {
+          const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
+          const int64_t seen = keys_seen(i0 + strip + strip_rows - 1, j0, keys);
+          if (seen <= 0) continue;
+          micro_kernel(strip_rows, vecs, seen, Strided<A>{s + strip * kStep, kStep, 1}, v, kPanelKeys,
+                       o + strip * dim_v_padded_ + d, dim_v_padded_, Start::kAdd, rescale + strip);
+        }
+      }
     }
     write_block(batch, head, i0, rows, o, m, l);
   }
 
-  // One online-softmax step: rows [i, i + strip_rows) against keys [j0, j0 + keys).
-  FASTATTN_INLINE void step(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i, int strip_rows, int64_t j0,
-                            int64_t keys, const A* q, const A* packed, A* o, A* m, A* l, A* s, A* z) const {
-    keys = min64(keys, key_limit(p_, i + strip_rows - 1) - j0);
-    if (keys <= 0) return;
-    const int64_t dim = p_.head_dim;
-    for (int64_t c = 0; c < keys; c += kPanelKeys) {  // E1
-      const int vecs = static_cast<int>(ceil_div(min64(kPanelKeys, keys - c), kWidth<A>));
-      micro_kernel(strip_rows, vecs, dim, Strided<A>{q, dim, 1}, packed + (j0 + c) * dim, kPanelKeys, s + c, kStep,
-                   Start::kZero);
+  // How many of the keys [j0, j0 + keys) row i may see without regard to the mask; <= 0 for none.
+  FASTATTN_INLINE int64_t keys_seen(int64_t i, int64_t j0, int64_t keys) const {
+    return min64(keys, key_limit(p_, i) - j0);
+  }
+
+  // Scores of row i -> probabilities relative to the running maximum; columns up to `width` are set.
+  FASTATTN_INLINE void softmax_row(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i, int64_t j0,
+                                   int64_t keys, int64_t width, A* row, A& m, A& l, A& rescale, A* z) const {
+    const int64_t seen = max64(0, keys_seen(i, j0, keys)), padded = round_up(seen, kWidth<A>);
+    A factor = static_cast<A>(p_.scale);
+    if (mask.kind != MaskKind::kNone || factor <= A(0)) {
+      scale_and_mask(mask, row, factor, i, j0, seen);
+      factor = A(1);
     }
-    A rescale[kRows];
-    bool rescales = false;
-    for (int r = 0; r < strip_rows; ++r) {
-      A* row = s + r * kStep;
-      const int64_t seen = max64(0, min64(keys, key_limit(p_, i + r) - j0)), padded = round_up(seen, kWidth<A>);
-      A factor = static_cast<A>(p_.scale);
-      if (mask.kind != MaskKind::kNone || factor <= A(0)) {
-        scale_and_mask(mask, row, factor, i + r, j0, seen);
-        factor = A(1);
-      }
-      for (int64_t j = seen; j < padded; ++j) row[j] = -kInf<A>;
-      const A block_max = row_max(row, padded) * factor;
-      const A previous = m[r], updated = previous > block_max ? previous : block_max;  // E2
-      const A shift = updated == -kInf<A> ? A(0) : updated;  // nothing seen yet: every e^{S - 0} is 0
-      rescale[r] = updated == previous ? A(1) : static_cast<A>(__builtin_exp(previous - shift));
-      rescales = rescales || rescale[r] != A(1);
-      l[r] = l[r] * rescale[r] + row_exp(row, padded, factor, shift);  // E3
-      m[r] = updated;
-      for (int64_t j = padded; j < keys; ++j) row[j] = A(0);
-      if (dropout_.active) {
-        dropout_.fill(z, batch, head, i + r, j0, padded);
-        row_multiply(row, z, padded);
-      }
+    for (int64_t j = seen; j < padded; ++j) row[j] = -kInf<A>;
+    const A block_max = row_max(row, padded) * factor;
+    const A previous = m, updated = previous > block_max ? previous : block_max;  // E2
+    const A shift = updated == -kInf<A> ? A(0) : updated;  // nothing seen yet: every e^{S - 0} is 0
+    rescale = updated == previous ? A(1) : static_cast<A>(__builtin_exp(previous - shift));
+    l = l * rescale + row_exp(row, padded, factor, shift);  // E3
+    m = updated;
+    for (int64_t j = padded; j < width; ++j) row[j] = A(0);
+    if (dropout_.active) {
+      dropout_.fill(z, batch, head, i, j0, padded);
+      row_multiply(row, z, padded);
     }
-    micro_kernel_wide(strip_rows, dim_v_padded_, keys, Strided<A>{s, kStep, 1},  // E4
-                      packed + k_elements_ + j0 * dim_v_padded_, dim_v_padded_, o, dim_v_padded_,
-                      Start::kAdd, rescales ? rescale : nullptr);
   }
 
   void write_block(int64_t batch, int64_t head, int64_t i0, int64_t rows, A* o, const A* m, const A* l) const {
@@ -167,7 +186,7 @@ class AttentionForward {
   const Parallel& parallel_;
   Dropout dropout_;
   bool clear_hidden_ = false;
-  int64_t heads_per_unit_ = 1, units_per_batch_ = 1, panels_ = 0, dim_v_padded_ = 0;
+  int64_t heads_per_unit_ = 1, units_per_batch_ = 1, panels_ = 0, v_panels_ = 0, dim_v_padded_ = 0;
   int64_t k_elements_ = 0, unit_elements_ = 0;
   A* packed_ = nullptr;
 };

@@ -73,7 +73,7 @@ class AttentionMaskGradient {
             tile.compute(batch, head, mask, i0, rows, j0, seen, queries.q, queries.dim_padded, queries.grad_out,
                          queries.dim_v_padded, keys.k_panels, keys.v_panels, queries.lse, queries.delta);
             for (int64_t r = 0; r < rows; ++r) {  // E11
-              const A* ds = tile.dscores + r * kBlockK;
+              const A* ds = tile.dscores + r * tile.kStride;
               A* row = sum + (per_row ? i0 - i_begin + r : 0) * kBlockK;
               if (per_col) {
                 for (int64_t j = 0; j < seen; ++j) row[j] += ds[j];

@@ -14,17 +14,19 @@ template <class T>
 struct ScoreTile {
   using A = Acc<T>;
   static constexpr int64_t kPanelKeys = kPanel<A>;
+  // An odd number of cache lines, so that the rows spread over all sets of L1.
+  static constexpr int64_t kStride = kBlockK + 64 / static_cast<int64_t>(sizeof(A));
 
   const AttentionProblem& p;
   const Dropout& dropout;
-  A* probs;    // [kBlockQ, kBlockK] Z * P
-  A* dscores;  // [kBlockQ, kBlockK] dS
+  A* probs;    // [kBlockQ, kStride] Z * P
+  A* dscores;  // [kBlockQ, kStride] dS
   A* z;        // [kBlockK]
 
-  static int64_t elements() { return 2 * kBlockQ * kBlockK + kBlockK + 64; }
+  static int64_t elements() { return 2 * kBlockQ * kStride + kBlockK + 64; }
   ScoreTile(const AttentionProblem& problem, const Dropout& drop, A* scratch)
-      : p(problem), dropout(drop), probs(scratch), dscores(probs + kBlockQ * kBlockK),
-        z(dscores + kBlockQ * kBlockK) {}
+      : p(problem), dropout(drop), probs(scratch), dscores(probs + kBlockQ * kStride),
+        z(dscores + kBlockQ * kStride) {}
 
   // Rows [i0, i0 + rows), keys [j0, j0 + keys). q [rows, q_stride], grad_out [rows, go_stride] and the panels are packed.
   void compute(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i0, int64_t rows, int64_t j0, int64_t keys,
@@ -32,20 +34,20 @@ struct ScoreTile {
                const A* lse, const A* delta) const {
     for (int64_t strip = 0; strip < rows; strip += kRows) {
       const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
-      A* strip_probs = probs + strip * kBlockK;
-      A* strip_dscores = dscores + strip * kBlockK;
+      A* strip_probs = probs + strip * kStride;
+      A* strip_dscores = dscores + strip * kStride;
       const int64_t seen = max64(0, min64(keys, key_limit(p, i0 + strip + strip_rows - 1) - j0));
       for (int64_t c = 0; c < seen; c += kPanelKeys) {
         const int vecs = static_cast<int>(ceil_div(min64(kPanelKeys, seen - c), kWidth<A>));
         micro_kernel(strip_rows, vecs, p.head_dim, Strided<A>{q + strip * q_stride, q_stride, 1},  // E1
-                     k_panels + c * p.head_dim, kPanelKeys, strip_probs + c, kBlockK, Start::kZero);
+                     k_panels + c * p.head_dim, kPanelKeys, strip_probs + c, kStride, Start::kZero);
         micro_kernel(strip_rows, vecs, p.head_dim_v, Strided<A>{grad_out + strip * go_stride, go_stride, 1},  // E7
-                     v_panels + c * p.head_dim_v, kPanelKeys, strip_dscores + c, kBlockK, Start::kZero);
+                     v_panels + c * p.head_dim_v, kPanelKeys, strip_dscores + c, kStride, Start::kZero);
       }
       for (int r = 0; r < strip_rows; ++r) {
         const int64_t i = strip + r;
-        row(batch, head, mask, i0 + i, j0, keys, lse[i], delta[i], strip_probs + r * kBlockK,
-            strip_dscores + r * kBlockK);
+        row(batch, head, mask, i0 + i, j0, keys, lse[i], delta[i], strip_probs + r * kStride,
+            strip_dscores + r * kStride);
       }
     }
   }

@@ -1,6 +1,6 @@
 // C [m, n] = A [m, k] B [k, n], tile by tile, with the operands brought in and the result taken out by functors:
 //   load_b(panel, j0, cols, dst)  writes B's columns [j0, j0 + cols) as one panel [k, kPanel], zero past `cols`;
-//   load_a(i0, rows, first_columns, scratch) -> Strided<A>  gives rows [i0, i0 + rows) of A, in place or in `scratch`,
+//   load_a(i0, rows, first_columns, scratch) -> Strips<A>  gives rows [i0, i0 + rows) of A, in place or in `scratch`,
 //                                 which holds kBlockM * k elements; first_columns is true once for every block of rows;
 //   store_c(i, j0, cols, row)     takes row i of C, columns [j0, j0 + cols), from the tile in L1.
 // B is packed once, in parallel; then a task owns one block of rows and a group of panels.
@@ -11,9 +11,20 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
+// Rows of A in strips of kRows: strip s begins at data + s * strip and is read as Strided.
+template <class A>
+struct Strips {
+  const A* data;
+  int64_t strip;
+  int64_t row;
+  int64_t depth;
+
+  static Strips row_major(const A* data, int64_t stride) { return {data, kRows * stride, stride, 1}; }
+};
+
 constexpr int64_t kBlockM = 96;     // 16 strips of 6 rows
 constexpr int64_t kBlockDepth = 512;  // one panel's share: 128 KB in fp32, streamed from L2
-constexpr double kSerialFlops = 1e6;  // below this a second thread costs more than it saves
+constexpr double kSerialFlops = 3e6;  // below this a second thread costs more than it saves
 
 template <class A, class LoadA, class LoadB, class StoreC>
 void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& load_b, const StoreC& store_c,
@@ -37,14 +48,14 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
     const int64_t first = task % groups * panels_per_group, last = min64(panels, first + panels_per_group);
     A* scratch = thread_scratch<A>(5, kBlockM * k + kBlockM * kPanel<A> + 64);
     A* c = scratch + round_up(kBlockM * k, 16);  // [kBlockM, kPanel]
-    const Strided<A> a = load_a(i0, rows, task % groups == 0, scratch);
+    const Strips<A> a = load_a(i0, rows, task % groups == 0, scratch);
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t j0 = panel * kPanel<A>, cols = min64(kPanel<A>, n - j0);
       const int vecs = static_cast<int>(ceil_div(cols, kWidth<A>));
       for (int64_t d = 0; d == 0 || d < k; d += kBlockDepth) {
         const int64_t depth = min64(kBlockDepth, k - d);
         for (int64_t strip = 0; strip < rows; strip += kRows) {
-          const Strided<A> a_strip{a.data + strip * a.row + d * a.depth, a.row, a.depth};
+          const Strided<A> a_strip{a.data + strip / kRows * a.strip + d * a.depth, a.row, a.depth};
           micro_kernel(static_cast<int>(min64(kRows, rows - strip)), vecs, depth, a_strip,
                        packed_b + j0 * k + d * kPanel<A>, kPanel<A>, c + strip * kPanel<A>, kPanel<A>,
                        d == 0 ? Start::kZero : Start::kAdd);

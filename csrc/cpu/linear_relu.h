@@ -16,12 +16,12 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
   T* y = static_cast<T*>(p.y);                    // [m, n]
   const int64_t mask_bytes = ceil_div(p.n, 8);
 
-  const auto load_a = [&](int64_t i0, int64_t rows, bool, A* scratch) -> Strided<A> {
+  const auto load_a = [&](int64_t i0, int64_t rows, bool, A* scratch) -> Strips<A> {
     if constexpr (sizeof(T) == sizeof(A)) {
-      return {x + i0 * p.x_stride, p.x_stride, 1};
+      return Strips<A>::row_major(x + i0 * p.x_stride, p.x_stride);
     } else {
       for (int64_t i = 0; i < rows; ++i) convert(scratch + i * p.k, x + (i0 + i) * p.x_stride, p.k);
-      return {scratch, p.k, 1};
+      return Strips<A>::row_major(scratch, p.k);
     }
   };
   const auto load_b = [&](int64_t j0, int64_t cols, A* dst) {
@@ -89,9 +89,9 @@ template <class T>
 void linear_input_gradient(const LinearBackwardProblem& p, const Parallel& parallel) {
   using A = Acc<T>;
   const T* w = static_cast<const T*>(p.w);
-  const auto load_a = [&](int64_t i0, int64_t rows, bool, A* scratch) -> Strided<A> {
+  const auto load_a = [&](int64_t i0, int64_t rows, bool, A* scratch) -> Strips<A> {
     for (int64_t i = 0; i < rows; ++i) load_masked_gradient<T>(p, i0 + i, 0, p.n, scratch + i * p.n);
-    return {scratch, p.n, 1};
+    return Strips<A>::row_major(scratch, p.n);
   };
   const auto load_b = [&](int64_t j0, int64_t cols, A* dst) { pack_row_panel(dst, w + j0, p.w_stride, p.n, cols); };
   const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
@@ -109,15 +109,19 @@ template <class T>
 void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& parallel) {
   using A = Acc<T>;
   const T* x = static_cast<const T*>(p.x);
-  const auto load_a = [&](int64_t j0, int64_t count, bool first_columns, A* scratch) -> Strided<A> {
-    A sums[kBlockM] = {};
+  const auto load_a = [&](int64_t j0, int64_t count, bool first_columns, A* scratch) -> Strips<A> {
+    A sums[kBlockM] = {}, row[kBlockM];
     for (int64_t i = 0; i < p.m; ++i) {
-      A* row = scratch + i * count;
       load_masked_gradient<T>(p, i, j0, count, row);
       for (int64_t j = 0; j < count; ++j) sums[j] += row[j];
+      // Strips [m][6]: the micro-kernel then reads whole cache lines.
+      for (int64_t strip = 0; strip < count; strip += kRows) {
+        const int64_t width = min64(kRows, count - strip);
+        for (int64_t j = 0; j < width; ++j) scratch[strip * p.m + i * kRows + j] = row[strip + j];
+      }
     }
     if (first_columns && p.grad_bias != nullptr) convert(static_cast<T*>(p.grad_bias) + j0, sums, count);
-    return {scratch, 1, count};
+    return {scratch, kRows * p.m, 1, kRows};
   };
   if (p.grad_w == nullptr || p.k == 0) {
     for (int64_t j0 = 0; j0 < p.n; j0 += kBlockM) {

@@ -11,8 +11,6 @@ struct Strided {
   const A* data;
   int64_t row;
   int64_t depth;
-
-  FASTATTN_INLINE Strided from_row(int64_t i) const { return {data + i * row, row, depth}; }
 };
 
 enum class Start { kZero, kAdd };  // C = AB; C = row_scale * C + AB, without row_scale C += AB

@@ -82,15 +82,6 @@ FASTATTN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return (Vec<float>)
 FASTATTN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
   return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
 }
-FASTATTN_INLINE Vec<float> round_nearest(Vec<float> x) { return (Vec<float>)_mm512_roundscale_ps((__m512)x, 8); }
-FASTATTN_INLINE Vec<double> round_nearest(Vec<double> x) { return (Vec<double>)_mm512_roundscale_pd((__m512d)x, 8); }
-// p * 2^n for an integer-valued n.
-FASTATTN_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
-  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
-}
-FASTATTN_INLINE Vec<double> scale_by_power(Vec<double> p, Vec<double> n) {
-  return (Vec<double>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
-}
 FASTATTN_INLINE float reduce_max(Vec<float> v) { return _mm512_reduce_max_ps((__m512)v); }
 FASTATTN_INLINE double reduce_max(Vec<double> v) { return _mm512_reduce_max_pd((__m512d)v); }
 FASTATTN_INLINE float reduce_add(Vec<float> v) { return _mm512_reduce_add_ps((__m512)v); }
@@ -111,78 +102,64 @@ FASTATTN_INLINE V max(V a, V b) {
   return a > b ? a : b;
 }
 #endif
-// Adding and subtracting 1.5 * 2^(mantissa bits) rounds |x| < 2^22 (2^51) to the nearest integer.
-FASTATTN_INLINE Vec<float> round_nearest(Vec<float> x) {
-  const Vec<float> magic = broadcast(12582912.0f);
-  return (x + magic) - magic;
+// Halves are folded onto each other: the order of the sum is fixed.
+template <class T, class Fold>
+FASTATTN_INLINE T reduce_lanes(Vec<T> v, const Fold& fold) {
+  T lanes[kWidth<T>];
+  store(lanes, v);
+#pragma GCC unroll 8
+  for (int half = kWidth<T> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] = fold(lanes[i], lanes[i + half]);
+  }
+  return lanes[0];
 }
-FASTATTN_INLINE Vec<double> round_nearest(Vec<double> x) {
-  const Vec<double> magic = broadcast(6755399441055744.0);
-  return (x + magic) - magic;
+template <class T>
+FASTATTN_INLINE T larger(T a, T b) {
+  return a > b ? a : b;
 }
-// p * 2^n for an integer-valued n <= 0; results below the normal range become 0.
-FASTATTN_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
-  typedef int32_t Bits __attribute__((vector_size(kVecBytes)));
-  n = max(n, broadcast(-127.0f));
-  const Bits exponent = __builtin_convertvector(n, Bits) + 127;
-  return p * (Vec<float>)(exponent << 23);
+FASTATTN_INLINE float reduce_max(Vec<float> v) { return reduce_lanes<float>(v, larger<float>); }
+FASTATTN_INLINE double reduce_max(Vec<double> v) { return reduce_lanes<double>(v, larger<double>); }
+FASTATTN_INLINE float reduce_add(Vec<float> v) {
+  return reduce_lanes<float>(v, [](float a, float b) { return a + b; });
 }
-FASTATTN_INLINE Vec<double> scale_by_power(Vec<double> p, Vec<double> n) {
-  typedef int64_t Bits __attribute__((vector_size(kVecBytes)));
-  n = max(n, broadcast(-1023.0));
-  // n + 1023 + 2^52 holds the biased exponent in its low mantissa bits.
-  const Bits exponent = (Bits)(n + broadcast(1023.0 + 4503599627370496.0));
-  return p * (Vec<double>)(exponent << 52);
+FASTATTN_INLINE double reduce_add(Vec<double> v) {
+  return reduce_lanes<double>(v, [](double a, double b) { return a + b; });
 }
-template <class T, class V>
-FASTATTN_INLINE T reduce_max_lanes(V v) {
-  T best = v[0];
-  for (int i = 1; i < kWidth<T>; ++i) best = best > v[i] ? best : v[i];
-  return best;
-}
-template <class T, class V>
-FASTATTN_INLINE T reduce_add_lanes(V v) {
-  T sum = v[0];
-  for (int i = 1; i < kWidth<T>; ++i) sum += v[i];
-  return sum;
-}
-FASTATTN_INLINE float reduce_max(Vec<float> v) { return reduce_max_lanes<float>(v); }
-FASTATTN_INLINE double reduce_max(Vec<double> v) { return reduce_max_lanes<double>(v); }
-FASTATTN_INLINE float reduce_add(Vec<float> v) { return reduce_add_lanes<float>(v); }
-FASTATTN_INLINE double reduce_add(Vec<double> v) { return reduce_add_lanes<double>(v); }
 #endif
 
-// --- exp --------------------------------------------------------------------------------------------------------
+// --- exp2 -------------------------------------------------------------------------------------------------------
 
-// e^x for x up to the overflow threshold; 0 for -inf, NaN for NaN. Relative error 7.5e-8 before rounding: minimax
-// polynomial of degree 5 on |r| <= ln(2) / 2, Cody-Waite reduction.
-FASTATTN_INLINE Vec<float> exp(Vec<float> x) {
-  x = max(broadcast(-110.0f), x);  // below it the result is 0 even as a denormal; NaN stays
-  const Vec<float> n = round_nearest(x * broadcast(1.44269504088896341f));
-  Vec<float> r = x - n * broadcast(0.693359375f);
-  r = r - n * broadcast(-2.12194440e-4f);
-  Vec<float> p = broadcast(0.00829765548835f);
-  p = p * r + broadcast(0.0419153820303f);
-  p = p * r + broadcast(0.166675747237f);
-  p = p * r + broadcast(0.499988948509f);
-  p = p * r + broadcast(0.999999691992f);
-  p = p * r + broadcast(1.00000007165f);
-  return scale_by_power(p, n);
+// 2^x for x up to the overflow threshold; 0 for -inf, NaN for NaN. Relative error 7.5e-8 before rounding: minimax
+// polynomial of degree 5 on |f| <= 1/2. Results below the normal range are 0.
+FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
+  typedef int32_t Bits __attribute__((vector_size(kVecBytes)));
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits; 127 more biases it as an exponent.
+  const Vec<float> magic = broadcast(12582912.0f + 127.0f);
+  x = max(broadcast(-127.0f), x);  // its power comes out as an exponent field of 0, which is 0.0; NaN stays
+  const Vec<float> shifted = x + magic;
+  const Vec<float> f = x - (shifted - magic);
+  Vec<float> p = broadcast(1.327647263e-03f);
+  p = p * f + broadcast(9.675541343e-03f);
+  p = p * f + broadcast(5.550713272e-02f);
+  p = p * f + broadcast(2.402211972e-01f);
+  p = p * f + broadcast(6.931469671e-01f);
+  p = p * f + broadcast(1.000000072e+00f);
+  return p * (Vec<float>)((Bits)shifted << 23);
 }
 
-// Taylor polynomial of degree 13: the truncation error on |r| <= ln(2) / 2 is 4e-18.
-FASTATTN_INLINE Vec<double> exp(Vec<double> x) {
-  x = max(broadcast(-760.0), x);
-  const Vec<double> n = round_nearest(x * broadcast(1.4426950408889634074));
-  Vec<double> r = x - n * broadcast(6.93147180369123816490e-01);
-  r = r - n * broadcast(1.90821492927058770002e-10);
-  const double inverse_factorials[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-                                       1.0 / 40320,     1.0 / 5040,     1.0 / 720,     1.0 / 120,
-                                       1.0 / 24,        1.0 / 6,        0.5,           1.0,
-                                       1.0};
-  Vec<double> p = broadcast(1.0 / 6227020800.0);
-  for (const double c : inverse_factorials) p = p * r + broadcast(c);
-  return scale_by_power(p, n);
+// Taylor polynomial of degree 13: the truncation error on |f| <= 1/2 is 4e-18.
+FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
+  typedef int64_t Bits __attribute__((vector_size(kVecBytes)));
+  const Vec<double> magic = broadcast(6755399441055744.0 + 1023.0);  // 1.5 * 2^52, biased
+  x = max(broadcast(-1023.0), x);
+  const Vec<double> shifted = x + magic;
+  const Vec<double> f = x - (shifted - magic);
+  constexpr double kCoefficients[] = {  // ln(2)^k / k! from k = 12 down
+      2.56784359934881958e-11, 4.44553827187081007e-10, 7.05491162080112088e-09, 1.01780860092396960e-07, 1.32154867901443053e-06, 1.52527338040598377e-05, 1.54035303933816061e-04, 1.33335581464284411e-03, 9.61812910762847688e-03, 5.55041086648215762e-02, 2.40226506959100694e-01, 6.93147180559945286e-01, 1.00000000000000000e+00};
+  Vec<double> p = broadcast(1.36914888539041241e-12);
+  for (const double c : kCoefficients) p = p * f + broadcast(c);
+  return p * (Vec<double>)((Bits)shifted << 52);
 }
 
 // --- 16-bit types -----------------------------------------------------------------------------------------------

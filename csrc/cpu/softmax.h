@@ -15,10 +15,12 @@ FASTATTN_INLINE A row_max(const A* s, int64_t n) {
 // s = e^{scale * s - shift}; returns the sum.  // E3, E6
 template <class A>
 FASTATTN_INLINE A row_exp(A* s, int64_t n, A scale, A shift) {
-  const Vec<A> factor = broadcast(scale), offset = broadcast(shift);
+  constexpr double kLog2E = 1.4426950408889634074;
+  const Vec<A> scale_log2 = broadcast(static_cast<A>(scale * kLog2E));
+  const Vec<A> shift_log2 = broadcast(static_cast<A>(shift * kLog2E));
   Vec<A> sum{};
   for (int64_t j = 0; j < n; j += kWidth<A>) {
-    const Vec<A> p = exp(load(s + j) * factor - offset);
+    const Vec<A> p = exp2(load(s + j) * scale_log2 - shift_log2);
     sum += p;
     store(s + j, p);
   }

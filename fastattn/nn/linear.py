@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -25,26 +27,12 @@ class FusedReLU(nn.ReLU):
         return input
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does what ``kind.forward`` does and nothing else: the exact type, no hooks."""
-    return type(module) is kind and not has_hooks(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 class MLP(nn.Sequential):
     """Linear-ReLU-...-Linear as one autograd node.
 
-    ``MLP(784, 128, 10)`` or ``MLP(784, [256, 128], 10)``. The state_dict is that of
-    ``nn.Sequential(Linear, ReLU, Linear, ...)``: keys ``0.weight``, ``0.bias``, ``2.weight``, ...
+    ``MLP(784, 128, 10)`` or ``MLP(784, [256, 128], 10)``. It is the ``nn.Sequential(Linear, ReLU,
+    Linear, ...)`` of the same layers and has its state_dict keys: ``0.weight``, ``0.bias``,
+    ``2.weight``, ...
     """
 
     def __init__(
@@ -59,13 +47,13 @@ class MLP(nn.Sequential):
         hidden = [hidden_features] if isinstance(hidden_features, int) else list(hidden_features)
         widths = [in_features, *hidden, out_features]
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(widths, widths[1:], strict=False):
+        for n_in, n_out in pairwise(widths):
             layers += [nn.Linear(n_in, n_out, bias=bias, device=device, dtype=dtype), nn.ReLU()]
         super().__init__(*layers[:-1])
 
     @staticmethod
     def fits(sequential: nn.Sequential) -> bool:
-        """Whether it is Linear, ReLU, ..., Linear with at least one ReLU and no hooks on its children."""
+        """Whether it is Linear, ReLU, ..., Linear, with a ReLU at least and no hooks on these."""
         children = list(sequential)
         return (
             len(children) >= 3
@@ -75,15 +63,24 @@ class MLP(nn.Sequential):
 
     @classmethod
     def from_sequential(cls, sequential: nn.Sequential) -> MLP:
-        """An MLP that shares ``sequential``'s layers: the same Parameter objects, the same keys."""
-        if not cls.fits(sequential):
+        """An MLP of ``sequential``'s own layers: the same Parameter objects under the same keys.
+
+        Raises ValueError unless it is Linear, ReLU, ..., Linear without hooks on these.
+        """
+        if not isinstance(sequential, nn.Sequential) or not cls.fits(sequential):
             raise ValueError(
                 f"sequential: expected Linear, ReLU, ..., Linear without hooks, got {sequential}"
             )
         shared = cls.__new__(cls)
-        nn.Sequential.__init__(shared, *sequential)
-        shared.train(sequential.training)
+        nn.Sequential.__init__(shared, OrderedDict(sequential._modules))
+        shared.training = sequential.training
         return shared
+
+    def __getitem__(self, idx: int | slice) -> nn.Module:
+        """A layer, or for a slice an ``nn.Sequential`` of layers, which need not be an MLP."""
+        if isinstance(idx, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
+        return super().__getitem__(idx)
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
@@ -91,3 +88,19 @@ class MLP(nn.Sequential):
             return super().forward(input)
         layers = list(self)[::2]
         return functional.mlp(input, [m.weight for m in layers], [m.bias for m in layers])
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` is ``kind.forward`` and nothing else: the exact type, no hooks."""
+    return type(module) is kind and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

@@ -1,4 +1,4 @@
-"""Real sentences with labels: the docstrings of the standard library, labelled by the package they come from."""
+"""Real sentences with labels: the standard library's docstrings, labelled by the package they come from."""
 
 from __future__ import annotations
 
@@ -6,80 +6,121 @@ import ast
 import random
 import re
 import sysconfig
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGES = ("asyncio", "email", "http", "logging", "multiprocessing", "unittest", "xml", "tkinter")
-_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+_NOT_PROSE = ("test", "tests", "idle_test", "site-packages", "__pycache__")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+_WORDS = range(5, 61)
+_MIN_MODULES = 3  # fewer cannot be split by module in a meaningful way
 
 
-@dataclass
+@dataclass(frozen=True)
+class Sentence:
+    text: str
+    label: int  # an index into Corpus.packages
+    module: str  # its path below the standard library
+
+
+@dataclass(frozen=True)
 class Corpus:
-    labels: list[str]
-    train: list[tuple[str, int]]
-    test: list[tuple[str, int]]
+    """Train and test sentences; no module, and no sentence, is in both."""
+
+    packages: list[str]
+    train: list[Sentence]
+    test: list[Sentence]
+
+    @property
+    def majority(self) -> float:
+        """The accuracy of always answering with the most frequent package of the test sentences."""
+        return max(Counter(s.label for s in self.test).values()) / len(self.test)
 
 
 def docstrings(source: str) -> list[str]:
-    """Every docstring of a module's source."""
+    """Every docstring of a module's source. Raises SyntaxError for a source that does not parse."""
     nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    tree = ast.parse(source)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes))
+    found = (ast.get_docstring(n) for n in ast.walk(ast.parse(source)) if isinstance(n, nodes))
     return [text for text in found if text]
 
 
 def sentences(docstring: str) -> list[str]:
-    """The prose sentences of a docstring: at least four words, no prompts and no signatures."""
-    found = []
-    for paragraph in re.split(r"\n\s*\n", docstring):
-        if ">>>" in paragraph:
-            continue
-        for sentence in _SENTENCE.split(" ".join(paragraph.split())):
-            words = sentence.split()
-            if 4 <= len(words) <= 60:
-                found.append(sentence)
-    return found
+    """The prose of a docstring, sentence by sentence: no doctests, nothing very short or very long."""
+    paragraphs = (p for p in re.split(r"\n\s*\n", docstring) if ">>>" not in p)
+    found = (s for p in paragraphs for s in _SENTENCE_END.split(" ".join(p.split())))
+    return [s for s in found if len(s.split()) in _WORDS]
 
 
-def load_corpus(seed: int, per_class: int, test_share: float = 0.3) -> Corpus:
-    """Sentences of PACKAGES, split into train and test by module: no module, and no sentence, is on both sides."""
-    library = Path(sysconfig.get_path("stdlib"))
-    by_module: dict[str, dict[str, list[str]]] = defaultdict(dict)
-    owners: dict[str, set[str]] = defaultdict(set)
-    for package in PACKAGES:
-        for path in sorted((library / package).rglob("*.py")):
-            if {"test", "tests", "idle_test"} & set(path.parts[len(library.parts) :]):
+def _key(sentence: str) -> str:
+    """Sentences that differ in case, digits or punctuation only are the same sentence."""
+    return " ".join(re.findall(r"[a-z]+", sentence.lower()))
+
+
+def read_packages(library: Path) -> dict[str, dict[str, list[str]]]:
+    """``{package: {module path: sentences}}``; a sentence that several modules have is left out."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    owners: Counter[str] = Counter()
+    for init in sorted(library.glob("*/__init__.py")):
+        modules = found.setdefault(init.parent.name, {})
+        for path in sorted(init.parent.rglob("*.py")):
+            relative = path.relative_to(library)
+            if set(relative.parts) & set(_NOT_PROSE):
                 continue
             try:
                 texts = docstrings(path.read_text(encoding="utf-8"))
-            except (SyntaxError, UnicodeDecodeError, OSError):
+            except (SyntaxError, ValueError, OSError):
                 continue
-            found = list(dict.fromkeys(s for text in texts for s in sentences(text)))
-            if found:
-                by_module[package][str(path)] = found
-                for sentence in found:
-                    owners[sentence].add(str(path))
-    labels = sorted(by_module)
-    generator = random.Random(seed)
-    train: list[tuple[str, int]] = []
-    test: list[tuple[str, int]] = []
-    for label, package in enumerate(labels):
-        modules = sorted(by_module[package].items())
-        generator.shuffle(modules)
-        # A sentence of several modules could leak: it is left out.
-        kept = [[s for s in found if len(owners[s]) == 1] for _, found in modules]
-        total = min(sum(map(len, kept)), int(per_class / (1 - test_share)))
-        wanted = int(total * test_share)
-        held_out: list[str] = []
-        rest: list[str] = []
-        for found in kept:
-            side = held_out if len(held_out) + len(found) <= 1.3 * wanted + 1 else rest
-            side += found
-        generator.shuffle(held_out)
-        generator.shuffle(rest)
-        test += [(s, label) for s in held_out[:wanted]]
-        train += [(s, label) for s in rest[:per_class]]
-    generator.shuffle(train)
-    generator.shuffle(test)
-    return Corpus(labels, train, test)
+            modules[relative.as_posix()] = {_key(s): s for text in texts for s in sentences(text)}
+            owners.update(modules[relative.as_posix()].keys())
+    return {
+        package: {
+            module: texts
+            for module, by_key in modules.items()
+            if (texts := [s for key, s in by_key.items() if owners[key] == 1])
+        }
+        for package, modules in found.items()
+    }
+
+
+def load_corpus(
+    seed: int, packages: int, train_cap: int, test_cap: int, library: Path | None = None
+) -> Corpus:
+    """The ``packages`` packages with the most sentences, at most ``train_cap`` and ``test_cap`` sentences of each.
+
+    The split is by module and depends on ``seed`` and on the library's sources alone. Raises ValueError when the
+    library has too few documented packages, as when its sources are not installed.
+    """
+    library = library or Path(sysconfig.get_path("stdlib"))
+    candidates = {p: m for p, m in read_packages(library).items() if len(m) >= _MIN_MODULES}
+    largest = sorted(candidates, key=lambda p: (-sum(map(len, candidates[p].values())), p))
+    names = sorted(largest[:packages])
+    if len(names) < 2:
+        raise ValueError(f"corpus: expected documented packages in {library}, got {names}")
+    train: list[Sentence] = []
+    test: list[Sentence] = []
+    for label, package in enumerate(names):
+        generator = random.Random(f"{seed} {package}")
+        sides = _split(candidates[package], train_cap, test_cap, generator)
+        for side, chosen, cap in zip((train, test), sides, (train_cap, test_cap), strict=True):
+            pool = [Sentence(s, label, m) for m, texts in chosen.items() for s in texts]
+            side += generator.sample(pool, min(cap, len(pool)))
+    random.Random(seed).shuffle(train)
+    return Corpus(names, train, test)
+
+
+def _split(
+    modules: dict[str, list[str]], train_cap: int, test_cap: int, generator: random.Random
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Modules to learn from and modules to be judged by: random ones, up to their share of the sentences."""
+    total = sum(map(len, modules.values()))
+    wanted = min(total * test_cap / (train_cap + test_cap), test_cap * 1.5)
+    order = sorted(modules)
+    generator.shuffle(order)
+    test: dict[str, list[str]] = {}
+    for module in order:
+        if sum(map(len, test.values())) + len(modules[module]) <= max(wanted, 1):
+            test[module] = modules[module]
+    if not test:
+        smallest = min(order, key=lambda m: len(modules[m]))
+        test[smallest] = modules[smallest]
+    return {m: texts for m, texts in modules.items() if m not in test}, test
