@@ -5,7 +5,8 @@ Products, in the package directory:
   _C.<suffix>       pybind11 module: build facts, CPU features
   _build_info.json  what was built, or why not and what to do
 
-FASTATTN_SKIP_NATIVE=1 leaves the native library out, FASTATTN_REQUIRE_NATIVE=1 makes its failure an error.
+FASTATTN_SKIP_NATIVE=1 leaves the native library out, FASTATTN_REQUIRE_NATIVE=1 makes its failure
+an error.
 """
 
 import json
@@ -21,14 +22,22 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the library serves this torch and every later one
+TORCH_TARGET_VERSION = (
+    "0x020b000000000000"  # 2.11: the library serves this torch and every later one
+)
 
-COMMON = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra".split()
+COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # NaN and infinity must hold, so not -ffast-math.
-KERNEL = "-ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-maybe-uninitialized -Wno-psabi".split()
+KERNEL = [
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-maybe-uninitialized",
+    "-Wno-psabi",
+]
 ISA_FLAGS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c".split(),
-    "avx2": "-mavx2 -mfma -mf16c".split(),
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "generic": [],
 }
 

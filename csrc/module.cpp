@@ -25,6 +25,7 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build and processor facts of fastattn's native library.";
   m.def("build_info", &build_info, "Compiler and language version of the native library.");
-  m.def("cpu_features", &fastattn::cpu::features, "SIMD extensions of this processor that the kernels know of.");
+  m.def("cpu_features", &fastattn::cpu::features,
+        "SIMD extensions of this processor that the kernels know of.");
   m.def("cpu_isa", &fastattn::cpu::selected_isa, "The kernel set in use on this processor.");
 }

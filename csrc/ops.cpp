@@ -3,17 +3,25 @@
 
 STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def(
-      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, bool is_causal, "
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, "
+      "bool is_causal, "
       "float scale, float dropout_p) -> (Tensor out, Tensor lse)");
   m.def(
-      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-      "Tensor? attn_mask, Tensor out, Tensor lse, Tensor? seed, bool is_causal, float scale, float dropout_p, "
-      "bool[4] needs) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)");
-  m.def("linear_relu_forward(Tensor input, Tensor weight, Tensor? bias) -> (Tensor out, Tensor mask)");
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
+      "value, "
+      "Tensor? attn_mask, Tensor out, Tensor lse, Tensor? seed, bool is_causal, float scale, float "
+      "dropout_p, "
+      "bool[4] needs) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor "
+      "grad_mask)");
   m.def(
-      "linear_relu_backward(Tensor grad_out, Tensor input, Tensor weight, Tensor mask, bool[3] needs) "
+      "linear_relu_forward(Tensor input, Tensor weight, Tensor? bias) -> (Tensor out, Tensor "
+      "mask)");
+  m.def(
+      "linear_relu_backward(Tensor grad_out, Tensor input, Tensor weight, Tensor mask, bool[3] "
+      "needs) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def("mlp_forward(Tensor input, Tensor[] weights, Tensor[] biases) -> Tensor[]");
   m.def(
-      "mlp_backward(Tensor grad_out, Tensor input, Tensor[] weights, Tensor[] hidden, bool[] needs) -> Tensor[]");
+      "mlp_backward(Tensor grad_out, Tensor input, Tensor[] weights, Tensor[] hidden, bool[] "
+      "needs) -> Tensor[]");
 }

@@ -1,4 +1,5 @@
-"""Loads the native library if it was built. Importing this module never fails; using the library says why it cannot."""
+"""Loads the native library if it was built. Importing this module never fails; using the library
+says why it cannot."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def _load() -> str | None:
 
         _C.cpu_isa()  # an unusable FASTATTN_CPU_ISA shows here
     except (OSError, ImportError, RuntimeError) as error:
-        return f"{error}; reinstall fastattn with this torch ({torch.__version__}), or see its settings"
+        return f"{error}; if no setting is at fault, reinstall with torch {torch.__version__}"
     return None
 
 
@@ -42,7 +43,8 @@ def why_not() -> str | None:
 
 
 def cpu_isa() -> str | None:
-    """The kernel set in use (``avx512``, ``avx2``, ``generic``), or None without the native library."""
+    """The kernel set in use (``avx512``, ``avx2``, ``generic``), or None without the native
+    library."""
     if not HAS_NATIVE:
         return None
     from fastattn import _C

@@ -1,6 +1,7 @@
 """Which backend serves a call, and why the others do not.
 
-A backend's limits are the reasons it gives against a problem; the first backend without one is taken. An explicit
+A backend's limits are the reasons it gives against a problem; the first backend without one is
+taken. An explicit
 backend is obeyed or raises with its reasons.
 """
 
@@ -34,7 +35,9 @@ class Problem:
     op: str
     device: str
     dtype: torch.dtype
-    options: tuple[str, ...] = field(default=())  # the extras in use: window_size, softcap, alibi_slopes
+    options: tuple[str, ...] = field(
+        default=()
+    )  # the extras in use: window_size, softcap, alibi_slopes
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,11 @@ def reasons(problem: Problem, backend: str) -> list[str]:
 
 
 def select(problem: Problem, backend: str | None = None) -> str:
-    """The backend for ``problem``: ``backend``, or ``FASTATTN_BACKEND``, or the first without a reason against it.
+    """The backend for ``problem``: ``backend``, or ``FASTATTN_BACKEND``, or the first without a
+    reason against it.
 
-    Raises ValueError for an unknown backend and RuntimeError, with the reasons, for one that cannot serve the call.
+    Raises ValueError for an unknown backend and RuntimeError, with the reasons, for one that
+    cannot serve the call.
     """
     explicit = backend if backend is not None else _default
     if explicit is not None:
@@ -81,7 +86,9 @@ def select(problem: Problem, backend: str | None = None) -> str:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {explicit!r}")
         against = reasons(problem, explicit)
         if against:
-            raise RuntimeError(f"backend {explicit!r} cannot serve {problem.op}: {'; '.join(against)}")
+            raise RuntimeError(
+                f"backend {explicit!r} cannot serve {problem.op}: {'; '.join(against)}"
+            )
         return explicit
     native_first = "cpu" if problem.device == "cpu" else "cuda"
     against = reasons(problem, native_first)
@@ -105,7 +112,8 @@ def available() -> list[str]:
 
 
 def explain(op: str, *args: Tensor, backend: str | None = None, **options: object) -> Explanation:
-    """Which backend serves ``op`` (one of ``attention``, ``varlen_attn``, ``linear_relu``, ``mlp``) with these
+    """Which backend serves ``op`` (one of ``attention``, ``varlen_attn``, ``linear_relu``,
+    ``mlp``) with these
     arguments, and why not the others. Nothing is computed."""
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")

@@ -1,7 +1,9 @@
 """The oracle: every equation of DESIGN.md in plain torch, O(S²) memory, any dtype and device.
 
-The functions compute in float32 (float64 for float64) and return the inputs' dtype. ``attention``, ``linear_relu`` and
-``mlp`` are differentiable by autograd any number of times; the ``*_forward`` and ``*_backward`` pairs write the
+The functions compute in float32 (float64 for float64) and return the inputs' dtype. ``attention``,
+``linear_relu`` and
+``mlp`` are differentiable by autograd any number of times; the ``*_forward`` and ``*_backward``
+pairs write the
 first-order formulas out and are what the kernels are compared with.
 """
 
@@ -48,7 +50,8 @@ def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 def philox_keep_mask(
     seed: Tensor, batch: int, heads: int, seq_q: int, seq_k: int, p: float, device: torch.device
 ) -> Tensor:
-    """The dropout keep-mask, bool ``[batch, heads, seq_q, seq_k]``, of an int64 one-element ``seed``."""
+    """The dropout keep-mask, bool ``[batch, heads, seq_q, seq_k]``, of an int64 one-element
+    ``seed``."""
 
     def axis(n: int, dim: int) -> Tensor:
         return torch.arange(n, device=device).view([-1 if d == dim else 1 for d in range(4)])
@@ -56,9 +59,7 @@ def philox_keep_mask(
     columns = axis(seq_k, 3)
     seed = seed.to(device).reshape(())
     key = (seed & _WORD, (seed >> 32) & _WORD)
-    counter = torch.broadcast_tensors(
-        columns // 4, axis(seq_q, 2), axis(heads, 1), axis(batch, 0)
-    )
+    counter = torch.broadcast_tensors(columns // 4, axis(seq_q, 2), axis(heads, 1), axis(batch, 0))
     words = torch.stack(philox(counter, key))
     word = words.gather(0, (columns % 4).expand(1, batch, heads, seq_q, seq_k))[0]
     return word >= math.floor(p * 2**32)
@@ -84,7 +85,8 @@ def _scores(
     softcap: float,
     alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked scores S, the softcap's derivative, and which (i, j) are visible, ``[*, Hq, Sq, Sk]``."""
+    """Masked scores S, the softcap's derivative, and which (i, j) are visible, ``[*, Hq, Sq,
+    Sk]``."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seq_q, seq_k = query.shape[-2], key.shape[-2]
     s = scale * (query @ key.transpose(-1, -2))  # E1
@@ -126,7 +128,8 @@ def _hide(x: Tensor, used: Tensor) -> Tensor:
 def _probabilities(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, options: dict
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """P, LSE, the softcap's derivative, and q, k, v in the accumulator's type without unused rows."""
+    """P, LSE, the softcap's derivative, and q, k, v in the accumulator's type without unused
+    rows."""
     heads = query.shape[-3] if query.dim() > 2 else 1
     dtype = _accumulator(query.dtype)
     q = query.to(dtype)
@@ -179,16 +182,18 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention, E1-E5, differentiable by autograd.
 
-    query ``[*, Hq, Sq, D]``, key ``[*, Hk, Sk, D]``, value ``[*, Hk, Sk, Dv]``, attn_mask bool or float, broadcastable
-    to ``[*, Hq, Sq, Sk]`` -> out ``[*, Hq, Sq, Dv]`` in query's dtype, LSE ``[*, Hq, Sq]`` in float32 (float64).
+    query ``[*, Hq, Sq, D]``, key ``[*, Hk, Sk, D]``, value ``[*, Hk, Sk, Dv]``, attn_mask bool or
+    float, broadcastable
+    to ``[*, Hq, Sq, Sk]`` -> out ``[*, Hq, Sq, Dv]`` in query's dtype, LSE ``[*, Hq, Sq]`` in
+    float32 (float64).
     """
-    options = dict(
-        is_causal=is_causal,
-        scale=scale,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-    )
+    options = {
+        "is_causal": is_causal,
+        "scale": scale,
+        "window_size": window_size,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+    }
     p, lse, _, (_, _, v) = _probabilities(query, key, value, attn_mask, options)
     z = _keep(p, seed, dropout_p)
     out = (p if z is None else z * p) @ v  # E4
@@ -222,14 +227,15 @@ def attention_backward(
     alibi_slopes: Tensor | None = None,
     needs: Sequence[bool] = (True, True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of query, key, value and the float mask, E6-E11; None for one that is not needed."""
-    options = dict(
-        is_causal=is_causal,
-        scale=scale,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-    )
+    """The gradients of query, key, value and the float mask, E6-E11; None for one that is not
+    needed."""
+    options = {
+        "is_causal": is_causal,
+        "scale": scale,
+        "window_size": window_size,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+    }
     with torch.no_grad():
         p, _, slope, (q, k, v) = _probabilities(query, key, value, attn_mask, options)
         z = _keep(p, seed, dropout_p)
@@ -264,9 +270,13 @@ def attention_weights(
     query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options
 ) -> Tensor:
     """P of E6, ``[*, Hq, Sq, Sk]``: the softmax before dropout."""
-    defaults = dict(
-        is_causal=False, scale=None, window_size=None, softcap=0.0, alibi_slopes=None
-    )
+    defaults = {
+        "is_causal": False,
+        "scale": None,
+        "window_size": None,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+    }
     return _probabilities(query, key, key, attn_mask, defaults | options)[0].to(query.dtype)
 
 
@@ -281,7 +291,8 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def linear_relu_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The output and R of E15, bool ``[*, N]``: not (output <= 0), so that a NaN passes its gradient."""
+    """The output and R of E15, bool ``[*, N]``: not (output <= 0), so that a NaN passes its
+    gradient."""
     with torch.no_grad():
         out = linear_relu(input, weight, bias)
         return out, ~(out <= 0)
@@ -293,12 +304,13 @@ def linear_relu_backward(
     """The gradients of input, weight and bias, E16."""
     with torch.no_grad():
         g = torch.where(passes, grad_out, 0.0)
-        rows = g.reshape(-1, g.shape[-1])
-        return g @ weight, rows.T @ input.reshape(-1, input.shape[-1]), rows.sum(0)
+        rows = g.reshape(math.prod(g.shape[:-1]), g.shape[-1])
+        return g @ weight, rows.T @ input.reshape(rows.shape[0], input.shape[-1]), rows.sum(0)
 
 
 def mlp(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """Linear-ReLU-...-Linear, no ReLU after the last: weights ``[N_l, N_{l-1}]``, biases ``[N_l]`` or None."""
+    """Linear-ReLU-...-Linear, no ReLU after the last: weights ``[N_l, N_{l-1}]``, biases ``[N_l]``
+    or None."""
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         input = linear_relu(input, weight, bias)
     return torch.nn.functional.linear(input, weights[-1], biases[-1])

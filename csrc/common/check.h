@@ -20,7 +20,8 @@ inline std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef values) {
 }
 
 template <class Expected, class Got>
-void check(bool ok, const char* op, const char* argument, const Expected& expected, const Got& got) {
+void check(bool ok, const char* op, const char* argument, const Expected& expected,
+           const Got& got) {
   STD_TORCH_CHECK(ok, "fastattn::", op, ": ", argument, ": expected ", expected, ", got ", got);
 }
 

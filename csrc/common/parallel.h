@@ -9,12 +9,13 @@ struct Parallel {
   using Body = void (*)(const void* context, int64_t task);
 
   int threads;
-  // Runs body(context, task) once for every task in [0, tasks), in any order, on up to `threads` threads.
+  // Runs body(context, task) once for every task in [0, tasks), in any order, on up to `threads`
+  // threads.
   void (*run)(int64_t tasks, Body body, const void* context);
 };
 
-// Scratch memory owned by the calling thread and reused by its later calls, 64-byte aligned. Each slot is one
-// buffer: a nested user takes another slot. The contents are undefined.
+// Scratch memory owned by the calling thread and reused by its later calls, 64-byte aligned. Each
+// slot is one buffer: a nested user takes another slot. The contents are undefined.
 void* thread_scratch_bytes(int slot, int64_t bytes);
 
 }  // namespace fastattn

@@ -1,4 +1,5 @@
-// Philox4x32-10 (Salmon et al., SC'11), keyed by the dropout seed; the counter is (key column / 4, query row, head, batch).
+// Philox4x32-10 (Salmon et al., SC'11), keyed by the dropout seed; the counter is (key column / 4,
+// query row, head, batch).
 #pragma once
 
 #include <cstdint>

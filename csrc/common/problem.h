@@ -1,4 +1,5 @@
-// What a kernel is asked to compute: sizes, strides (in elements) and pointers. Knows neither torch nor an ISA.
+// What a kernel is asked to compute: sizes, strides (in elements) and pointers. Knows neither torch
+// nor an ISA.
 #pragma once
 
 #include <cstdint>
@@ -63,11 +64,12 @@ struct LinearProblem {
   int64_t w_stride = 0;
   const void* bias = nullptr;  // may be absent
   bool relu = false;
-  void* y = nullptr;            // contiguous
+  void* y = nullptr;             // contiguous
   uint8_t* relu_mask = nullptr;  // [m, ceil(n / 8)], may be absent
 };
 
-// The gradients of a LinearProblem. The ReLU is described by its bit-mask, or by the output itself (`y`), or is absent.
+// The gradients of a LinearProblem. The ReLU is described by its bit-mask, or by the output itself
+// (`y`), or is absent.
 struct LinearBackwardProblem {
   Dtype dtype = Dtype::kFloat32;
   int64_t m = 0, n = 0, k = 0;

@@ -1,5 +1,5 @@
-// Tensors -> problems: the only shape, dtype and device checks of the native ops, for every device. A call that passes
-// them cannot read or write out of bounds.
+// Tensors -> problems: the only shape, dtype and device checks of the native ops, for every device.
+// A call that passes them cannot read or write out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -21,34 +21,46 @@ using Shape = std::vector<int64_t>;
 inline Shape shape_of(const Tensor& t) { return Shape(t.sizes().begin(), t.sizes().end()); }
 inline std::string text(const Shape& shape) { return to_string({shape.data(), shape.size()}); }
 
-inline ScalarType accumulator_type(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
+inline ScalarType accumulator_type(ScalarType t) {
+  return t == ScalarType::Double ? t : ScalarType::Float;
+}
 
 inline Dtype dtype_of(const char* op, const char* argument, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: break;
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      break;
   }
-  check(false, op, argument, "float32, float64, bfloat16 or float16", torch::headeronly::toString(t.scalar_type()));
+  check(false, op, argument, "float32, float64, bfloat16 or float16",
+        torch::headeronly::toString(t.scalar_type()));
   return Dtype::kFloat32;
 }
 
-inline void check_like(const char* op, const char* argument, const Tensor& t, ScalarType dtype, const Tensor& first) {
+inline void check_like(const char* op, const char* argument, const Tensor& t, ScalarType dtype,
+                       const Tensor& first) {
   check(t.scalar_type() == dtype, op, argument, torch::headeronly::toString(dtype),
         torch::headeronly::toString(t.scalar_type()));
-  check(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(), op, argument,
-        "the device of the first argument", "another device");
+  check(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(), op,
+        argument, "the device of the first argument", "another device");
 }
 
-inline void check_shape(const char* op, const char* argument, const Tensor& t, const Shape& expected) {
+inline void check_shape(const char* op, const char* argument, const Tensor& t,
+                        const Shape& expected) {
   check(shape_of(t) == expected, op, argument, "shape " + text(expected), text(shape_of(t)));
 }
 
 // The last stride must be 1 for the kernels; a copy is made where it is not.
 inline Tensor unit_last_stride(const Tensor& t) {
-  return t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+  return t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1
+             ? t
+             : torch::stable::contiguous(t);
 }
 
 inline Tensor empty_like_device(const Tensor& like, const Shape& shape, ScalarType dtype) {
@@ -58,7 +70,9 @@ inline Tensor empty_like_device(const Tensor& like, const Shape& shape, ScalarTy
 // A [*batch, heads, rows, cols] tensor; a stride is 0 where an extent of 1 stands for the full one.
 inline TensorView view_of(const Tensor& t, bool broadcast = false) {
   const int64_t rank = t.dim();
-  const auto stride = [&](int64_t d) { return broadcast && t.size(d) == 1 ? int64_t{0} : t.stride(d); };
+  const auto stride = [&](int64_t d) {
+    return broadcast && t.size(d) == 1 ? int64_t{0} : t.stride(d);
+  };
   TensorView view;
   view.data = static_cast<char*>(t.data_ptr());
   for (int64_t d = 0; d < rank - 3; ++d) view.batch_strides[d] = stride(d);
@@ -74,7 +88,9 @@ struct AttentionInputs {
   std::optional<Tensor> mask;
   AttentionProblem problem;
 
-  Shape batch_shape() const { return {problem.batch_sizes, problem.batch_sizes + problem.batch_dims}; }
+  Shape batch_shape() const {
+    return {problem.batch_sizes, problem.batch_sizes + problem.batch_dims};
+  }
   Shape shape(int64_t heads, int64_t rows) const {
     Shape s = batch_shape();
     s.insert(s.end(), {heads, rows});
@@ -87,19 +103,22 @@ struct AttentionInputs {
   }
 };
 
-inline AttentionInputs validate_attention(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
-                                          const std::optional<Tensor>& mask, const std::optional<Tensor>& seed,
-                                          bool is_causal, double scale, double dropout_p) {
+inline AttentionInputs validate_attention(const char* op, const Tensor& query, const Tensor& key,
+                                          const Tensor& value, const std::optional<Tensor>& mask,
+                                          const std::optional<Tensor>& seed, bool is_causal,
+                                          double scale, double dropout_p) {
   AttentionInputs in;
   AttentionProblem& p = in.problem;
   p.dtype = dtype_of(op, "query", query);
   const int64_t rank = query.dim();
-  check(rank >= 3 && rank <= kMaxBatchDims + 3, op, "query", "3 to 9 dimensions [*batch, heads, seq, dim]",
-        text(shape_of(query)));
+  check(rank >= 3 && rank <= kMaxBatchDims + 3, op, "query",
+        "3 to 9 dimensions [*batch, heads, seq, dim]", text(shape_of(query)));
   check_like(op, "key", key, query.scalar_type(), query);
   check_like(op, "value", value, query.scalar_type(), query);
-  check(key.dim() == rank, op, "key", "the rank of query, " + std::to_string(rank), text(shape_of(key)));
-  check(value.dim() == rank, op, "value", "the rank of query, " + std::to_string(rank), text(shape_of(value)));
+  check(key.dim() == rank, op, "key", "the rank of query, " + std::to_string(rank),
+        text(shape_of(key)));
+  check(value.dim() == rank, op, "value", "the rank of query, " + std::to_string(rank),
+        text(shape_of(value)));
 
   p.batch_dims = static_cast<int>(rank - 3);
   for (int d = 0; d < p.batch_dims; ++d) {
@@ -115,11 +134,13 @@ inline AttentionInputs validate_attention(const char* op, const Tensor& query, c
   check_shape(op, "key", key, in.shape(p.heads_k, p.seq_k, p.head_dim));
   check_shape(op, "value", value, in.shape(p.heads_k, p.seq_k, p.head_dim_v));
   const bool divides = p.heads_k == 0 ? p.heads_q == 0 : p.heads_q % p.heads_k == 0;
-  check(divides, op, "key", "a number of heads that divides query's " + std::to_string(p.heads_q), p.heads_k);
+  check(divides, op, "key", "a number of heads that divides query's " + std::to_string(p.heads_q),
+        p.heads_k);
 
   check(std::isfinite(scale), op, "scale", "a finite number", scale);
   check(dropout_p >= 0.0 && dropout_p < 1.0, op, "dropout_p", "a probability in [0, 1)", dropout_p);
-  check(dropout_p == 0.0 || seed.has_value(), op, "seed", "an int64 tensor, as dropout_p > 0", "None");
+  check(dropout_p == 0.0 || seed.has_value(), op, "seed", "an int64 tensor, as dropout_p > 0",
+        "None");
   p.is_causal = is_causal;
   p.scale = scale;
   p.dropout_p = dropout_p;
@@ -137,13 +158,15 @@ inline AttentionInputs validate_attention(const char* op, const Tensor& query, c
   p.v = view_of(in.value);
   if (mask.has_value()) {
     const bool is_bool = mask->scalar_type() == ScalarType::Bool;
-    check(is_bool || mask->scalar_type() == query.scalar_type(), op, "attn_mask", "bool or the dtype of query",
-          torch::headeronly::toString(mask->scalar_type()));
+    check(is_bool || mask->scalar_type() == query.scalar_type(), op, "attn_mask",
+          "bool or the dtype of query", torch::headeronly::toString(mask->scalar_type()));
     check_like(op, "attn_mask", *mask, mask->scalar_type(), query);
     const Shape full = in.shape(p.heads_q, p.seq_q, p.seq_k);
     bool broadcasts = mask->dim() == rank;
-    for (int64_t d = 0; broadcasts && d < rank; ++d) broadcasts = mask->size(d) == 1 || mask->size(d) == full[d];
-    check(broadcasts, op, "attn_mask", "the rank of query and extents of 1 or of " + text(full), text(shape_of(*mask)));
+    for (int64_t d = 0; broadcasts && d < rank; ++d)
+      broadcasts = mask->size(d) == 1 || mask->size(d) == full[d];
+    check(broadcasts, op, "attn_mask", "the rank of query and extents of 1 or of " + text(full),
+          text(shape_of(*mask)));
     in.mask = mask;
     p.mask_kind = is_bool ? MaskKind::kBool : MaskKind::kFloat;
     p.mask = view_of(*mask, true);
@@ -164,13 +187,15 @@ inline LinearInputs validate_linear(const char* op, const Tensor& input, const T
   LinearInputs in;
   LinearProblem& p = in.problem;
   p.dtype = dtype_of(op, "input", input);
-  check(input.dim() >= 1, op, "input", "at least 1 dimension [*, in_features]", text(shape_of(input)));
+  check(input.dim() >= 1, op, "input", "at least 1 dimension [*, in_features]",
+        text(shape_of(input)));
   check_like(op, "weight", weight, input.scalar_type(), input);
-  check(weight.dim() == 2, op, "weight", "2 dimensions [out_features, in_features]", text(shape_of(weight)));
+  check(weight.dim() == 2, op, "weight", "2 dimensions [out_features, in_features]",
+        text(shape_of(weight)));
   p.k = input.size(input.dim() - 1);
   p.n = weight.size(0);
-  check(weight.size(1) == p.k, op, "weight", "in_features " + std::to_string(p.k) + " as input's last extent",
-        text(shape_of(weight)));
+  check(weight.size(1) == p.k, op, "weight",
+        "in_features " + std::to_string(p.k) + " as input's last extent", text(shape_of(weight)));
   in.out_shape = shape_of(input);
   in.out_shape.back() = p.n;
   p.m = 1;

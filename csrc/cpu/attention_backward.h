@@ -1,6 +1,7 @@
-// Attention backward, E6-E10: one pass over the score tiles, five products a tile. A task owns a range of keys of one
-// key head: it alone writes their dK and dV. With fewer key heads than threads the keys are split, and each range
-// leaves its part of dQ in a buffer of its own, added up in a fixed order afterwards: bitwise reproducible, no atomics.
+// Attention backward, E6-E10: one pass over the score tiles, five products a tile. A task owns a
+// range of keys of one key head: it alone writes their dK and dV. With fewer key heads than threads
+// the keys are split, and each range leaves its part of dQ in a buffer of its own, added up in a
+// fixed order afterwards: bitwise reproducible, no atomics.
 #pragma once
 
 #include "cpu/attention_mask_gradient.h"
@@ -29,7 +30,8 @@ class AttentionBackward {
     int64_t ranges = 1;
     if (units < parallel_.threads && b_.needs_q) {
       ranges = min64(2 * ceil_div(parallel_.threads, units), key_blocks);
-      const int64_t affordable = kPartialDqBytes / max64(1, dq_elements * static_cast<int64_t>(sizeof(A)));
+      const int64_t affordable =
+          kPartialDqBytes / max64(1, dq_elements * static_cast<int64_t>(sizeof(A)));
       ranges = max64(1, min64(ranges, affordable));
     } else if (units < parallel_.threads) {
       ranges = min64(2 * ceil_div(parallel_.threads, units), key_blocks);
@@ -50,14 +52,15 @@ class AttentionBackward {
         const A* part = sum + range * dq_elements;
         for (int64_t e = 0; e < p_.seq_q * dim_padded_; ++e) sum[e] += part[e];
       }
-      write_rows(head_data<T>(p_, b_.grad_q, h / p_.heads_q, h % p_.heads_q), b_.grad_q.row_stride, sum, dim_padded_,
-                 p_.seq_q, p_.head_dim, static_cast<A>(p_.scale));
+      write_rows(head_data<T>(p_, b_.grad_q, h / p_.heads_q, h % p_.heads_q), b_.grad_q.row_stride,
+                 sum, dim_padded_, p_.seq_q, p_.head_dim, static_cast<A>(p_.scale));
     });
   }
 
  private:
   void keys_of_one_head(int64_t batch, int64_t head_k, int64_t range) const {
-    const int64_t first = range * range_keys_, count = max64(0, min64(range_keys_, p_.seq_k - first));
+    const int64_t first = range * range_keys_,
+                  count = max64(0, min64(range_keys_, p_.seq_k - first));
     const int64_t sharing = p_.heads_q / p_.heads_k, padded = round_up(count, kBlockK);
     const int64_t dq_elements = p_.seq_q * dim_padded_;
     const int64_t key_elements = round_up(KeyRange<T>::elements(p_, count), 16);
@@ -85,27 +88,29 @@ class AttentionBackward {
         for (int64_t e = 0; e < dq_elements; ++e) dq[e] = A(0);
       }
       for (int64_t j = 0; j < count; j += kBlockK) {
-        key_block(batch, head, mask, first, j, min64(kBlockK, count - j), keys, queries, tile, dq, dk, dv);
+        key_block(batch, head, mask, first, j, min64(kBlockK, count - j), keys, queries, tile, dq,
+                  dk, dv);
       }
       if (b_.needs_q && partial_dq_ == nullptr) {
-        write_rows(head_data<T>(p_, b_.grad_q, batch, head), b_.grad_q.row_stride, dq, dim_padded_, p_.seq_q,
-                   p_.head_dim, static_cast<A>(p_.scale));
+        write_rows(head_data<T>(p_, b_.grad_q, batch, head), b_.grad_q.row_stride, dq, dim_padded_,
+                   p_.seq_q, p_.head_dim, static_cast<A>(p_.scale));
       }
     }
     if (b_.needs_k) {
-      write_rows(head_data<T>(p_, b_.grad_k, batch, head_k) + first * b_.grad_k.row_stride, b_.grad_k.row_stride, dk,
-                 dim_padded_, count, p_.head_dim, static_cast<A>(p_.scale));
+      write_rows(head_data<T>(p_, b_.grad_k, batch, head_k) + first * b_.grad_k.row_stride,
+                 b_.grad_k.row_stride, dk, dim_padded_, count, p_.head_dim,
+                 static_cast<A>(p_.scale));
     }
     if (b_.needs_v) {
-      write_rows(head_data<T>(p_, b_.grad_v, batch, head_k) + first * b_.grad_v.row_stride, b_.grad_v.row_stride, dv,
-                 dim_v_padded_, count, p_.head_dim_v, A(1));
+      write_rows(head_data<T>(p_, b_.grad_v, batch, head_k) + first * b_.grad_v.row_stride,
+                 b_.grad_v.row_stride, dv, dim_v_padded_, count, p_.head_dim_v, A(1));
     }
   }
 
   // Keys [first + j, first + j + count) against every query that may see them.
-  void key_block(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t first, int64_t j, int64_t count,
-                 const KeyRange<T>& keys, const QueryRows<T>& queries, const ScoreTile<T>& tile, A* dq, A* dk,
-                 A* dv) const {
+  void key_block(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t first, int64_t j,
+                 int64_t count, const KeyRange<T>& keys, const QueryRows<T>& queries,
+                 const ScoreTile<T>& tile, A* dq, A* dk, A* dv) const {
     const int64_t j0 = first + j;
     for (int64_t i0 = p_.is_causal ? j0 / kBlockQ * kBlockQ : 0; i0 < p_.seq_q; i0 += kBlockQ) {
       const int64_t rows = min64(kBlockQ, p_.seq_q - i0);
@@ -114,38 +119,43 @@ class AttentionBackward {
       const A* q = queries.q + i0 * dim_padded_;
       const A* grad_out = queries.grad_out + i0 * dim_v_padded_;
       tile.compute(batch, head, mask, i0, rows, j0, seen, q, dim_padded_, grad_out, dim_v_padded_,
-                   keys.k_panels + j * p_.head_dim, keys.v_panels + j * p_.head_dim_v, queries.lse + i0,
-                   queries.delta + i0);
+                   keys.k_panels + j * p_.head_dim, keys.v_panels + j * p_.head_dim_v,
+                   queries.lse + i0, queries.delta + i0);
       if (b_.needs_q) {
         for (int64_t strip = 0; strip < rows; strip += kRows) {
           const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
           const int64_t depth = min64(seen, key_limit(p_, i0 + strip + strip_rows - 1) - j0);
           if (depth <= 0) continue;
-          micro_kernel_wide(strip_rows, dim_padded_, depth, Strided<A>{tile.dscores + strip * tile.kStride, tile.kStride, 1},  // E8
-                            keys.k_rows + j * dim_padded_, dim_padded_, dq + (i0 + strip) * dim_padded_, dim_padded_,
-                            Start::kAdd);
+          micro_kernel_wide(strip_rows, dim_padded_, depth,
+                            Strided<A>{tile.dscores + strip * tile.kStride, tile.kStride, 1},  // E8
+                            keys.k_rows + j * dim_padded_, dim_padded_,
+                            dq + (i0 + strip) * dim_padded_, dim_padded_, Start::kAdd);
         }
       }
       if (!b_.needs_k && !b_.needs_v) continue;
       for (int64_t strip = 0; strip < seen; strip += kRows) {
         const int strip_rows = static_cast<int>(min64(kRows, seen - strip));
-        const int64_t from = p_.is_causal ? max64(0, j0 + strip - i0) : 0;  // the first query that sees these keys
+        const int64_t from =
+            p_.is_causal ? max64(0, j0 + strip - i0) : 0;  // the first query that sees these keys
         if (from >= rows) break;
         if (b_.needs_v) {
           micro_kernel_wide(strip_rows, dim_v_padded_, rows - from,  // E10
-                            Strided<A>{tile.probs + from * tile.kStride + strip, 1, tile.kStride}, grad_out + from * dim_v_padded_,
-                            dim_v_padded_, dv + (j + strip) * dim_v_padded_, dim_v_padded_, Start::kAdd);
+                            Strided<A>{tile.probs + from * tile.kStride + strip, 1, tile.kStride},
+                            grad_out + from * dim_v_padded_, dim_v_padded_,
+                            dv + (j + strip) * dim_v_padded_, dim_v_padded_, Start::kAdd);
         }
         if (b_.needs_k) {
           micro_kernel_wide(strip_rows, dim_padded_, rows - from,  // E9
-                            Strided<A>{tile.dscores + from * tile.kStride + strip, 1, tile.kStride}, q + from * dim_padded_,
-                            dim_padded_, dk + (j + strip) * dim_padded_, dim_padded_, Start::kAdd);
+                            Strided<A>{tile.dscores + from * tile.kStride + strip, 1, tile.kStride},
+                            q + from * dim_padded_, dim_padded_, dk + (j + strip) * dim_padded_,
+                            dim_padded_, Start::kAdd);
         }
       }
     }
   }
 
-  static void write_rows(T* dst, int64_t dst_stride, A* src, int64_t src_stride, int64_t rows, int64_t cols, A factor) {
+  static void write_rows(T* dst, int64_t dst_stride, A* src, int64_t src_stride, int64_t rows,
+                         int64_t cols, A factor) {
     for (int64_t i = 0; i < rows; ++i) {
       A* row = src + i * src_stride;
       for (int64_t d = 0; d < cols; ++d) row[d] *= factor;

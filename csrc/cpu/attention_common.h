@@ -11,7 +11,8 @@ namespace fastattn::cpu::FASTATTN_ISA {
 constexpr int64_t kBlockQ = 96;  // 16 strips of 6 rows
 
 template <class T>
-FASTATTN_INLINE T* head_data(const AttentionProblem& p, const TensorView& view, int64_t batch, int64_t head) {
+FASTATTN_INLINE T* head_data(const AttentionProblem& p, const TensorView& view, int64_t batch,
+                             int64_t head) {
   int64_t offset = head * view.head_stride;
   for (int d = p.batch_dims - 1; d >= 0; --d) {
     offset += batch % p.batch_sizes[d] * view.batch_strides[d];
@@ -25,7 +26,8 @@ FASTATTN_INLINE int64_t key_limit(const AttentionProblem& p, int64_t i) {
   return p.is_causal ? min64(p.seq_k, i + 1) : p.seq_k;
 }
 
-// --- masks ------------------------------------------------------------------------------------------------------
+// --- masks
+// ------------------------------------------------------------------------------------------------------
 
 // The mask of one head, read a row segment at a time.
 template <class T>
@@ -37,7 +39,8 @@ struct HeadMask {
 
   FASTATTN_INLINE bool attends(int64_t i, int64_t j) const {
     if (kind == MaskKind::kBool) return bits[i * row_stride + j * col_stride] != 0;
-    if (kind == MaskKind::kFloat) return to_acc(values[i * row_stride + j * col_stride]) != -kInf<Acc<T>>;
+    if (kind == MaskKind::kFloat)
+      return to_acc(values[i * row_stride + j * col_stride]) != -kInf<Acc<T>>;
     return true;
   }
 };
@@ -74,9 +77,11 @@ bool any_attends(const HeadMask<T>& mask, int64_t i0, int64_t i1, int64_t j0, in
   return false;
 }
 
-// s[0, n) = scale * s + M[i, j0 ...]; -inf where the mask rules out, whatever s holds there (NaN included).  // E1
+// s[0, n) = scale * s + M[i, j0 ...]; -inf where the mask rules out, whatever s holds there (NaN
+// included).  // E1
 template <class T>
-FASTATTN_INLINE void scale_and_mask(const HeadMask<T>& mask, Acc<T>* s, Acc<T> scale, int64_t i, int64_t j0, int64_t n) {
+FASTATTN_INLINE void scale_and_mask(const HeadMask<T>& mask, Acc<T>* s, Acc<T> scale, int64_t i,
+                                    int64_t j0, int64_t n) {
   using A = Acc<T>;
   const int64_t offset = i * mask.row_stride + j0 * mask.col_stride;
   if (mask.kind == MaskKind::kBool) {
@@ -106,7 +111,8 @@ FASTATTN_INLINE void scale_and_mask(const HeadMask<T>& mask, Acc<T>* s, Acc<T> s
   }
 }
 
-// --- dropout ----------------------------------------------------------------------------------------------------
+// --- dropout
+// ----------------------------------------------------------------------------------------------------
 
 struct Dropout {
   bool active;
@@ -121,7 +127,8 @@ struct Dropout {
         threshold(philox_keep_threshold(p.dropout_p)),
         keep_scale(1.0 / (1.0 - p.dropout_p)) {}
 
-  // z[0, n) = keep-mask / (1 - p) of columns [j0, j0 + n); j0 is a multiple of 4 and z has room for round_up(n, 64).
+  // z[0, n) = keep-mask / (1 - p) of columns [j0, j0 + n); j0 is a multiple of 4 and z has room for
+  // round_up(n, 64).
   template <class A>
   void fill(A* z, int64_t batch, int64_t head, int64_t i, int64_t j0, int64_t n) const {
     constexpr int kLanes = 16;
@@ -156,14 +163,17 @@ struct Dropout {
   }
 };
 
-// --- keys and values of one head ----------------------------------------------------------------------------------
+// --- keys and values of one head
+// ----------------------------------------------------------------------------------
 
 // K^T or V^T of keys [j0, j0 + n) as panels [ceil(n / kPanel)][dim][kPanel].
 template <class T>
-void pack_key_panels(Acc<T>* dst, const T* src, int64_t src_stride, int64_t n, int64_t dim, Acc<T>* staging) {
+void pack_key_panels(Acc<T>* dst, const T* src, int64_t src_stride, int64_t n, int64_t dim,
+                     Acc<T>* staging) {
   using A = Acc<T>;
   for (int64_t j = 0; j < n; j += kPanel<A>) {
-    pack_transposed_panel(dst + j * dim, src + j * src_stride, src_stride, min64(kPanel<A>, n - j), dim, staging);
+    pack_transposed_panel(dst + j * dim, src + j * src_stride, src_stride, min64(kPanel<A>, n - j),
+                          dim, staging);
   }
 }
 
@@ -178,8 +188,9 @@ bool rows_are_finite(const T* src, int64_t stride, int64_t rows, int64_t cols) {
   return finite;
 }
 
-// Keys that the mask hides from every query must not influence anything, not even by 0 * NaN. Only then, that is with a
-// mask and with a NaN or an infinity among the keys or values, the kernels clear those keys' rows in their packed copies.
+// Keys that the mask hides from every query must not influence anything, not even by 0 * NaN. Only
+// then, that is with a mask and with a NaN or an infinity among the keys or values, the kernels
+// clear those keys' rows in their packed copies.
 template <class T>
 bool must_clear_hidden_keys(const AttentionProblem& p, const Parallel& parallel) {
   if (p.mask_kind == MaskKind::kNone) return false;
@@ -187,7 +198,8 @@ bool must_clear_hidden_keys(const AttentionProblem& p, const Parallel& parallel)
   parallel_tasks(parallel, p.batch * p.heads_k, [&](int64_t unit) {
     const int64_t batch = unit / p.heads_k, head = unit % p.heads_k;
     if (!rows_are_finite(head_data<T>(p, p.k, batch, head), p.k.row_stride, p.seq_k, p.head_dim) ||
-        !rows_are_finite(head_data<T>(p, p.v, batch, head), p.v.row_stride, p.seq_k, p.head_dim_v)) {
+        !rows_are_finite(head_data<T>(p, p.v, batch, head), p.v.row_stride, p.seq_k,
+                         p.head_dim_v)) {
       __atomic_store_n(&clear, true, __ATOMIC_RELAXED);
     }
   });

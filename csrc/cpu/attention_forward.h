@@ -1,5 +1,6 @@
-// Attention forward, E1-E5. A task owns one block of query rows of one head; keys and values are packed once per head,
-// for as many heads at a time as fit in kGroupBytes, so that memory stays O(S).
+// Attention forward, E1-E5. A task owns one block of query rows of one head; keys and values are
+// packed once per head, for as many heads at a time as fit in kGroupBytes, so that memory stays
+// O(S).
 #pragma once
 
 #include "cpu/attention_common.h"
@@ -37,19 +38,22 @@ class AttentionForward {
     unit_elements_ = k_elements_ + round_up(v_panels_ * kPanelKeys * p_.seq_k, 16);
     const int64_t units = p_.batch * units_per_batch_;
     const int64_t unit_bytes = max64(1, unit_elements_ * static_cast<int64_t>(sizeof(A)));
-    const int64_t group = max64(1, min64(units, max64(parallel_.threads, kGroupBytes / unit_bytes)));
+    const int64_t group =
+        max64(1, min64(units, max64(parallel_.threads, kGroupBytes / unit_bytes)));
     const int64_t blocks = ceil_div(p_.seq_q, kBlockQ);
 
     packed_ = thread_scratch<A>(0, group * unit_elements_);
     for (int64_t first = 0; first < units; first += group) {
       const int64_t count = min64(group, units - first);
-      parallel_tasks(parallel_, count, [&](int64_t u) { pack_unit(first + u, packed_ + u * unit_elements_); });
+      parallel_tasks(parallel_, count,
+                     [&](int64_t u) { pack_unit(first + u, packed_ + u * unit_elements_); });
       const int64_t heads = count * heads_per_unit_;
       parallel_tasks(parallel_, heads * blocks, [&](int64_t task) {
         // Last blocks first: under a causal mask they are the longest.
         const int64_t block = blocks - 1 - task / heads, u = task % heads / heads_per_unit_;
         const int64_t unit = first + u, batch = unit / units_per_batch_;
-        const int64_t head = unit % units_per_batch_ * heads_per_unit_ + task % heads % heads_per_unit_;
+        const int64_t head =
+            unit % units_per_batch_ * heads_per_unit_ + task % heads % heads_per_unit_;
         query_block(batch, head, block * kBlockQ, packed_ + u * unit_elements_);
       });
     }
@@ -61,23 +65,26 @@ class AttentionForward {
     const int64_t batch = unit / units_per_batch_, head = unit % units_per_batch_ * heads_per_unit_;
     const int64_t head_k = head / (p_.heads_q / p_.heads_k);
     A* staging = thread_scratch<A>(1, kPanelKeys * p_.head_dim);
-    pack_key_panels(dst, head_data<T>(p_, p_.k, batch, head_k), p_.k.row_stride, p_.seq_k, p_.head_dim, staging);
+    pack_key_panels(dst, head_data<T>(p_, p_.k, batch, head_k), p_.k.row_stride, p_.seq_k,
+                    p_.head_dim, staging);
     A* v = dst + k_elements_;
     for (int64_t d = 0; d < p_.head_dim_v; d += kPanelKeys) {
-      pack_rows(v + d * p_.seq_k, kPanelKeys, head_data<T>(p_, p_.v, batch, head_k) + d, p_.v.row_stride, p_.seq_k,
-                min64(kPanelKeys, p_.head_dim_v - d));
+      pack_rows(v + d * p_.seq_k, kPanelKeys, head_data<T>(p_, p_.v, batch, head_k) + d,
+                p_.v.row_stride, p_.seq_k, min64(kPanelKeys, p_.head_dim_v - d));
     }
     if (!clear_hidden_) return;
     const HeadMask<T> mask = head_mask<T>(p_, batch, head);
     for (int64_t j = 0; j < p_.seq_k; ++j) {
       if (!key_is_hidden(p_, mask, j)) continue;
-      for (int64_t d = 0; d < v_panels_ * kPanelKeys; ++d) v[(d / kPanelKeys * p_.seq_k + j) * kPanelKeys + d % kPanelKeys] = A(0);
+      for (int64_t d = 0; d < v_panels_ * kPanelKeys; ++d)
+        v[(d / kPanelKeys * p_.seq_k + j) * kPanelKeys + d % kPanelKeys] = A(0);
     }
   }
 
   void query_block(int64_t batch, int64_t head, int64_t i0, const A* packed) const {
     const int64_t rows = min64(kBlockQ, p_.seq_q - i0), dim = p_.head_dim;
-    A* q = thread_scratch<A>(2, round_up(rows * dim, 16) + kBlockQ * (dim_v_padded_ + 3) + kBlockQ * kStep + kStep + 64);
+    A* q = thread_scratch<A>(
+        2, round_up(rows * dim, 16) + kBlockQ * (dim_v_padded_ + 3) + kBlockQ * kStep + kStep + 64);
     A* o = q + round_up(rows * dim, 16);  // [rows, Dv padded]
     A* m = o + kBlockQ * dim_v_padded_;   // [rows] running maximum
     A* l = m + kBlockQ;                   // [rows] running sum
@@ -113,28 +120,33 @@ class AttentionForward {
       for (int64_t c = 0; c < keys; c += kPanelKeys) {  // E1
         for (int64_t strip = 0; strip < rows; strip += kRows) {
           const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
-          const int64_t seen = min64(kPanelKeys, keys_seen(i0 + strip + strip_rows - 1, j0 + c, keys - c));
+          const int64_t seen =
+              min64(kPanelKeys, keys_seen(i0 + strip + strip_rows - 1, j0 + c, keys - c));
           if (seen <= 0) continue;
-          micro_kernel(strip_rows, static_cast<int>(ceil_div(seen, kWidth<A>)), dim, Strided<A>{q + strip * dim, dim, 1},
-                       packed + (j0 + c) * dim, kPanelKeys, s + strip * kStep + c, kStep, Start::kZero);
+          micro_kernel(strip_rows, static_cast<int>(ceil_div(seen, kWidth<A>)), dim,
+                       Strided<A>{q + strip * dim, dim, 1}, packed + (j0 + c) * dim, kPanelKeys,
+                       s + strip * kStep + c, kStep, Start::kZero);
         }
       }
       for (int64_t strip = 0; strip < rows; strip += kRows) {
         const int64_t strip_rows = min64(kRows, rows - strip);
         const int64_t seen = keys_seen(i0 + strip + strip_rows - 1, j0, keys);
         for (int64_t i = strip; seen > 0 && i < strip + strip_rows; ++i) {
-          softmax_row(batch, head, mask, i0 + i, j0, keys, seen, s + i * kStep, m[i], l[i], rescale[i], z);
+          softmax_row(batch, head, mask, i0 + i, j0, keys, seen, s + i * kStep, m[i], l[i],
+                      rescale[i], z);
         }
       }
       for (int64_t d = 0; d < p_.head_dim_v; d += kPanelKeys) {  // E4
         const A* v = packed + k_elements_ + d * p_.seq_k + j0 * kPanelKeys;
-        const int vecs = static_cast<int>(ceil_div(min64(kPanelKeys, p_.head_dim_v - d), kWidth<A>));
+        const int vecs =
+            static_cast<int>(ceil_div(min64(kPanelKeys, p_.head_dim_v - d), kWidth<A>));
         for (int64_t strip = 0; strip < rows; strip += kRows) {
           const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
           const int64_t seen = keys_seen(i0 + strip + strip_rows - 1, j0, keys);
           if (seen <= 0) continue;
-          micro_kernel(strip_rows, vecs, seen, Strided<A>{s + strip * kStep, kStep, 1}, v, kPanelKeys,
-                       o + strip * dim_v_padded_ + d, dim_v_padded_, Start::kAdd, rescale + strip);
+          micro_kernel(strip_rows, vecs, seen, Strided<A>{s + strip * kStep, kStep, 1}, v,
+                       kPanelKeys, o + strip * dim_v_padded_ + d, dim_v_padded_, Start::kAdd,
+                       rescale + strip);
         }
       }
     }
@@ -146,9 +158,11 @@ class AttentionForward {
     return min64(keys, key_limit(p_, i) - j0);
   }
 
-  // Scores of row i -> probabilities relative to the running maximum; columns up to `width` are set.
-  FASTATTN_INLINE void softmax_row(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i, int64_t j0,
-                                   int64_t keys, int64_t width, A* row, A& m, A& l, A& rescale, A* z) const {
+  // Scores of row i -> probabilities relative to the running maximum; columns up to `width` are
+  // set.
+  FASTATTN_INLINE void softmax_row(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i,
+                                   int64_t j0, int64_t keys, int64_t width, A* row, A& m, A& l,
+                                   A& rescale, A* z) const {
     const int64_t seen = max64(0, keys_seen(i, j0, keys)), padded = round_up(seen, kWidth<A>);
     A factor = static_cast<A>(p_.scale);
     if (mask.kind != MaskKind::kNone || factor <= A(0)) {
@@ -169,7 +183,8 @@ class AttentionForward {
     }
   }
 
-  void write_block(int64_t batch, int64_t head, int64_t i0, int64_t rows, A* o, const A* m, const A* l) const {
+  void write_block(int64_t batch, int64_t head, int64_t i0, int64_t rows, A* o, const A* m,
+                   const A* l) const {
     T* out = head_data<T>(p_, p_.out, batch, head) + i0 * p_.out.row_stride;
     A* lse = static_cast<A*>(p_.lse) + (batch * p_.heads_q + head) * p_.seq_q + i0;
     for (int64_t i = 0; i < rows; ++i) {  // E5; a row with nothing to attend to: output 0, LSE -inf

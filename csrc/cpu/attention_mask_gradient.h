@@ -1,12 +1,14 @@
-// Gradient of a float mask, E11, reduced to the mask's own shape. A task owns one tile of the gradient and walks every
-// batch, head, row and key that the mask was broadcast to, in a fixed order: O(1) memory, no atomics, reproducible.
+// Gradient of a float mask, E11, reduced to the mask's own shape. A task owns one tile of the
+// gradient and walks every batch, head, row and key that the mask was broadcast to, in a fixed
+// order: O(1) memory, no atomics, reproducible.
 #pragma once
 
 #include "cpu/attention_tiles.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
-constexpr int64_t kMaskRows = 4 * kBlockQ;  // query rows of an owned tile: the packed keys serve four blocks
+constexpr int64_t kMaskRows =
+    4 * kBlockQ;  // query rows of an owned tile: the packed keys serve four blocks
 
 template <class T>
 class AttentionMaskGradient {
@@ -22,11 +24,12 @@ class AttentionMaskGradient {
     for (int d = 0; d < p_.batch_dims; ++d) mask_batch *= b_.mask_batch_sizes[d];
     const int64_t row_tiles = b_.mask_rows == 1 ? 1 : ceil_div(b_.mask_rows, kMaskRows);
     const int64_t col_tiles = b_.mask_cols == 1 ? 1 : ceil_div(b_.mask_cols, kBlockK);
-    parallel_tasks(parallel_, mask_batch * b_.mask_heads * row_tiles * col_tiles, [&](int64_t task) {
-      const int64_t col = task % col_tiles, row = task / col_tiles % row_tiles;
-      const int64_t head = task / (col_tiles * row_tiles) % b_.mask_heads;
-      own_tile(task / (col_tiles * row_tiles * b_.mask_heads), head, row, col);
-    });
+    parallel_tasks(parallel_, mask_batch * b_.mask_heads * row_tiles * col_tiles,
+                   [&](int64_t task) {
+                     const int64_t col = task % col_tiles, row = task / col_tiles % row_tiles;
+                     const int64_t head = task / (col_tiles * row_tiles) % b_.mask_heads;
+                     own_tile(task / (col_tiles * row_tiles * b_.mask_heads), head, row, col);
+                   });
   }
 
  private:
@@ -49,11 +52,13 @@ class AttentionMaskGradient {
     const int64_t j_end = per_col ? min64(p_.seq_k, j_begin + kBlockK) : p_.seq_k;
     const int64_t key_elements = round_up(KeyRange<T>::elements(p_, kBlockK), 16);
     A* scratch = thread_scratch<A>(2, ScoreTile<T>::elements() + key_elements +
-                                          round_up(QueryRows<T>::elements(p_, kBlockQ), 16) + kMaskRows * kBlockK);
+                                          round_up(QueryRows<T>::elements(p_, kBlockQ), 16) +
+                                          kMaskRows * kBlockK);
     const ScoreTile<T> tile(p_, dropout_, scratch);
     KeyRange<T> keys(p_, kBlockK, scratch + ScoreTile<T>::elements());
     A* query_scratch = scratch + ScoreTile<T>::elements() + key_elements;
-    A* sum = query_scratch + round_up(QueryRows<T>::elements(p_, kBlockQ), 16);  // [kMaskRows, kBlockK]
+    A* sum =
+        query_scratch + round_up(QueryRows<T>::elements(p_, kBlockQ), 16);  // [kMaskRows, kBlockK]
     for (int64_t e = 0; e < kMaskRows * kBlockK; ++e) sum[e] = A(0);
 
     for (int64_t batch = 0; batch < p_.batch; ++batch) {
@@ -64,14 +69,16 @@ class AttentionMaskGradient {
         const HeadMask<T> mask = head_mask<T>(p_, batch, head);
         for (int64_t j0 = j_begin; j0 < j_end; j0 += kBlockK) {
           const int64_t count = min64(kBlockK, j_end - j0);
-          keys.pack(p_, batch, head / (p_.heads_q / p_.heads_k), j0, count, clear_hidden_ ? &mask : nullptr);
+          keys.pack(p_, batch, head / (p_.heads_q / p_.heads_k), j0, count,
+                    clear_hidden_ ? &mask : nullptr);
           for (int64_t i0 = i_begin; i0 < i_end; i0 += kBlockQ) {
             const int64_t rows = min64(kBlockQ, i_end - i0);
             const int64_t seen = min64(count, key_limit(p_, i0 + rows - 1) - j0);
             if (seen <= 0 || !any_attends(mask, i0, i0 + rows, j0, j0 + seen)) continue;
             const QueryRows<T> queries(b_, batch, head, i0, rows, query_scratch);
-            tile.compute(batch, head, mask, i0, rows, j0, seen, queries.q, queries.dim_padded, queries.grad_out,
-                         queries.dim_v_padded, keys.k_panels, keys.v_panels, queries.lse, queries.delta);
+            tile.compute(batch, head, mask, i0, rows, j0, seen, queries.q, queries.dim_padded,
+                         queries.grad_out, queries.dim_v_padded, keys.k_panels, keys.v_panels,
+                         queries.lse, queries.delta);
             for (int64_t r = 0; r < rows; ++r) {  // E11
               const A* ds = tile.dscores + r * tile.kStride;
               A* row = sum + (per_row ? i0 - i_begin + r : 0) * kBlockK;
@@ -91,7 +98,8 @@ class AttentionMaskGradient {
     T* out = static_cast<T*>(b_.grad_mask);
     const int64_t rows = per_row ? i_end - i_begin : 1, cols = per_col ? j_end - j_begin : 1;
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = (mask_batch * b_.mask_heads + mask_head) * b_.mask_rows + (per_row ? i_begin + r : 0);
+      const int64_t row =
+          (mask_batch * b_.mask_heads + mask_head) * b_.mask_rows + (per_row ? i_begin + r : 0);
       convert(out + row * b_.mask_cols + (per_col ? j_begin : 0), sum + r * kBlockK, cols);
     }
   }

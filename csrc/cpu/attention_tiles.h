@@ -1,5 +1,5 @@
-// What the passes behind the forward one share: packed operands of one head, and tiles of P and dS recomputed from the
-// saved LSE (E1, E6, E7).
+// What the passes behind the forward one share: packed operands of one head, and tiles of P and dS
+// recomputed from the saved LSE (E1, E6, E7).
 #pragma once
 
 #include "cpu/attention_common.h"
@@ -25,13 +25,18 @@ struct ScoreTile {
 
   static int64_t elements() { return 2 * kBlockQ * kStride + kBlockK + 64; }
   ScoreTile(const AttentionProblem& problem, const Dropout& drop, A* scratch)
-      : p(problem), dropout(drop), probs(scratch), dscores(probs + kBlockQ * kStride),
+      : p(problem),
+        dropout(drop),
+        probs(scratch),
+        dscores(probs + kBlockQ * kStride),
         z(dscores + kBlockQ * kStride) {}
 
-  // Rows [i0, i0 + rows), keys [j0, j0 + keys). q [rows, q_stride], grad_out [rows, go_stride] and the panels are packed.
-  void compute(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i0, int64_t rows, int64_t j0, int64_t keys,
-               const A* q, int64_t q_stride, const A* grad_out, int64_t go_stride, const A* k_panels, const A* v_panels,
-               const A* lse, const A* delta) const {
+  // Rows [i0, i0 + rows), keys [j0, j0 + keys). q [rows, q_stride], grad_out [rows, go_stride] and
+  // the panels are packed.
+  void compute(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i0, int64_t rows,
+               int64_t j0, int64_t keys, const A* q, int64_t q_stride, const A* grad_out,
+               int64_t go_stride, const A* k_panels, const A* v_panels, const A* lse,
+               const A* delta) const {
     for (int64_t strip = 0; strip < rows; strip += kRows) {
       const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
       A* strip_probs = probs + strip * kStride;
@@ -39,10 +44,13 @@ struct ScoreTile {
       const int64_t seen = max64(0, min64(keys, key_limit(p, i0 + strip + strip_rows - 1) - j0));
       for (int64_t c = 0; c < seen; c += kPanelKeys) {
         const int vecs = static_cast<int>(ceil_div(min64(kPanelKeys, seen - c), kWidth<A>));
-        micro_kernel(strip_rows, vecs, p.head_dim, Strided<A>{q + strip * q_stride, q_stride, 1},  // E1
+        micro_kernel(strip_rows, vecs, p.head_dim,
+                     Strided<A>{q + strip * q_stride, q_stride, 1},  // E1
                      k_panels + c * p.head_dim, kPanelKeys, strip_probs + c, kStride, Start::kZero);
-        micro_kernel(strip_rows, vecs, p.head_dim_v, Strided<A>{grad_out + strip * go_stride, go_stride, 1},  // E7
-                     v_panels + c * p.head_dim_v, kPanelKeys, strip_dscores + c, kStride, Start::kZero);
+        micro_kernel(strip_rows, vecs, p.head_dim_v,
+                     Strided<A>{grad_out + strip * go_stride, go_stride, 1},  // E7
+                     v_panels + c * p.head_dim_v, kPanelKeys, strip_dscores + c, kStride,
+                     Start::kZero);
       }
       for (int r = 0; r < strip_rows; ++r) {
         const int64_t i = strip + r;
@@ -53,8 +61,8 @@ struct ScoreTile {
   }
 
  private:
-  FASTATTN_INLINE void row(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i, int64_t j0, int64_t keys,
-                           A lse, A delta, A* s, A* ds) const {
+  FASTATTN_INLINE void row(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i,
+                           int64_t j0, int64_t keys, A lse, A delta, A* s, A* ds) const {
     int64_t seen = max64(0, min64(keys, key_limit(p, i) - j0));
     if (lse == -kInf<A>) seen = 0;  // nothing to attend to: every gradient is 0
     const int64_t padded = round_up(seen, kWidth<A>);
@@ -73,14 +81,16 @@ struct ScoreTile {
         store(s + j, prob * keep);
       }
     } else {
-      for (int64_t j = 0; j < padded; j += kWidth<A>) store(ds + j, load(s + j) * (load(ds + j) - shift));  // E7
+      for (int64_t j = 0; j < padded; j += kWidth<A>)
+        store(ds + j, load(s + j) * (load(ds + j) - shift));  // E7
     }
     for (int64_t j = seen; j < kBlockK; ++j) s[j] = ds[j] = A(0);
   }
 };
 
-// Query rows [first, first + count) of one head in the accumulator's type: Q [count, D padded], dO [count, Dv padded],
-// delta and lse [count]. Rows with nothing to attend to are cleared, so that a NaN in them reaches nobody.
+// Query rows [first, first + count) of one head in the accumulator's type: Q [count, D padded], dO
+// [count, Dv padded], delta and lse [count]. Rows with nothing to attend to are cleared, so that a
+// NaN in them reaches nobody.
 template <class T>
 struct QueryRows {
   using A = Acc<T>;
@@ -92,7 +102,8 @@ struct QueryRows {
     return count * (round_up(p.head_dim, kWidth<A>) + round_up(p.head_dim_v, kWidth<A>) + 1);
   }
 
-  QueryRows(const AttentionBackwardProblem& b, int64_t batch, int64_t head, int64_t first, int64_t count, A* scratch) {
+  QueryRows(const AttentionBackwardProblem& b, int64_t batch, int64_t head, int64_t first,
+            int64_t count, A* scratch) {
     const AttentionProblem& p = b.forward;
     dim_padded = round_up(p.head_dim, kWidth<A>);
     dim_v_padded = round_up(p.head_dim_v, kWidth<A>);
@@ -101,10 +112,12 @@ struct QueryRows {
     delta = grad_out + count * dim_v_padded;
     const int64_t lse_offset = (batch * p.heads_q + head) * p.seq_q + first;
     lse = static_cast<const A*>(p.lse) + lse_offset;
-    const A* grad_lse = b.grad_lse == nullptr ? nullptr : static_cast<const A*>(b.grad_lse) + lse_offset;
-    pack_rows(q, dim_padded, head_data<T>(p, p.q, batch, head) + first * p.q.row_stride, p.q.row_stride, count,
-              p.head_dim);
-    pack_rows(grad_out, dim_v_padded, head_data<T>(p, b.grad_out, batch, head) + first * b.grad_out.row_stride,
+    const A* grad_lse =
+        b.grad_lse == nullptr ? nullptr : static_cast<const A*>(b.grad_lse) + lse_offset;
+    pack_rows(q, dim_padded, head_data<T>(p, p.q, batch, head) + first * p.q.row_stride,
+              p.q.row_stride, count, p.head_dim);
+    pack_rows(grad_out, dim_v_padded,
+              head_data<T>(p, b.grad_out, batch, head) + first * b.grad_out.row_stride,
               b.grad_out.row_stride, count, p.head_dim_v);
     const T* out = head_data<T>(p, p.out, batch, head) + first * p.out.row_stride;
     for (int64_t i = 0; i < count; ++i) {
@@ -116,7 +129,8 @@ struct QueryRows {
         continue;
       }
       A sum = A(0);
-      for (int64_t d = 0; d < p.head_dim_v; ++d) sum += go[d] * to_acc(out[i * p.out.row_stride + d]);  // E6
+      for (int64_t d = 0; d < p.head_dim_v; ++d)
+        sum += go[d] * to_acc(out[i * p.out.row_stride + d]);  // E6
       delta[i] = sum - (grad_lse == nullptr ? A(0) : grad_lse[i]);
     }
   }
@@ -155,8 +169,10 @@ struct KeyRange {
     for (int64_t j = 0; j < count; ++j) {
       if (!key_is_hidden(p, *hidden_from, first + j)) continue;
       const int64_t panel = j / kPanel<A> * kPanel<A>, lane = j % kPanel<A>;
-      for (int64_t d = 0; d < p.head_dim; ++d) k_panels[panel * p.head_dim + d * kPanel<A> + lane] = A(0);
-      for (int64_t d = 0; d < p.head_dim_v; ++d) v_panels[panel * p.head_dim_v + d * kPanel<A> + lane] = A(0);
+      for (int64_t d = 0; d < p.head_dim; ++d)
+        k_panels[panel * p.head_dim + d * kPanel<A> + lane] = A(0);
+      for (int64_t d = 0; d < p.head_dim_v; ++d)
+        v_panels[panel * p.head_dim_v + d * kPanel<A> + lane] = A(0);
       for (int64_t d = 0; d < dim_padded; ++d) k_rows[j * dim_padded + d] = A(0);
     }
   }

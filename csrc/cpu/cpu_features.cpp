@@ -14,7 +14,8 @@ struct Isa {
 
 #if defined(__x86_64__) || defined(_M_X64)
 bool runs_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 }
 bool runs_avx512() {
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -54,13 +55,17 @@ const char* choose() {
   }
   for (const Isa& isa : kIsas) {
     if (std::string(forced) != isa.name) continue;
-    if (!isa.built) throw std::runtime_error("FASTATTN_CPU_ISA: '" + std::string(forced) + "' is not in this build");
+    if (!isa.built)
+      throw std::runtime_error("FASTATTN_CPU_ISA: '" + std::string(forced) +
+                               "' is not in this build");
     if (!isa.runs()) {
-      throw std::runtime_error("FASTATTN_CPU_ISA: this processor cannot run '" + std::string(forced) + "'");
+      throw std::runtime_error("FASTATTN_CPU_ISA: this processor cannot run '" +
+                               std::string(forced) + "'");
     }
     return isa.name;
   }
-  throw std::runtime_error("FASTATTN_CPU_ISA: expected one of avx512, avx2, generic, got '" + std::string(forced) + "'");
+  throw std::runtime_error("FASTATTN_CPU_ISA: expected one of avx512, avx2, generic, got '" +
+                           std::string(forced) + "'");
 }
 
 }  // namespace

@@ -11,10 +11,14 @@ namespace fastattn::cpu::FASTATTN_ISA {
 template <class Body>
 void with_dtype(Dtype dtype, const Body& body) {
   switch (dtype) {
-    case Dtype::kFloat32: return body(float{});
-    case Dtype::kFloat64: return body(double{});
-    case Dtype::kBFloat16: return body(bf16{});
-    case Dtype::kFloat16: return body(fp16{});
+    case Dtype::kFloat32:
+      return body(float{});
+    case Dtype::kFloat64:
+      return body(double{});
+    case Dtype::kBFloat16:
+      return body(bf16{});
+    case Dtype::kFloat16:
+      return body(fp16{});
   }
 }
 

@@ -1,5 +1,6 @@
-// Linear layers with an optional ReLU, E15-E16: bias, ReLU and its bit-mask in the forward's epilogue; in the backward
-// the mask is applied while dY is loaded and the bias gradient is summed on the way.
+// Linear layers with an optional ReLU, E15-E16: bias, ReLU and its bit-mask in the forward's
+// epilogue; in the backward the mask is applied while dY is loaded and the bias gradient is summed
+// on the way.
 #pragma once
 
 #include "common/problem.h"
@@ -46,7 +47,8 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
       uint8_t byte = 0;
       const int64_t count = min64(8, cols - j);
       // The stored value decides: a positive sum may round to zero in 16 bits.
-      for (int64_t t = 0; t < count; ++t) byte |= static_cast<uint8_t>(!(to_acc(out[j + t]) <= A(0))) << t;
+      for (int64_t t = 0; t < count; ++t)
+        byte |= static_cast<uint8_t>(!(to_acc(out[j + t]) <= A(0))) << t;
       mask[j / 8] = byte;
     }
   };
@@ -55,7 +57,8 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
 
 // dst [cols] = row i, columns [j0, j0 + cols), of G = dY o R.  // E16
 template <class T>
-void load_masked_gradient(const LinearBackwardProblem& p, int64_t i, int64_t j0, int64_t cols, Acc<T>* dst) {
+void load_masked_gradient(const LinearBackwardProblem& p, int64_t i, int64_t j0, int64_t cols,
+                          Acc<T>* dst) {
   using A = Acc<T>;
   if (p.grad_y_is_accumulator) {
     convert(dst, static_cast<const A*>(p.grad_y) + i * p.grad_y_stride + j0, cols);
@@ -90,10 +93,13 @@ void linear_input_gradient(const LinearBackwardProblem& p, const Parallel& paral
   using A = Acc<T>;
   const T* w = static_cast<const T*>(p.w);
   const auto load_a = [&](int64_t i0, int64_t rows, bool, A* scratch) -> Strips<A> {
-    for (int64_t i = 0; i < rows; ++i) load_masked_gradient<T>(p, i0 + i, 0, p.n, scratch + i * p.n);
+    for (int64_t i = 0; i < rows; ++i)
+      load_masked_gradient<T>(p, i0 + i, 0, p.n, scratch + i * p.n);
     return Strips<A>::row_major(scratch, p.n);
   };
-  const auto load_b = [&](int64_t j0, int64_t cols, A* dst) { pack_row_panel(dst, w + j0, p.w_stride, p.n, cols); };
+  const auto load_b = [&](int64_t j0, int64_t cols, A* dst) {
+    pack_row_panel(dst, w + j0, p.w_stride, p.n, cols);
+  };
   const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
     if (p.grad_x_is_accumulator) {
       convert(static_cast<A*>(p.grad_x) + i * p.k + j0, row, cols);
@@ -120,7 +126,8 @@ void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& para
         for (int64_t j = 0; j < width; ++j) scratch[strip * p.m + i * kRows + j] = row[strip + j];
       }
     }
-    if (first_columns && p.grad_bias != nullptr) convert(static_cast<T*>(p.grad_bias) + j0, sums, count);
+    if (first_columns && p.grad_bias != nullptr)
+      convert(static_cast<T*>(p.grad_bias) + j0, sums, count);
     return {scratch, kRows * p.m, 1, kRows};
   };
   if (p.grad_w == nullptr || p.k == 0) {
@@ -129,7 +136,9 @@ void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& para
     }
     return;
   }
-  const auto load_b = [&](int64_t j0, int64_t cols, A* dst) { pack_row_panel(dst, x + j0, p.x_stride, p.m, cols); };
+  const auto load_b = [&](int64_t j0, int64_t cols, A* dst) {
+    pack_row_panel(dst, x + j0, p.x_stride, p.m, cols);
+  };
   const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
     convert(static_cast<T*>(p.grad_w) + i * p.k + j0, row, cols);
   };

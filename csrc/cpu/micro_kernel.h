@@ -1,4 +1,5 @@
-// C [rows, cols] (+)= A [rows, depth] B [depth, cols]: the one inner loop of every product, rows <= 6, cols <= kPanel.
+// C [rows, cols] (+)= A [rows, depth] B [depth, cols]: the one inner loop of every product, rows <=
+// 6, cols <= kPanel.
 #pragma once
 
 #include "cpu/simd.h"
@@ -16,8 +17,8 @@ struct Strided {
 enum class Start { kZero, kAdd };  // C = AB; C = row_scale * C + AB, without row_scale C += AB
 
 template <class A, int kR, int kV>
-void micro_kernel_tile(int64_t depth, Strided<A> a, const A* b, int64_t b_stride, A* c, int64_t c_stride, Start start,
-                       const A* row_scale) {
+void micro_kernel_tile(int64_t depth, Strided<A> a, const A* b, int64_t b_stride, A* c,
+                       int64_t c_stride, Start start, const A* row_scale) {
   Vec<A> acc[kR][kV];
   if (start == Start::kZero) {
 #pragma GCC unroll 8
@@ -55,36 +56,49 @@ void micro_kernel_tile(int64_t depth, Strided<A> a, const A* b, int64_t b_stride
 }
 
 template <class A, int kV>
-FASTATTN_INLINE void micro_kernel_rows(int rows, int64_t depth, Strided<A> a, const A* b, int64_t b_stride, A* c,
-                                       int64_t c_stride, Start start, const A* row_scale) {
+FASTATTN_INLINE void micro_kernel_rows(int rows, int64_t depth, Strided<A> a, const A* b,
+                                       int64_t b_stride, A* c, int64_t c_stride, Start start,
+                                       const A* row_scale) {
   switch (rows) {
-    case 1: return micro_kernel_tile<A, 1, kV>(depth, a, b, b_stride, c, c_stride, start, row_scale);
-    case 2: return micro_kernel_tile<A, 2, kV>(depth, a, b, b_stride, c, c_stride, start, row_scale);
-    case 3: return micro_kernel_tile<A, 3, kV>(depth, a, b, b_stride, c, c_stride, start, row_scale);
-    case 4: return micro_kernel_tile<A, 4, kV>(depth, a, b, b_stride, c, c_stride, start, row_scale);
-    case 5: return micro_kernel_tile<A, 5, kV>(depth, a, b, b_stride, c, c_stride, start, row_scale);
-    default: return micro_kernel_tile<A, 6, kV>(depth, a, b, b_stride, c, c_stride, start, row_scale);
+    case 1:
+      return micro_kernel_tile<A, 1, kV>(depth, a, b, b_stride, c, c_stride, start, row_scale);
+    case 2:
+      return micro_kernel_tile<A, 2, kV>(depth, a, b, b_stride, c, c_stride, start, row_scale);
+    case 3:
+      return micro_kernel_tile<A, 3, kV>(depth, a, b, b_stride, c, c_stride, start, row_scale);
+    case 4:
+      return micro_kernel_tile<A, 4, kV>(depth, a, b, b_stride, c, c_stride, start, row_scale);
+    case 5:
+      return micro_kernel_tile<A, 5, kV>(depth, a, b, b_stride, c, c_stride, start, row_scale);
+    default:
+      return micro_kernel_tile<A, 6, kV>(depth, a, b, b_stride, c, c_stride, start, row_scale);
   }
 }
 
 // `vecs` (1..kPanelVecs) vectors of columns; B's and C's rows must be padded to that width.
 template <class A>
-FASTATTN_INLINE void micro_kernel(int rows, int vecs, int64_t depth, Strided<A> a, const A* b, int64_t b_stride, A* c,
-                                  int64_t c_stride, Start start, const A* row_scale = nullptr) {
+FASTATTN_INLINE void micro_kernel(int rows, int vecs, int64_t depth, Strided<A> a, const A* b,
+                                  int64_t b_stride, A* c, int64_t c_stride, Start start,
+                                  const A* row_scale = nullptr) {
   if (vecs == kPanelVecs) {
-    return micro_kernel_rows<A, kPanelVecs>(rows, depth, a, b, b_stride, c, c_stride, start, row_scale);
+    return micro_kernel_rows<A, kPanelVecs>(rows, depth, a, b, b_stride, c, c_stride, start,
+                                            row_scale);
   }
   if constexpr (kPanelVecs == 4) {
-    if (vecs == 3) return micro_kernel_rows<A, 3>(rows, depth, a, b, b_stride, c, c_stride, start, row_scale);
-    if (vecs == 2) return micro_kernel_rows<A, 2>(rows, depth, a, b, b_stride, c, c_stride, start, row_scale);
+    if (vecs == 3)
+      return micro_kernel_rows<A, 3>(rows, depth, a, b, b_stride, c, c_stride, start, row_scale);
+    if (vecs == 2)
+      return micro_kernel_rows<A, 2>(rows, depth, a, b, b_stride, c, c_stride, start, row_scale);
   }
   micro_kernel_rows<A, 1>(rows, depth, a, b, b_stride, c, c_stride, start, row_scale);
 }
 
-// C [rows, cols] (+)= A [rows, depth] B [depth, cols] for cols of any number of vectors, with row-major B and C.
+// C [rows, cols] (+)= A [rows, depth] B [depth, cols] for cols of any number of vectors, with
+// row-major B and C.
 template <class A>
-FASTATTN_INLINE void micro_kernel_wide(int rows, int64_t cols, int64_t depth, Strided<A> a, const A* b, int64_t b_stride,
-                                       A* c, int64_t c_stride, Start start, const A* row_scale = nullptr) {
+FASTATTN_INLINE void micro_kernel_wide(int rows, int64_t cols, int64_t depth, Strided<A> a,
+                                       const A* b, int64_t b_stride, A* c, int64_t c_stride,
+                                       Start start, const A* row_scale = nullptr) {
   for (int64_t j = 0; j < cols; j += kPanel<A>) {
     const int vecs = static_cast<int>(ceil_div(min64(kPanel<A>, cols - j), kWidth<A>));
     micro_kernel(rows, vecs, depth, a, b + j, b_stride, c + j, c_stride, start, row_scale);

@@ -21,9 +21,11 @@ void parallel_tasks(const Parallel& parallel, int64_t tasks, const F& body) {
   parallel.run(tasks, [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, &body);
 }
 
-// dst [rows, padded] = src [rows, cols], columns past `cols` are 0. Returns whether every element is finite.
+// dst [rows, padded] = src [rows, cols], columns past `cols` are 0. Returns whether every element
+// is finite.
 template <class T>
-bool pack_rows(Acc<T>* dst, int64_t padded, const T* src, int64_t src_stride, int64_t rows, int64_t cols) {
+bool pack_rows(Acc<T>* dst, int64_t padded, const T* src, int64_t src_stride, int64_t rows,
+               int64_t cols) {
   using A = Acc<T>;
   Vec<A> poison{};  // stays 0 while every element is finite
   for (int64_t i = 0; i < rows; ++i) {
@@ -37,7 +39,8 @@ bool pack_rows(Acc<T>* dst, int64_t padded, const T* src, int64_t src_stride, in
 
 #if defined(__AVX512F__)
 // dst [16, dst_stride] = transpose of src [16, src_stride].
-FASTATTN_INLINE void transpose_tile(float* dst, int64_t dst_stride, const float* src, int64_t src_stride) {
+FASTATTN_INLINE void transpose_tile(float* dst, int64_t dst_stride, const float* src,
+                                    int64_t src_stride) {
   __m512 r[16], t[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(src + i * src_stride);
   for (int i = 0; i < 16; i += 2) {
@@ -53,8 +56,10 @@ FASTATTN_INLINE void transpose_tile(float* dst, int64_t dst_stride, const float*
   }
   // r[4g + c] now holds, in its 128-bit lane l, column 4l + c of rows 4g .. 4g+3.
   for (int c = 0; c < 4; ++c) {
-    const __m512 a = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
-    const __m512 d = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd), e = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
+    const __m512 a = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88),
+                 b = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd),
+                 e = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
     _mm512_storeu_ps(dst + c * dst_stride, _mm512_shuffle_f32x4(a, b, 0x88));
     _mm512_storeu_ps(dst + (4 + c) * dst_stride, _mm512_shuffle_f32x4(d, e, 0x88));
     _mm512_storeu_ps(dst + (8 + c) * dst_stride, _mm512_shuffle_f32x4(a, b, 0xdd));
@@ -63,7 +68,8 @@ FASTATTN_INLINE void transpose_tile(float* dst, int64_t dst_stride, const float*
 }
 constexpr int kTransposeTile = 16;
 #elif defined(__AVX2__)
-FASTATTN_INLINE void transpose_tile(float* dst, int64_t dst_stride, const float* src, int64_t src_stride) {
+FASTATTN_INLINE void transpose_tile(float* dst, int64_t dst_stride, const float* src,
+                                    int64_t src_stride) {
   __m256 r[8], t[8];
   for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src + i * src_stride);
   for (int i = 0; i < 8; i += 2) {
@@ -89,7 +95,8 @@ constexpr int kTransposeTile = 1;  // none: element by element
 
 // dst [cols, dst_stride] = transpose of src [rows, cols], both in the accumulator's type.
 template <class A>
-void transpose(A* dst, int64_t dst_stride, const A* src, int64_t src_stride, int64_t rows, int64_t cols) {
+void transpose(A* dst, int64_t dst_stride, const A* src, int64_t src_stride, int64_t rows,
+               int64_t cols) {
   int64_t tiled_rows = 0, tiled_cols = 0;
   if constexpr (sizeof(A) == 4 && kTransposeTile > 1) {
     tiled_rows = rows / kTransposeTile * kTransposeTile;
@@ -101,15 +108,16 @@ void transpose(A* dst, int64_t dst_stride, const A* src, int64_t src_stride, int
     }
   }
   for (int64_t j = 0; j < cols; ++j) {
-    for (int64_t i = j < tiled_cols ? tiled_rows : 0; i < rows; ++i) dst[j * dst_stride + i] = src[i * src_stride + j];
+    for (int64_t i = j < tiled_cols ? tiled_rows : 0; i < rows; ++i)
+      dst[j * dst_stride + i] = src[i * src_stride + j];
   }
 }
 
-// One panel of B = src^T: dst [depth, kPanel] = src [rows <= kPanel, depth]^T, columns past `rows` are 0.
-// `staging` holds kPanel * depth elements.
+// One panel of B = src^T: dst [depth, kPanel] = src [rows <= kPanel, depth]^T, columns past `rows`
+// are 0. `staging` holds kPanel * depth elements.
 template <class T>
-void pack_transposed_panel(Acc<T>* dst, const T* src, int64_t src_stride, int64_t rows, int64_t depth,
-                           Acc<T>* staging) {
+void pack_transposed_panel(Acc<T>* dst, const T* src, int64_t src_stride, int64_t rows,
+                           int64_t depth, Acc<T>* staging) {
   using A = Acc<T>;
   if constexpr (sizeof(T) == sizeof(A)) {
     transpose(dst, kPanel<A>, src, src_stride, rows, depth);

@@ -13,8 +13,8 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Tasks are handed out one by one, so that uneven ones (causal blocks) balance. Which thread runs a task does not
-// change its result.
+// Tasks are handed out one by one, so that uneven ones (causal blocks) balance. Which thread runs a
+// task does not change its result.
 void run_tasks(int64_t tasks, Parallel::Body body, const void* context) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
@@ -27,14 +27,17 @@ Parallel parallel() { return {static_cast<int>(torch::stable::get_num_threads())
 
 Tensor absent(const Tensor& like) { return empty_like_device(like, {0}, like.scalar_type()); }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                             const OptionalTensor& attn_mask, const OptionalTensor& seed, bool is_causal,
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key,
+                                             const Tensor& value, const OptionalTensor& attn_mask,
+                                             const OptionalTensor& seed, bool is_causal,
                                              double scale, double dropout_p) {
-  AttentionInputs in =
-      validate_attention("attention_forward", query, key, value, attn_mask, seed, is_causal, scale, dropout_p);
+  AttentionInputs in = validate_attention("attention_forward", query, key, value, attn_mask, seed,
+                                          is_causal, scale, dropout_p);
   AttentionProblem& p = in.problem;
-  Tensor out = empty_like_device(query, in.shape(p.heads_q, p.seq_q, p.head_dim_v), query.scalar_type());
-  Tensor lse = empty_like_device(query, in.shape(p.heads_q, p.seq_q), accumulator_type(query.scalar_type()));
+  Tensor out =
+      empty_like_device(query, in.shape(p.heads_q, p.seq_q, p.head_dim_v), query.scalar_type());
+  Tensor lse =
+      empty_like_device(query, in.shape(p.heads_q, p.seq_q), accumulator_type(query.scalar_type()));
   p.out = view_of(out);
   p.lse = lse.data_ptr();
   kernels().attention_forward(p, parallel());
@@ -42,23 +45,27 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const OptionalTensor& attn_mask, const Tensor& out, const Tensor& lse, const OptionalTensor& seed, bool is_causal,
-    double scale, double dropout_p, const std::vector<bool>& needs) {
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const OptionalTensor& attn_mask, const Tensor& out, const Tensor& lse,
+    const OptionalTensor& seed, bool is_causal, double scale, double dropout_p,
+    const std::vector<bool>& needs) {
   const char* op = "attention_backward";
-  AttentionInputs in = validate_attention(op, query, key, value, attn_mask, seed, is_causal, scale, dropout_p);
+  AttentionInputs in =
+      validate_attention(op, query, key, value, attn_mask, seed, is_causal, scale, dropout_p);
   check(needs.size() == 4, op, "needs", "4 flags (query, key, value, attn_mask)", needs.size());
   AttentionBackwardProblem b;
   AttentionProblem& p = in.problem;
   const ScalarType dtype = query.scalar_type(), accumulator = accumulator_type(dtype);
-  const Shape out_shape = in.shape(p.heads_q, p.seq_q, p.head_dim_v), lse_shape = in.shape(p.heads_q, p.seq_q);
+  const Shape out_shape = in.shape(p.heads_q, p.seq_q, p.head_dim_v),
+              lse_shape = in.shape(p.heads_q, p.seq_q);
   check_like(op, "grad_out", grad_out, dtype, query);
   check_shape(op, "grad_out", grad_out, out_shape);
   check_like(op, "out", out, dtype, query);
   check_shape(op, "out", out, out_shape);
   check_like(op, "lse", lse, accumulator, query);
   check_shape(op, "lse", lse, lse_shape);
-  const Tensor go = unit_last_stride(grad_out), o = unit_last_stride(out), l = torch::stable::contiguous(lse);
+  const Tensor go = unit_last_stride(grad_out), o = unit_last_stride(out),
+               l = torch::stable::contiguous(lse);
   OptionalTensor gl;
   if (grad_lse.has_value()) {
     check_like(op, "grad_lse", *grad_lse, accumulator, query);
@@ -85,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   b.needs_v = needs[2];
   b.needs_mask = needs[3];
   if (b.needs_mask) {
-    check(p.mask_kind == MaskKind::kFloat, op, "attn_mask", "a floating-point mask, as its gradient is needed",
+    check(p.mask_kind == MaskKind::kFloat, op, "attn_mask",
+          "a floating-point mask, as its gradient is needed",
           p.mask_kind == MaskKind::kBool ? "bool" : "None");
     const int64_t rank = attn_mask->dim();
     grad_mask = empty_like_device(query, shape_of(*attn_mask), dtype);
@@ -100,7 +108,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {grad_query, grad_key, grad_value, grad_mask};
 }
 
-std::tuple<Tensor, Tensor> linear_relu_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+std::tuple<Tensor, Tensor> linear_relu_forward(const Tensor& input, const Tensor& weight,
+                                               const OptionalTensor& bias) {
   LinearInputs in = validate_linear("linear_relu_forward", input, weight, bias);
   LinearProblem& p = in.problem;
   Tensor out = empty_like_device(input, in.out_shape, input.scalar_type());
@@ -133,8 +142,9 @@ LinearBackwardProblem backward_of(const LinearInputs& in) {
   return b;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, const Tensor& input, const Tensor& weight,
-                                                        const Tensor& mask, const std::vector<bool>& needs) {
+std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, const Tensor& input,
+                                                        const Tensor& weight, const Tensor& mask,
+                                                        const std::vector<bool>& needs) {
   const char* op = "linear_relu_backward";
   const LinearInputs in = validate_linear(op, input, weight, std::nullopt);
   check(needs.size() == 3, op, "needs", "3 flags (input, weight, bias)", needs.size());
@@ -158,14 +168,18 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, 
   return {grad_input, grad_weight, grad_bias};
 }
 
-// The layers of an MLP: layer l takes hidden[l - 1] (input for l = 0) and has a ReLU unless it is the last.
-std::vector<LinearInputs> validate_layers(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
-                                          const std::vector<Tensor>* biases, const std::vector<Tensor>& activations) {
+// The layers of an MLP: layer l takes hidden[l - 1] (input for l = 0) and has a ReLU unless it is
+// the last.
+std::vector<LinearInputs> validate_layers(const char* op, const Tensor& input,
+                                          const std::vector<Tensor>& weights,
+                                          const std::vector<Tensor>* biases,
+                                          const std::vector<Tensor>& activations) {
   std::vector<LinearInputs> layers;
   for (size_t l = 0; l < weights.size(); ++l) {
     OptionalTensor bias;
-    const bool absent_bias = biases == nullptr || ((*biases)[l].dim() == 1 && (*biases)[l].numel() == 0 &&
-                                                   weights[l].dim() == 2 && weights[l].size(0) != 0);
+    const bool absent_bias =
+        biases == nullptr || ((*biases)[l].dim() == 1 && (*biases)[l].numel() == 0 &&
+                              weights[l].dim() == 2 && weights[l].size(0) != 0);
     if (!absent_bias) bias = (*biases)[l];
     layers.push_back(validate_linear(op, l == 0 ? input : activations[l - 1], weights[l], bias));
   }
@@ -176,11 +190,14 @@ std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& 
                                 const std::vector<Tensor>& biases) {
   const char* op = "mlp_forward";
   check(!weights.empty(), op, "weights", "at least 1 layer", 0);
-  check(biases.size() == weights.size(), op, "biases", std::to_string(weights.size()) + " tensors", biases.size());
-  check(input.dim() >= 1, op, "input", "at least 1 dimension [*, in_features]", text(shape_of(input)));
+  check(biases.size() == weights.size(), op, "biases", std::to_string(weights.size()) + " tensors",
+        biases.size());
+  check(input.dim() >= 1, op, "input", "at least 1 dimension [*, in_features]",
+        text(shape_of(input)));
   std::vector<Tensor> activations;
   for (const Tensor& weight : weights) {
-    check(weight.dim() == 2, op, "weights", "2 dimensions [out_features, in_features]", text(shape_of(weight)));
+    check(weight.dim() == 2, op, "weights", "2 dimensions [out_features, in_features]",
+          text(shape_of(weight)));
     Shape shape = shape_of(input);
     shape.back() = weight.size(0);
     activations.push_back(empty_like_device(input, shape, input.scalar_type()));
@@ -197,13 +214,17 @@ std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& 
   return result;
 }
 
-std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input, const std::vector<Tensor>& weights,
-                                 const std::vector<Tensor>& hidden, const std::vector<bool>& needs) {
+std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input,
+                                 const std::vector<Tensor>& weights,
+                                 const std::vector<Tensor>& hidden,
+                                 const std::vector<bool>& needs) {
   const char* op = "mlp_backward";
   const size_t count = weights.size();
   check(count > 0, op, "weights", "at least 1 layer", 0);
-  check(hidden.size() + 1 == count, op, "hidden", std::to_string(count - 1) + " tensors", hidden.size());
-  check(needs.size() == 1 + 2 * count, op, "needs", std::to_string(1 + 2 * count) + " flags", needs.size());
+  check(hidden.size() + 1 == count, op, "hidden", std::to_string(count - 1) + " tensors",
+        hidden.size());
+  check(needs.size() == 1 + 2 * count, op, "needs", std::to_string(1 + 2 * count) + " flags",
+        needs.size());
   const ScalarType dtype = input.scalar_type();
   std::vector<Tensor> kept;  // the ReLU is read from these: contiguous
   for (const Tensor& h : hidden) kept.push_back(torch::stable::contiguous(h));
@@ -218,7 +239,8 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input, co
   if (needs[0]) first = 0;
 
   const Tensor go = fold(grad_out, layers.back().problem.m, layers.back().problem.n);
-  Tensor grad_y = go;  // between layers in the accumulator's type: gradients are not rounded on the way
+  Tensor grad_y =
+      go;  // between layers in the accumulator's type: gradients are not rounded on the way
   for (size_t l = count; l-- > first;) {
     LinearBackwardProblem b = backward_of(layers[l]);
     b.grad_y = grad_y.data_ptr();

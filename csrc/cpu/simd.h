@@ -1,6 +1,7 @@
-// The CPU's instructions: vectors of float and double, and rows of the 16-bit types converted from and to them.
-// Compiled once per ISA, inside its namespace. No libstdc++ templates here or in the kernels: an inline function
-// compiled with wide instructions must never be the copy that the linker keeps for everybody.
+// The CPU's instructions: vectors of float and double, and rows of the 16-bit types converted from
+// and to them. Compiled once per ISA, inside its namespace. No libstdc++ templates here or in the
+// kernels: an inline function compiled with wide instructions must never be the copy that the
+// linker keeps for everybody.
 #pragma once
 
 #include <cmath>
@@ -17,10 +18,12 @@ namespace fastattn::cpu::FASTATTN_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVecBytes = 64;
-constexpr int kPanelVecs = 4;  // micro-kernel 6 x 64: 24 accumulators + 4 + broadcasts of 32 registers
+constexpr int kPanelVecs =
+    4;  // micro-kernel 6 x 64: 24 accumulators + 4 + broadcasts of 32 registers
 #else
 constexpr int kVecBytes = 32;
-constexpr int kPanelVecs = 2;  // micro-kernel 6 x 16: 12 accumulators + 2 + broadcasts of 16 registers
+constexpr int kPanelVecs =
+    2;  // micro-kernel 6 x 16: 12 accumulators + 2 + broadcasts of 16 registers
 #endif
 constexpr int kRows = 6;
 
@@ -61,7 +64,8 @@ FASTATTN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTATTN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTATTN_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// --- loads, stores, broadcasts ---------------------------------------------------------------------------------
+// --- loads, stores, broadcasts
+// ---------------------------------------------------------------------------------
 
 template <class T>
 FASTATTN_INLINE Vec<T> load(const T* p) {
@@ -78,7 +82,9 @@ FASTATTN_INLINE void store(T* p, Vec<T> v) {
 FASTATTN_INLINE Vec<float> broadcast(float x) { return (Vec<float>)_mm512_set1_ps(x); }
 FASTATTN_INLINE Vec<double> broadcast(double x) { return (Vec<double>)_mm512_set1_pd(x); }
 // Where either operand is NaN, the second one is returned.
-FASTATTN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b); }
+FASTATTN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+}
 FASTATTN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
   return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
 }
@@ -90,7 +96,9 @@ FASTATTN_INLINE double reduce_add(Vec<double> v) { return _mm512_reduce_add_pd((
 #if defined(__AVX2__)
 FASTATTN_INLINE Vec<float> broadcast(float x) { return (Vec<float>)_mm256_set1_ps(x); }
 FASTATTN_INLINE Vec<double> broadcast(double x) { return (Vec<double>)_mm256_set1_pd(x); }
-FASTATTN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b); }
+FASTATTN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
+}
 FASTATTN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
   return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
 }
@@ -128,15 +136,18 @@ FASTATTN_INLINE double reduce_add(Vec<double> v) {
 }
 #endif
 
-// --- exp2 -------------------------------------------------------------------------------------------------------
+// --- exp2
+// -------------------------------------------------------------------------------------------------------
 
-// 2^x for x up to the overflow threshold; 0 for -inf, NaN for NaN. Relative error 7.5e-8 before rounding: minimax
-// polynomial of degree 5 on |f| <= 1/2. Results below the normal range are 0.
+// 2^x for x up to the overflow threshold; 0 for -inf, NaN for NaN. Relative error 7.5e-8 before
+// rounding: minimax polynomial of degree 5 on |f| <= 1/2. Results below the normal range are 0.
 FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
   typedef int32_t Bits __attribute__((vector_size(kVecBytes)));
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits; 127 more biases it as an exponent.
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits; 127 more biases
+  // it as an exponent.
   const Vec<float> magic = broadcast(12582912.0f + 127.0f);
-  x = max(broadcast(-127.0f), x);  // its power comes out as an exponent field of 0, which is 0.0; NaN stays
+  x = max(broadcast(-127.0f),
+          x);  // its power comes out as an exponent field of 0, which is 0.0; NaN stays
   const Vec<float> shifted = x + magic;
   const Vec<float> f = x - (shifted - magic);
   Vec<float> p = broadcast(1.327647263e-03f);
@@ -155,14 +166,20 @@ FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   x = max(broadcast(-1023.0), x);
   const Vec<double> shifted = x + magic;
   const Vec<double> f = x - (shifted - magic);
-  constexpr double kCoefficients[] = {  // ln(2)^k / k! from k = 12 down
-      2.56784359934881958e-11, 4.44553827187081007e-10, 7.05491162080112088e-09, 1.01780860092396960e-07, 1.32154867901443053e-06, 1.52527338040598377e-05, 1.54035303933816061e-04, 1.33335581464284411e-03, 9.61812910762847688e-03, 5.55041086648215762e-02, 2.40226506959100694e-01, 6.93147180559945286e-01, 1.00000000000000000e+00};
+  constexpr double kCoefficients[] = {
+      // ln(2)^k / k! from k = 12 down
+      2.56784359934881958e-11, 4.44553827187081007e-10, 7.05491162080112088e-09,
+      1.01780860092396960e-07, 1.32154867901443053e-06, 1.52527338040598377e-05,
+      1.54035303933816061e-04, 1.33335581464284411e-03, 9.61812910762847688e-03,
+      5.55041086648215762e-02, 2.40226506959100694e-01, 6.93147180559945286e-01,
+      1.00000000000000000e+00};
   Vec<double> p = broadcast(1.36914888539041241e-12);
   for (const double c : kCoefficients) p = p * f + broadcast(c);
   return p * (Vec<double>)((Bits)shifted << 52);
 }
 
-// --- 16-bit types -----------------------------------------------------------------------------------------------
+// --- 16-bit types
+// -----------------------------------------------------------------------------------------------
 
 FASTATTN_INLINE float to_float(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -193,7 +210,8 @@ FASTATTN_INLINE float to_float(fp16 x) {
     __builtin_memcpy(&f, &bits, 4);
     return f;
   }
-  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (mantissa << 13);
+  const uint32_t bits =
+      sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (mantissa << 13);
   __builtin_memcpy(&f, &bits, 4);
   return f;
 }
@@ -202,7 +220,8 @@ FASTATTN_INLINE fp16 to_fp16(float f) {
   __builtin_memcpy(&bits, &f, 4);
   const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return fp16{static_cast<uint16_t>(sign | 0x7e00)};
-  if (magnitude >= 0x477ff000) return fp16{static_cast<uint16_t>(sign | 0x7c00)};  // rounds to infinity
+  if (magnitude >= 0x477ff000)
+    return fp16{static_cast<uint16_t>(sign | 0x7c00)};  // rounds to infinity
   if (magnitude < 0x38800000) {  // denormal in fp16: let the fp32 adder round at 2^-24
     float m;
     __builtin_memcpy(&m, &magnitude, 4);
@@ -236,7 +255,8 @@ FASTATTN_INLINE void convert(float* dst, const fp16* src, int64_t n) {
   int64_t i = 0;
 #if defined(__F16C__)
   for (; i + 8 <= n; i += 8) {
-    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
+    _mm256_storeu_ps(dst + i,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
   }
 #endif
   for (; i < n; ++i) dst[i] = to_float(src[i]);
@@ -245,7 +265,8 @@ FASTATTN_INLINE void convert(fp16* dst, const float* src, int64_t n) {
   int64_t i = 0;
 #if defined(__F16C__)
   for (; i + 8 <= n; i += 8) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), _mm256_cvtps_ph(_mm256_loadu_ps(src + i), 0));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(src + i), 0));
   }
 #endif
   for (; i < n; ++i) dst[i] = to_fp16(src[i]);

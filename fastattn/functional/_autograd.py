@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device; float64 is left alone, as in torch."""
+    """The tensors in autocast's dtype where autocast is on for their device; float64 is left
+    alone, as in torch."""
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -21,7 +22,8 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 class _FirstOrderOnly(torch.autograd.Function):
-    """Runs a backward kernel under create_graph=True; differentiating its result raises instead of being dropped."""
+    """Runs a backward kernel under create_graph=True; differentiating its result raises instead of
+    being dropped."""
 
     @staticmethod
     def forward(kernel: Callable[..., tuple[Tensor, ...]], name: str, *inputs: Tensor | None):
@@ -42,7 +44,8 @@ class _FirstOrderOnly(torch.autograd.Function):
 def first_order(
     kernel: Callable[..., tuple[Tensor, ...]], name: str, *inputs: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """kernel(*inputs), inside a backward: a second differentiation of the result raises a clear error."""
+    """kernel(*inputs), inside a backward: a second differentiation of the result raises a clear
+    error."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _FirstOrderOnly.apply(kernel, name, *inputs)
     return tuple(kernel(*inputs))

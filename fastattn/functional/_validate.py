@@ -1,6 +1,7 @@
 """Is this input legal? The Python mirror of csrc/common/validate.h, run before any kernel.
 
-ValueError for sizes, devices and numbers, TypeError for kinds of objects and dtypes; each names the argument, what was
+ValueError for sizes, devices and numbers, TypeError for kinds of objects and dtypes; each names
+the argument, what was
 expected and what was got.
 """
 
@@ -69,7 +70,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> No
         _bad(ValueError, "value", f"key's {heads_k} heads", f"{heads_v} heads")
     if heads_q != heads_k:
         if not enable_gqa:
-            _bad(ValueError, "key", f"query's {heads_q} heads (or enable_gqa=True)", f"{heads_k} heads")
+            _bad(
+                ValueError,
+                "key",
+                f"query's {heads_q} heads (or enable_gqa=True)",
+                f"{heads_k} heads",
+            )
         if heads_k == 0 or heads_q % heads_k != 0:
             _bad(ValueError, "key", f"a number of heads that divides query's {heads_q}", heads_k)
 
@@ -93,7 +99,12 @@ def extras(window_size: object, softcap: object, alibi_slopes: object, query: Te
     if window_size is not None:
         pair = isinstance(window_size, tuple | list) and len(window_size) == 2
         if not pair or not all(isinstance(w, int) and w >= -1 for w in window_size):
-            _bad(ValueError, "window_size", "(left, right), each >= 0 or -1 for unbounded", window_size)
+            _bad(
+                ValueError,
+                "window_size",
+                "(left, right), each >= 0 or -1 for unbounded",
+                window_size,
+            )
     number("softcap", softcap)
     if softcap < 0:
         _bad(ValueError, "softcap", "0 (off) or a positive number", softcap)

@@ -14,7 +14,8 @@ from fastattn.functional._autograd import autocast, first_order
 
 
 class AttentionFunction(torch.autograd.Function):
-    """(out, lse) by the kernels. Saves q, k, v, the mask, out, LSE and the dropout seed: O(S) memory."""
+    """(out, lse) by the kernels. Saves q, k, v, the mask, out, LSE and the dropout seed: O(S)
+    memory."""
 
     @staticmethod
     def forward(query, key, value, attn_mask, seed, is_causal, scale, dropout_p):
@@ -54,9 +55,7 @@ class AttentionFunction(torch.autograd.Function):
                 needs,
             )
 
-        grads = first_order(
-            kernel, "attention", grad_out, grad_lse, query, key, value, attn_mask
-        )
+        grads = first_order(kernel, "attention", grad_out, grad_lse, query, key, value, attn_mask)
         grads = (g if need else None for g, need in zip(grads, needs, strict=True))
         return (*grads, None, None, None, None)
 
@@ -77,28 +76,34 @@ def scaled_dot_product_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale · Q Kᵀ + mask) V; the positional part is ``torch.nn.functional``'s, with its meaning.
+    """softmax(scale · Q Kᵀ + mask) V; the positional part is ``torch.nn.functional``'s, with its
+    meaning.
 
     Args:
         query: ``[..., Hq, Sq, D]``, floating point.
         key: ``[..., Hk, Sk, D]``; value: ``[..., Hk, Sk, Dv]``. Batch dimensions broadcast.
-        attn_mask: bool (True = attend) or float added to the scores, broadcastable to ``[..., Hq, Sq, Sk]``. A float
+        attn_mask: bool (True = attend) or float added to the scores, broadcastable to ``[..., Hq,
+        Sq, Sk]``. A float
             mask may require grad. ``torch.nn.attention.bias.causal_lower_right`` is accepted.
-        dropout_p: probability in [0, 1) of dropping an attention weight; applied whenever it is positive.
+        dropout_p: probability in [0, 1) of dropping an attention weight; applied whenever it is
+        positive.
         is_causal: query i sees keys j <= i (top-left aligned). Together with attn_mask: both.
         scale: finite; ``1/sqrt(D)`` by default.
         enable_gqa: allow Hk to be a divisor of Hq.
         window_size: ``(left, right)``: query i sees i-left <= j <= i+right; -1 is unbounded.
         softcap: c > 0 turns a score s into c·tanh(s/c) before the mask.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``: adds -slope·|i-j|.
-        return_lse: also return the log-sum-exp of each row, ``[..., Hq, Sq]``, float32 (float64), differentiable.
+        return_lse: also return the log-sum-exp of each row, ``[..., Hq, Sq]``, float32
+            (float64 for float64), differentiable.
         backend: ``cpu``, ``reference`` or None for the first that serves the call.
 
     Returns:
-        ``[..., Hq, Sq, Dv]`` in query's dtype. A row with nothing to attend to is 0, its LSE -inf, its gradients 0.
+        ``[..., Hq, Sq, Dv]`` in query's dtype. A row with nothing to attend to is 0, its LSE -inf,
+        its gradients 0.
 
     Raises:
-        ValueError, TypeError: bad input; RuntimeError: an explicit backend that cannot serve the call.
+        ValueError, TypeError: bad input; RuntimeError: an explicit backend that cannot serve the
+        call.
     """
     _validate.attention(query, key, value, enable_gqa)
     _validate.probability("dropout_p", dropout_p)

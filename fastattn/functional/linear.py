@@ -41,7 +41,8 @@ class LinearReLUFunction(torch.autograd.Function):
 
 
 class MLPFunction(torch.autograd.Function):
-    """A whole Linear-ReLU-...-Linear stack as one node: (out, hidden activations...). Saves x, the weights and the
+    """A whole Linear-ReLU-...-Linear stack as one node: (out, hidden activations...). Saves x, the
+    weights and the
     hidden activations, from which the ReLUs are read."""
 
     @staticmethod
@@ -82,7 +83,8 @@ def linear_relu(
 
     Args:
         input: ``[..., in_features]``, floating point.
-        weight: ``[out_features, in_features]``; bias: ``[out_features]`` or None; input's dtype and device.
+        weight: ``[out_features, in_features]``; bias: ``[out_features]`` or None; input's dtype
+        and device.
         backend: ``cpu``, ``reference`` or None for the first that serves the call.
 
     Returns:
@@ -109,7 +111,8 @@ def mlp(
 
     Args:
         input: ``[..., N_0]``, floating point.
-        weights: L >= 1 tensors ``[N_l, N_{l-1}]``; biases: L tensors ``[N_l]`` or Nones, or None for no bias at all.
+        weights: L >= 1 tensors ``[N_l, N_{l-1}]``; biases: L tensors ``[N_l]`` or Nones, or None
+        for no bias at all.
         backend: ``cpu``, ``reference`` or None for the first that serves the call.
 
     Returns:
@@ -127,7 +130,9 @@ def mlp(
     width = None
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         _validate.linear(input, weight, bias, suffix=f" {layer}")
-        _validate.in_features(f"weight {layer}", weight, input.shape[-1] if width is None else width)
+        _validate.in_features(
+            f"weight {layer}", weight, input.shape[-1] if width is None else width
+        )
         width = weight.shape[0]
     problem = backends.Problem("mlp", input.device.type, input.dtype)
     if backends.select(problem, backend) == "reference":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -27,11 +29,14 @@ def varlen_attn(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of each of B packed sequences with itself; names as ``torch.nn.attention.varlen.varlen_attn``.
+    """Attention of each of B packed sequences with itself; names as
+    ``torch.nn.attention.varlen.varlen_attn``.
 
     Args:
-        query: ``[total_q, Hq, D]``; key: ``[total_k, Hk, D]``; value: ``[total_k, Hk, Dv]``; Hk divides Hq.
-        cu_seq_q, cu_seq_k: int32 or int64 ``[B + 1]``: where each sequence starts, and the total at the end.
+        query: ``[total_q, Hq, D]``; key: ``[total_k, Hk, D]``; value: ``[total_k, Hk, Dv]``; Hk
+        divides Hq.
+        cu_seq_q, cu_seq_k: int32 or int64 ``[B + 1]``: where each sequence starts, and the total
+        at the end.
         max_q, max_k: upper bounds of the lengths.
         is_causal, scale, dropout_p, window_size, softcap, alibi_slopes, return_lse, backend: as in
             ``scaled_dot_product_attention``; the causal mask is top-left aligned in each sequence.
@@ -42,7 +47,9 @@ def varlen_attn(
     for name, x in (("query", query), ("key", key), ("value", value)):
         _validate.tensor(name, x)
         if x.dim() != 3:
-            raise ValueError(f"{name}: expected 3 dimensions [tokens, heads, dim], got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: expected 3 dimensions [tokens, heads, dim], got {tuple(x.shape)}"
+            )
     starts_q = _sequence_starts("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
     starts_k = _sequence_starts("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
     if len(starts_q) != len(starts_k):
@@ -52,7 +59,11 @@ def varlen_attn(
     outs, lses = [], []
     for b in range(len(starts_q) - 1):
         rows_q, rows_k = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
-        slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
+        slopes = (
+            alibi_slopes[b]
+            if alibi_slopes is not None and alibi_slopes.dim() == 2
+            else alibi_slopes
+        )
         out, lse = scaled_dot_product_attention(
             query[rows_q].transpose(0, 1),
             key[rows_k].transpose(0, 1),
@@ -86,11 +97,11 @@ def _sequence_starts(
     if starts.dim() != 1 or starts.numel() == 0:
         raise ValueError(f"{argument}: expected shape [B + 1], got {tuple(starts.shape)}")
     values = starts.tolist()
-    if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in itertools.pairwise(values)):
         raise ValueError(
             f"{argument}: expected non-decreasing starts from 0 to {tokens}, got {values}"
         )
-    lengths = [b - a for a, b in zip(values, values[1:], strict=False)]
+    lengths = [b - a for a, b in itertools.pairwise(values)]
     if lengths and max(lengths) > longest:
         raise ValueError(f"{max_argument}: expected at least {max(lengths)}, got {longest}")
     return values

@@ -1,1 +1,18 @@
 """Other people's code: torch.nn models, torch's SDPA, Hugging Face transformers. Each is known only here."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+_MODULES = ("sdpa", "torch_nn", "transformers")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

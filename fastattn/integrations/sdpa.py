@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention.bias import CausalBias
 
 from fastattn import backends, functional
 
-_torch_sdpa = torch.nn.functional.scaled_dot_product_attention
+_lock = threading.Lock()
+_depth = 0
+_former: Callable[..., Tensor] = F.scaled_dot_product_attention  # what _sdpa stands in for
 
 
-def _serves(query: object, key: object, value: object, attn_mask: object) -> bool:
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value))
-    if not plain or any(x.is_nested for x in (query, key, value)):
-        return False
-    if attn_mask is not None and (type(attn_mask) not in (Tensor, torch.nn.Parameter)):
-        return False
-    if not query.dtype == key.dtype == value.dtype or query.shape[-1] == 0:
-        return False
-    problem = backends.Problem("attention", query.device.type, query.dtype)
-    return not backends.reasons(problem, "cpu")
+@contextmanager
+def override_sdpa() -> Iterator[None]:
+    """Within it, ``torch.nn.functional.scaled_dot_product_attention`` is fastattn's.
+
+    It holds for every thread until the last one has left, and may be nested. Calls that fastattn
+    has no kernel for (other devices and dtypes, nested tensors, tensor subclasses, forward-mode AD
+    and function transforms) and calls that it refuses go to torch's own, with torch's own errors.
+    Code that took the function by ``from torch.nn.functional import scaled_dot_product_attention``
+    before keeps what it took.
+    """
+    global _depth, _former
+    with _lock:
+        if _depth == 0:
+            _former, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _sdpa
+        _depth += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                F.scaled_dot_product_attention = _former
 
 
 def _sdpa(
@@ -32,24 +50,27 @@ def _sdpa(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    served = _serves(query, key, value, attn_mask)
-    implementation = functional.scaled_dot_product_attention if served else _torch_sdpa
-    return implementation(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    """torch's signature and meaning."""
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+    if _served(query, key, value, attn_mask):
+        try:
+            return functional.scaled_dot_product_attention(*arguments, scale, enable_gqa)
+        except (TypeError, ValueError):
+            pass  # refused before anything was computed
+    return _former(*arguments, scale=scale, enable_gqa=enable_gqa)
 
 
-@contextmanager
-def override_sdpa() -> Iterator[None]:
-    """Within it, ``torch.nn.functional.scaled_dot_product_attention`` is fastattn's, for every thread.
-
-    Calls that fastattn has no kernel for (nested tensors, tensor subclasses, other devices) go to torch's own. Code
-    that took the function by ``from torch.nn.functional import ...`` before keeps what it took.
-    """
-    before = torch.nn.functional.scaled_dot_product_attention
-    torch.nn.functional.scaled_dot_product_attention = _sdpa
-    try:
-        yield
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = before
+def _served(query: object, key: object, value: object, attn_mask: object) -> bool:
+    plain = (Tensor, torch.nn.Parameter)
+    if not all(type(x) in plain and x.layout == torch.strided for x in (query, key, value)):
+        return False
+    if attn_mask is not None and type(attn_mask) not in (*plain, CausalBias):
+        return False
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return False
+    problem = backends.Problem("attention", query.device.type, query.dtype)
+    return any(not backends.reasons(problem, b) for b in backends.BACKENDS if b != "reference")

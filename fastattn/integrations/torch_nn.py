@@ -1,258 +1,296 @@
-"""``patch(model)``: swaps the layers of an existing model for fastattn's, in place, and ``unpatch`` swaps them back.
+"""``patch(model)``: swaps the layers of an existing model for fastattn's, in place; ``unpatch`` swaps them back.
 
-A swap changes the class of the module object and nothing else: parameters, buffers, hooks, device, dtype, mode and
-state_dict keys are the same objects as before, so optimizers that are already built keep working.
+A swap changes the class of a module object and nothing else. Parameters, buffers, hooks, device,
+dtype, mode and state_dict keys are the same objects as before, so that optimizers already built
+keep working.
 """
 
 from __future__ import annotations
 
-import copy
 import sys
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
+from fastattn import backends
 from fastattn import nn as fnn
+from fastattn.integrations import tracing
+from fastattn.integrations.report import Entry, PatchReport
+from fastattn.integrations.sequential import FusedSequential, linear_relu_pairs
+from fastattn.nn.linear import has_hooks
 
-_ORIGINAL_CLASS = "_fastattn_original_class"
-_ORIGINAL_ATTENTION = "_fastattn_original_attn_implementation"
+__all__ = ["Entry", "PatchReport", "patch", "unpatch"]
+
+_FORMER_CLASS = "_fastattn_former_class"
+_FORMER_ATTENTION = "_fastattn_former_attn_implementation"
 
 _ATTENTION = {
     nn.MultiheadAttention: fnn.MultiheadAttention,
     nn.TransformerEncoderLayer: fnn.TransformerEncoderLayer,
     nn.TransformerEncoder: fnn.TransformerEncoder,
 }
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One module: what it became (None: left alone) and why."""
-
-    name: str
-    before: str
-    after: str | None
-    reason: str
-
-
-@dataclass
-class PatchReport:
-    """What ``patch`` or ``unpatch`` did. Printable."""
-
-    entries: list[Entry] = field(default_factory=list)
-
-    @property
-    def swapped(self) -> list[Entry]:
-        return [e for e in self.entries if e.after is not None]
-
-    @property
-    def skipped(self) -> list[Entry]:
-        return [e for e in self.entries if e.after is None]
-
-    def __str__(self) -> str:
-        lines = [f"fastattn: {len(self.swapped)} swapped, {len(self.skipped)} left alone"]
-        for e in self.swapped:
-            lines.append(f"  {e.name}: {e.before} -> {e.after} ({e.reason})")
-        for e in self.skipped:
-            lines.append(f"  {e.name}: {e.before} left alone: {e.reason}")
-        return "\n".join(lines)
+_SWAPPED = (*_ATTENTION.values(), fnn.MLP, fnn.LinearReLU, fnn.FusedReLU, FusedSequential)
 
 
 def patch(model: nn.Module) -> PatchReport:
     """Swaps what fastattn has a kernel for, in place, and says what was swapped, what was not, and why.
 
-    - ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``, ``nn.TransformerEncoder``: exact types only;
-    - Linear followed by ReLU: inside ``nn.Sequential``, and where ``torch.fx`` traces the model and shows, in training
-      and in eval mode, that the Linear is called once and that only a ReLU reads it;
-    - a Hugging Face model's attention implementation.
+    - ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``, ``nn.TransformerEncoder``: exact
+      types only.
+    - Linear, ReLU inside an ``nn.Sequential``, which then fuses them as it runs.
+    - Linear, ReLU in a forward of the model's own, where ``torch.fx`` can trace it and shows, in
+      training and in eval mode, that the Linear is called once and only a ReLU reads the result.
+      From then on the Linear returns values after the ReLU, to a hook that is registered later as
+      well.
+    - The attention implementation of Hugging Face models, see
+      ``fastattn.integrations.transformers``.
+
+    Anything else is left alone, and so is a module whose device or dtype no kernel serves. Tracing
+    replaces ``nn.Module.__call__`` for its duration: no other thread may run a model meanwhile.
 
     Raises TypeError when ``model`` is not an ``nn.Module``.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    _check(model)
     report = PatchReport()
-    patched_before = {id(m) for m in model.modules() if _ORIGINAL_CLASS in m.__dict__}
+    for name, module in model.named_modules():
+        if _FORMER_CLASS in vars(module):
+            report.add(name, module, None, "already patched")
     _patch_transformers(model, report)
     for name, module in model.named_modules():
-        if id(module) in patched_before:
-            kind = type(module).__name__
-            report.entries.append(Entry(name or "(root)", kind, None, "already patched"))
-            continue
         _patch_attention(name, module, report)
-        _patch_sequential(name, module, model, report)
-    _patch_traced(model, report)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Sequential):
+            _patch_sequential(name, module, report)
+    _patch_forwards(model, report)
     return report
 
 
 def unpatch(model: nn.Module) -> PatchReport:
     """Undoes ``patch``: every module gets its class back, a Hugging Face model its attention implementation."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    _check(model)
     report = PatchReport()
     for name, module in model.named_modules():
-        original = module.__dict__.pop(_ORIGINAL_CLASS, None)
-        if original is not None:
-            before, module.__class__ = type(module).__name__, original
-            report.entries.append(Entry(name or "(root)", before, original.__name__, "restored"))
-        implementation = module.__dict__.pop(_ORIGINAL_ATTENTION, None)
-        if implementation is not None:
-            module.set_attn_implementation(implementation)
-            report.entries.append(
-                Entry(name or "(root)", "fastattn", implementation, "attention implementation")
-            )
+        if _FORMER_CLASS in vars(module):
+            if type(module) not in _SWAPPED:
+                report.add(name, module, None, "its class was changed after patch; undo that first")
+                continue
+            before, module.__class__ = type(module), vars(module).pop(_FORMER_CLASS)
+            report.add(name, before, module, "restored")
+        if _FORMER_ATTENTION in vars(module):
+            former = vars(module).pop(_FORMER_ATTENTION)
+            module.set_attn_implementation(former)
+            report.add(name, "fastattn attention", f"{former['']} attention", "restored")
     return report
 
 
-def _swap(name: str, module: nn.Module, after: type[nn.Module], reason: str, report: PatchReport) -> None:
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+def _swap(
+    name: str, module: nn.Module, after: type[nn.Module], reason: str, report: PatchReport
+) -> None:
     before = type(module)
-    module.__dict__[_ORIGINAL_CLASS] = before
+    vars(module)[_FORMER_CLASS] = before
     module.__class__ = after
-    report.entries.append(Entry(name or "(root)", before.__name__, after.__name__, reason))
+    report.add(name, before, after, reason)
+
+
+def _why_not(module: nn.Module, op: str) -> str | None:
+    """Why a module whose class fits must stay as it is, or None."""
+    if any(parametrize.is_parametrized(m) for m in module.modules()):
+        return "it is parametrized"
+    for p in module.parameters():
+        if isinstance(p, nn.parameter.UninitializedTensorMixin):
+            return "it is lazy: run the model once, then patch"
+        if type(p) is not nn.Parameter:
+            return f"its parameters are of type {type(p).__name__}"
+        if p.device.type == "meta":
+            return "it is on the meta device"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    p = next(module.parameters(), None)
+    return None if p is None else _no_kernel(op, p.device, p.dtype)
+
+
+def _no_kernel(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reasons of all backends with kernels, where none serves ``op``."""
+    problem = backends.Problem(op, device.type, dtype)
+    against = {b: backends.reasons(problem, b) for b in backends.BACKENDS if b != "reference"}
+    if not all(against.values()):
+        return None
+    why = (f"{b}: {', '.join(reasons)}" for b, reasons in against.items())
+    return f"no kernel serves {dtype} on {device.type} ({'; '.join(why)})"
 
 
 # --- attention ------------------------------------------------------------------------------------
 
 
 def _patch_attention(name: str, module: nn.Module, report: PatchReport) -> None:
-    after = _ATTENTION.get(type(module))
-    if after is not None:
-        _swap(name, module, after, "the same module on fused kernels", report)
+    former = next((c for c in _ATTENTION if isinstance(module, c)), None)
+    if former is None or isinstance(module, tuple(_ATTENTION.values())):
         return
-    if type(module) in _ATTENTION.values():
-        return
-    for before in _ATTENTION:
-        if isinstance(module, before):
-            reason = f"a subclass of {before.__name__} may do something else"
-            report.entries.append(Entry(name or "(root)", type(module).__name__, None, reason))
+    if type(module) is former:
+        reason = _why_not(module, "attention")
+        if reason is None:
+            _swap(name, module, _ATTENTION[former], "the same layer on fused kernels", report)
+            return
+    elif parametrize.is_parametrized(module):
+        reason = "it is parametrized"
+    else:
+        reason = f"a subclass of {former.__name__} may do something else"
+    report.add(name, module, None, reason)
 
 
 def _patch_transformers(model: nn.Module, report: PatchReport) -> None:
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+    pretrained = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+    if pretrained is None:
         return
+    inner: set[nn.Module] = set()  # set_attn_implementation reaches the models inside a model
+    for name, module in model.named_modules():
+        if not isinstance(module, pretrained) or module in inner:
+            continue
+        inner.update(module.modules())
+        _patch_pretrained(
+            name, module, [m for m in module.modules() if isinstance(m, pretrained)], report
+        )
+
+
+def _patch_pretrained(
+    name: str, model: nn.Module, parts: list[nn.Module], report: PatchReport
+) -> None:
+    """parts: the pretrained models that ``model`` consists of, itself among them."""
     from fastattn.integrations.transformers import NAME, register
 
-    register()
-    before = model.config._attn_implementation
+    config = model.config
+    before = config._attn_implementation
+    kind = f"{before} attention"
     if before == NAME:
+        report.add(name, kind, None, "already patched")
         return
-    kind = type(model).__name__
-    try:
-        model.set_attn_implementation(NAME)
-    except (ValueError, ImportError) as error:
-        report.entries.append(Entry("(root)", kind, None, f"attention: {error}"))
-        return
-    if model.config._attn_implementation != NAME:
-        reason = "attention: the architecture takes no other implementation"
-        report.entries.append(Entry("(root)", kind, None, reason))
-        return
-    model.__dict__[_ORIGINAL_ATTENTION] = before
-    report.entries.append(Entry("(root)", f"{before} attention", NAME, "attention implementation"))
+    reason = _no_kernel("attention", model.device, model.dtype)
+    unfit = next((part for part in parts if not part._supports_sdpa), None)
+    if unfit is not None:
+        reason = (
+            f"{type(unfit).__name__} does not support sdpa, whose interface fastattn takes over"
+        )
+    elif config.output_attentions:
+        reason = "config.output_attentions: only eager attention has the weights"
+    if reason is None:
+        register()
+        inner = {key: getattr(config, key, None) for key in config.sub_configs}
+        former = {key: c._attn_implementation for key, c in inner.items() if c is not None}
+        try:
+            model.set_attn_implementation(NAME)
+        except (ValueError, ImportError) as error:
+            reason = str(error)
+        else:
+            if config._attn_implementation == NAME:
+                vars(model)[_FORMER_ATTENTION] = {"": before, **former}
+                report.add(name, kind, f"{NAME} attention", "set_attn_implementation")
+                return
+            reason = f"{type(model).__name__} does not take its attention from the interface"
+    report.add(name, kind, None, reason)
 
 
 # --- Linear, ReLU ---------------------------------------------------------------------------------
 
 
-def _uses(model: nn.Module) -> dict[int, int]:
-    """How many places of the module tree hold each module."""
-    counts: dict[int, int] = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        counts[id(module)] = counts.get(id(module), 0) + 1
-    return counts
-
-
-def _why_not_linear(linear: nn.Module, uses: dict[int, int]) -> str | None:
+def _why_not_linear(linear: nn.Linear) -> str | None:
     """Why a Linear that a ReLU follows must stay, or None."""
     if parametrize.is_parametrized(linear):
         return "it is parametrized"
+    if isinstance(linear, nn.LazyLinear):
+        return "it is lazy: run the model once, then patch"
     if type(linear) is not nn.Linear:
         return "a subclass of Linear may do something else"
-    if uses.get(id(linear), 1) > 1:
-        return "it is shared by several places"
-    if fnn.linear.has_hooks(linear):
+    if has_hooks(linear):
         return "its hooks would see values after the ReLU"
-    if linear.weight.device.type == "meta":
-        return "it is on the meta device"
-    return None
+    return _why_not(linear, "linear_relu")
 
 
-def _patch_sequential(name: str, module: nn.Module, model: nn.Module, report: PatchReport) -> None:
-    if type(module) is not nn.Sequential:
-        return
-    uses = _uses(model)
-    children = list(module.named_children())
-    if fnn.MLP.fits(module) and all(_why_not_linear(m, uses) is None for m in list(module)[::2]):
-        _swap(name, module, fnn.MLP, "Linear, ReLU, ..., Linear as one node", report)
-        return
-    for (key, linear), (_, relu) in zip(children, children[1:], strict=False):
-        if not isinstance(linear, nn.Linear) or type(relu) is not nn.ReLU:
+def _patch_sequential(name: str, module: nn.Sequential, report: PatchReport) -> None:
+    if type(module).forward is not nn.Sequential.forward:
+        return  # fastattn's own, or other code that torch.fx looks at
+    keys, layers = list(module._modules), list(module)
+    fused = []
+    for i, layer in enumerate(layers[:-1]):
+        if not isinstance(layer, nn.Linear) or not isinstance(layers[i + 1], nn.ReLU):
             continue
-        full = f"{name}.{key}" if name else key
-        reason = _why_not_linear(linear, uses)
-        if reason is not None:
-            report.entries.append(Entry(full, type(linear).__name__, None, reason))
-            continue
-        _swap(full, linear, fnn.LinearReLU, "a ReLU follows", report)
-        # relu(relu(x)) = relu(x): a ReLU that others use too, or that has hooks, simply stays.
-        if uses.get(id(relu), 1) == 1 and not fnn.linear.has_hooks(relu):
-            relu.__dict__[_ORIGINAL_CLASS] = nn.ReLU
-            relu.__class__ = fnn.FusedReLU
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = type(m).__module__.startswith("fastattn.nn")
-        return ours or super().is_leaf_module(m, module_qualified_name)
-
-
-def _linear_relu_names(model: nn.Module, training: bool) -> set[str]:
-    """Names of the Linears that are called once and whose value only a ReLU reads, in the given mode."""
-    # Tracing runs the model's own code: on a copy that shares the parameters.
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    graph = _Tracer().trace(copy.deepcopy(model, shared).train(training))
-    modules = dict(model.named_modules())
-    calls: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op == "call_module" and isinstance(modules.get(node.target), nn.Linear):
-            calls.setdefault(node.target, []).append(node)
-    return {
-        name
-        for name, nodes in calls.items()
-        if len(nodes) == 1 and len(nodes[0].users) == 1 and _is_relu(next(iter(nodes[0].users)), modules)
-    }
-
-
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_function":
-        return node.target in (torch.relu, nn.functional.relu, nn.functional.relu_, torch.relu_)
-    if node.op == "call_method":
-        return node.target in ("relu", "relu_")
-    return node.op == "call_module" and type(modules.get(node.target)) is nn.ReLU
-
-
-def _patch_traced(model: nn.Module, report: PatchReport) -> None:
-    linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
-    relus = any(isinstance(m, nn.ReLU) for m in model.modules())
-    own_code = any(not type(m).__module__.startswith("torch.nn") for m in model.modules())
-    if not linears or not (relus or own_code):
-        return
-    try:
-        names = _linear_relu_names(model, True) & _linear_relu_names(model, False)
-    except Exception as error:  # whatever the model's own code raises under tracing
-        reason = f"Linear followed by ReLU was not looked for: torch.fx cannot trace it ({error})"
-        reason = " ".join(reason.split())[:200]
-        report.entries.append(Entry("(root)", type(model).__name__, None, reason))
-        return
-    uses, modules = _uses(model), dict(model.named_modules())
-    already = {e.name for e in report.entries}
-    inside = tuple(n for n, m in modules.items() if isinstance(m, fnn.MLP | nn.TransformerEncoderLayer))
-    for name in sorted(names):
-        if name in already or any(name.startswith(f"{n}." if n else "") for n in inside):
-            continue
-        linear = modules[name]
-        reason = _why_not_linear(linear, uses)
-        if reason is not None:
-            report.entries.append(Entry(name, type(linear).__name__, None, reason))
+        reason = _why_not_linear(layer)
+        if reason is None and linear_relu_pairs(layers, i) == 0:
+            reason = "the ReLU behind it has hooks or is of a subclass"
+        if reason is None and (type(module) is not nn.Sequential or "forward" in vars(module)):
+            reason = "it is in a subclass of Sequential, or one whose forward was replaced"
+        if reason is None:
+            fused.append(keys[i])
         else:
-            _swap(name, linear, fnn.LinearReLU, "torch.fx: only a ReLU reads it", report)
+            report.add(f"{name}.{keys[i]}" if name else keys[i], layer, None, reason)
+    if not fused:
+        return
+    whole = fnn.MLP.fits(module) and len(fused) == len(layers) // 2
+    if whole and _why_not_linear(layers[-1]) is None:
+        _swap(name, module, fnn.MLP, "Linear, ReLU, ..., Linear as one kernel call", report)
+    else:
+        pairs = ", ".join(fused)
+        _swap(name, module, FusedSequential, f"ReLU done by the Linears {pairs}", report)
+
+
+def _patch_forwards(model: nn.Module, report: PatchReport) -> None:
+    places = Counter(child for m in model.modules() for child in m._modules.values())
+    owned = {x for m in model.modules() if tracing.has_own_code(m) for x in _own_linears(m)}
+    evidence = tracing.trace(model, owned) if owned else tracing.Evidence()
+    names = {module: name for name, module in model.named_modules()}
+    for linear in (m for m in names if m in owned and evidence.near_relu(m)):
+        relu = evidence.relu_of(linear)
+        reason = _why_not_linear(linear)
+        if reason is None and places[linear] > 1:
+            reason = "it is shared by several places"
+        reason = reason or evidence.why_not(linear)
+        if reason is None and any(u.relu and has_hooks(u.relu) for u in evidence.uses[linear]):
+            reason = "the hooks of the ReLU behind it would see other inputs"
+        replaceable = relu is not None and places[relu] == 1
+        if (
+            reason is None
+            and not replaceable
+            and any(u.relu and u.relu.inplace for u in evidence.uses[linear])
+        ):
+            reason = "the ReLU behind it works in place and is shared"
+        if reason is not None:
+            report.add(names[linear], linear, None, reason)
+            continue
+        _swap(
+            names[linear], linear, fnn.LinearReLU, "torch.fx: only a ReLU reads its result", report
+        )
+        if replaceable:
+            _swap(names[relu], relu, fnn.FusedReLU, f"done by {names[linear]}", report)
+    _report_failures(evidence, names, report)
+
+
+def _own_linears(module: nn.Module) -> Iterator[nn.Linear]:
+    """The Linears that a module's own forward calls, if any code does: its children and those of its lists."""
+    for child in module.children():
+        if isinstance(child, nn.Linear) and not isinstance(child, fnn.LinearReLU):
+            yield child
+        elif type(child) in (nn.ModuleList, nn.ModuleDict):
+            yield from _own_linears(child)
+
+
+def _report_failures(
+    evidence: tracing.Evidence, names: dict[nn.Module, str], report: PatchReport
+) -> None:
+    """One entry for each class that was not traced and may hold a Linear with a ReLU behind it."""
+    untraced = [
+        m
+        for m in evidence.failures
+        if tracing.mentions_relu(m) and any(True for _ in _own_linears(m))
+    ]
+    classes = Counter(type(m) for m in untraced)
+    for kind, count in classes.items():
+        first = next(m for m in untraced if type(m) is kind)
+        others = f" (and {count - 1} more)" if count > 1 else ""
+        report.add(f"{names[first] or '(root)'}{others}", first, None, evidence.failures[first])

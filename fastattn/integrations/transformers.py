@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -15,41 +14,47 @@ NAME = "fastattn"
 
 
 def register() -> None:
-    """Makes ``attn_implementation="fastattn"`` known to transformers, for attention and for masks. Idempotent."""
+    """Makes ``attn_implementation="fastattn"`` known to transformers, for attention and for masks. Idempotent.
+
+    Raises ImportError, saying what to install, without a transformers that has both interfaces.
+    """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
     except ImportError as error:
         raise ImportError(
-            f"transformers with AttentionInterface and AttentionMaskInterface is needed ({error}): "
+            f'attn_implementation="{NAME}" needs Hugging Face transformers ({error}): '
             "pip install 'transformers>=5'"
         ) from error
     AttentionInterface.register(NAME, attention_forward)
     # Without an entry of the same name here transformers would drop every mask, padding included.
-    AttentionMaskInterface.register(NAME, functools.partial(attention_mask, sdpa_mask))
+    AttentionMaskInterface.register(NAME, attention_mask)
 
 
-def attention_mask(sdpa_mask: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    """A bool mask (True = attend) broadcastable to ``[B, H, Sq, Sk]``, or None where nothing is masked.
+def attention_mask(**options: Any) -> Tensor | None:
+    """transformers' mask interface, ``sdpa_mask``'s arguments: bool ``[B, 1, Sq, Sk]``, True = attend, or None.
 
-    Padding alone stays ``[B, 1, 1, Sk]``; every other pattern is transformers' own SDPA mask.
+    Padding alone gives an expanded view of ``[B, Sk]``; every other pattern is ``sdpa_mask``'s.
     """
-    from transformers.masking_utils import bidirectional_mask_function
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
-    padding = kwargs.get("attention_mask")
+    batch, seq_q, seq_k = (options[name] for name in ("batch_size", "q_length", "kv_length"))
+    padding = options.get("attention_mask")
+    kv_offset = options.get("kv_offset", 0)
     padding_only = (
-        kwargs.get("mask_function") is bidirectional_mask_function
+        options.get("mask_function") is bidirectional_mask_function
         and isinstance(padding, Tensor)
-        and padding.dim() == 2
-        and kwargs.get("kv_offset", 0) == 0
-        and padding.shape[-1] == kwargs.get("kv_length")
+        and padding.shape == (batch, seq_k)
+        and isinstance(kv_offset, int)
+        and kv_offset == 0
     )
     if not padding_only:
-        return sdpa_mask(*args, **kwargs)
-    padding = padding.to(kwargs.get("device", padding.device), torch.bool)
-    if not torch.compiler.is_compiling() and bool(padding.all()):
+        return sdpa_mask(**options)
+    padding = padding.to(options.get("device", padding.device), torch.bool)
+    may_skip = options.get("allow_is_bidirectional_skip", False)
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if may_skip and not tracing and bool(padding.all()):
         return None
-    return padding[:, None, None, :]
+    return padding[:, None, None, :].expand(batch, 1, seq_q, seq_k)
 
 
 def attention_forward(
@@ -62,24 +67,35 @@ def attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: q ``[B, Hq, Sq, D]``, k and v ``[B, Hk, Sk, D]`` -> (``[B, Sq, Hq, Dv]``, None).
+    """transformers' attention interface, with the meaning of its ``sdpa``.
 
-    attention_mask is bool (True = attend) or float (added), 4-D. A sliding window is already in the mask that
-    transformers made. Attention weights are not available: ``output_attentions`` needs the eager implementation.
+    Args:
+        query: ``[B, Hq, Sq, D]``; key, value: ``[B, Hk, Sk, D]``, never repeated for Hk < Hq; any
+            strides.
+        attention_mask: 4-D, broadcastable to ``[B, Hq, Sq, Sk]``: bool (True = attend) or float
+            (added). It holds a sliding window already. None: causal if ``is_causal``, or
+            ``module.is_causal``, and Sq > 1.
+        position_bias: float, added to the scores, as attention_mask; softcap: of the scores.
+
+    Returns:
+        ``[B, Sq, Hq, D]`` contiguous, and None: no weights are ever made.
+
+    Raises:
+        ValueError, TypeError: a mask of another kind, attention sinks (``s_aux``), and what the
+            function itself refuses.
     """
+    if s_aux is not None:
+        raise ValueError(
+            "s_aux: attention sinks are not supported, use another attn_implementation"
+        )
+    if kwargs.get("output_attentions"):
+        _warn_no_weights()
     if attention_mask is not None:
-        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4:
-            got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else attention_mask
-            raise ValueError(f"attention_mask: expected a 4-D tensor [B, H, Sq, Sk], got {got}")
-        if attention_mask.dtype != torch.bool and not attention_mask.dtype.is_floating_point:
-            raise TypeError(
-                f"attention_mask: expected bool or floating point, got {attention_mask.dtype}"
-            )
-        attention_mask = attention_mask[..., : key.shape[-2]]
+        _check_mask(attention_mask)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = query.shape[2] > 1 and attention_mask is None and bool(causal)
     if position_bias is not None:
@@ -101,3 +117,26 @@ def attention_forward(
         softcap=softcap or 0.0,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_mask(mask: object) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask: expected a tensor or None, got {type(mask).__name__}")
+    if mask.dim() != 4:
+        raise ValueError(
+            f"attention_mask: expected 4 dimensions [B, H, Sq, Sk], got {tuple(mask.shape)}"
+        )
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise TypeError(
+            "attention_mask: expected bool (True = attend) or floating point (added), "
+            f"got {mask.dtype}"
+        )
+
+
+def _warn_no_weights() -> None:
+    from transformers.utils import logging
+
+    logging.get_logger(__name__).warning_once(
+        f"`{NAME}` attention does not support `output_attentions=True`."
+        " Please set your attention to `eager` if you want any of these features."
+    )

@@ -20,7 +20,8 @@ def attention_forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """out ``[*, Hq, Sq, Dv]``, LSE ``[*, Hq, Sq]``. attn_mask has query's rank; seed is int64 ``[1]``."""
+    """out ``[*, Hq, Sq, Dv]``, LSE ``[*, Hq, Sq]``. attn_mask has query's rank; seed is int64
+    ``[1]``."""
     return torch.ops.fastattn.attention_forward(
         query, key, value, attn_mask, seed, is_causal, scale, dropout_p
     )
@@ -41,7 +42,8 @@ def attention_backward(
     dropout_p: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and the float mask; one that is not needed has shape ``[0]``."""
+    """Gradients of query, key, value and the float mask; one that is not needed has shape
+    ``[0]``."""
     return torch.ops.fastattn.attention_backward(
         grad_out,
         grad_lse,
@@ -68,7 +70,9 @@ if _extension.HAS_NATIVE:
         return out, query.new_empty(query.shape[:-1], dtype=dtype)
 
     @torch.library.register_fake("fastattn::attention_backward")
-    def _(grad_out, grad_lse, query, key, value, attn_mask, out, lse, seed, causal, scale, p, needs):
+    def _(
+        grad_out, grad_lse, query, key, value, attn_mask, out, lse, seed, causal, scale, p, needs
+    ):
         like = (query, key, value, attn_mask)
         return tuple(
             query.new_empty(x.shape if need else (0,)) for x, need in zip(like, needs, strict=True)

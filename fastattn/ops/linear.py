@@ -25,7 +25,8 @@ def linear_relu_backward(
 
 
 def mlp_forward(input: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
-    """[out, h_1, ..., h_{L-1}]: the output and the hidden activations; an absent bias has shape ``[0]``."""
+    """[out, h_1, ..., h_{L-1}]: the output and the hidden activations; an absent bias has shape
+    ``[0]``."""
     return torch.ops.fastattn.mlp_forward(input, weights, biases)
 
 
@@ -65,6 +66,4 @@ if _extension.HAS_NATIVE:
     @torch.library.register_fake("fastattn::mlp_backward")
     def _(grad_out, input, weights, hidden, needs):
         shapes = [input.shape, *(w.shape for w in weights), *((w.shape[0],) for w in weights)]
-        return [
-            input.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True)
-        ]
+        return [input.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True)]

@@ -1,4 +1,5 @@
-"""BERT fine-tuned by the Hugging Face Trainer: SDPA beside fastattn, from the same start on the same batches."""
+"""BERT fine-tuned by the Hugging Face Trainer: SDPA beside fastattn, from the same start on the
+same batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Real sentences with labels: the standard library's docstrings, labelled by the package they come from."""
+"""Real sentences with labels: the standard library's docstrings, labelled by the package they come
+from."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def docstrings(source: str) -> list[str]:
 
 
 def sentences(docstring: str) -> list[str]:
-    """The prose of a docstring, sentence by sentence: no doctests, nothing very short or very long."""
+    """The prose of a docstring, sentence by sentence: no doctests, nothing very short or very
+    long."""
     paragraphs = (p for p in re.split(r"\n\s*\n", docstring) if ">>>" not in p)
     found = (s for p in paragraphs for s in _SENTENCE_END.split(" ".join(p.split())))
     return [s for s in found if len(s.split()) in _WORDS]
@@ -85,9 +87,11 @@ def read_packages(library: Path) -> dict[str, dict[str, list[str]]]:
 def load_corpus(
     seed: int, packages: int, train_cap: int, test_cap: int, library: Path | None = None
 ) -> Corpus:
-    """The ``packages`` packages with the most sentences, at most ``train_cap`` and ``test_cap`` sentences of each.
+    """The ``packages`` packages with the most sentences, at most ``train_cap`` and ``test_cap``
+    sentences of each.
 
-    The split is by module and depends on ``seed`` and on the library's sources alone. Raises ValueError when the
+    The split is by module and depends on ``seed`` and on the library's sources alone. Raises
+    ValueError when the
     library has too few documented packages, as when its sources are not installed.
     """
     library = library or Path(sysconfig.get_path("stdlib"))
@@ -111,7 +115,8 @@ def load_corpus(
 def _split(
     modules: dict[str, list[str]], train_cap: int, test_cap: int, generator: random.Random
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Modules to learn from and modules to be judged by: random ones, up to their share of the sentences."""
+    """Modules to learn from and modules to be judged by: random ones, up to their share of the
+    sentences."""
     total = sum(map(len, modules.values()))
     wanted = min(total * test_cap / (train_cap + test_cap), test_cap * 1.5)
     order = sorted(modules)

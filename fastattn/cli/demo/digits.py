@@ -1,4 +1,5 @@
-"""The digit classifier with three optimizers: stock torch and its patched copy on the same batches."""
+"""The digit classifier with three optimizers: stock torch and its patched copy on the same
+batches."""
 
 from __future__ import annotations
 
@@ -101,7 +102,11 @@ def load_data(mnist: Path | None, seed: int) -> tuple[str, tuple[Tensor, ...]]:
     digits = load_digits()
     images = (digits.images / 16).astype(np.float32)
     split = train_test_split(
-        images, digits.target.astype(np.int64), test_size=0.25, random_state=seed, stratify=digits.target
+        images,
+        digits.target.astype(np.int64),
+        test_size=0.25,
+        random_state=seed,
+        stratify=digits.target,
     )
     return "digits 64-128-10", tuple(map(torch.from_numpy, split))
 

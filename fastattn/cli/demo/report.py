@@ -23,9 +23,11 @@ _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem .8rem; border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
+th, td { text-align: left; padding: .35rem .8rem; border-bottom: 1px solid color-mix(in srgb,
+currentColor 20%, transparent); }
 img { max-width: 100%; background: white; border-radius: 8px; margin: 1rem 0; }
-pre { overflow-x: auto; padding: 1rem; border-radius: 8px; background: color-mix(in srgb, currentColor 8%, transparent); }
+pre { overflow-x: auto; padding: 1rem; border-radius: 8px; background: color-mix(in srgb,
+currentColor 8%, transparent); }
 footer { opacity: .7; font-size: .9rem; margin-top: 2rem; }
 """
 
@@ -41,7 +43,9 @@ def _image(figure: plt.Figure, description: str) -> str:
 def _digits_curves(results: Sequence[DigitsResult]) -> str:
     figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 3), sharey=True)
     for ax, result in zip(axes, results, strict=True):
-        for curve, label, style in zip(result.losses, ("torch", "fastattn"), ("-", "--"), strict=True):
+        for curve, label, style in zip(
+            result.losses, ("torch", "fastattn"), ("-", "--"), strict=True
+        ):
             ax.plot(curve, style, label=label, linewidth=1)
         ax.set(title=result.optimizer, xlabel="step", yscale="log")
     axes[0].set_ylabel("cross-entropy")
@@ -88,8 +92,8 @@ def write_report(
         parts.append(f"<h2>Digits: loss of both implementations</h2>{_digits_curves(digits)}")
     if bert is not None:
         parts.append(
-            f"<h2>BERT fine-tuning</h2><p>{bert.sizes[0]} sentences to learn from, {bert.sizes[1]} from other "
-            f"modules to be judged by; the most frequent class is {bert.majority:.1%} of them.</p>"
+            f"<h2>BERT fine-tuning</h2><p>{bert.sizes[0]} sentences to learn from, "
+            f"{bert.sizes[1]} from other modules to be judged by; the most frequent class is {bert.majority:.1%} of them.</p>"
             f"{_bert_curves(bert)}<pre>{html.escape(bert.patched)}</pre>"
         )
     parts.append(f"<h2>Speed</h2>{_speed(digits, bert)}")

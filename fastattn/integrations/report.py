@@ -1,0 +1,68 @@
+"""What ``patch`` and ``unpatch`` tell about their work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module: its qualified name, what it was, what it became (None: left alone), and why."""
+
+    name: str
+    before: str
+    after: str | None
+    reason: str
+
+
+@dataclass
+class PatchReport:
+    """What was swapped, what was left alone, and why. ``print`` gives lines, ``rich.print`` a table."""
+
+    entries: list[Entry] = field(default_factory=list)
+
+    def add(self, name: str, before: object, after: object | None, reason: str) -> None:
+        """before, after: a module or its class, named by the class, or a string."""
+        self.entries.append(
+            Entry(name or "(root)", _kind(before), None if after is None else _kind(after), reason)
+        )
+
+    @property
+    def swapped(self) -> list[Entry]:
+        return [e for e in self.entries if e.after is not None]
+
+    @property
+    def skipped(self) -> list[Entry]:
+        return [e for e in self.entries if e.after is None]
+
+    @property
+    def counts(self) -> Counter[tuple[str, str]]:
+        """How many modules went from what to what."""
+        return Counter((e.before, e.after) for e in self.swapped)
+
+    def summary(self) -> str:
+        if not self.entries:
+            return "fastattn: nothing to swap"
+        swaps = ", ".join(f"{n} {before} -> {after}" for (before, after), n in self.counts.items())
+        return f"fastattn: {swaps or 'nothing swapped'}; {len(self.skipped)} left alone"
+
+    def __str__(self) -> str:
+        lines = [self.summary()]
+        lines += [f"  {e.name}: {e.before} -> {e.after}: {e.reason}" for e in self.swapped]
+        lines += [f"  {e.name}: {e.before} left alone: {e.reason}" for e in self.skipped]
+        return "\n".join(lines)
+
+    def __rich__(self) -> Table:
+        table = Table("module", "was", "is", "why", title=self.summary(), title_justify="left")
+        for e in (*self.swapped, *self.skipped):
+            table.add_row(e.name, e.before, e.after or "(left alone)", e.reason)
+        return table
+
+
+def _kind(x: object) -> str:
+    if isinstance(x, str):
+        return x
+    return (x if isinstance(x, type) else type(x)).__name__

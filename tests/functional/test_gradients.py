@@ -1,0 +1,209 @@
+"""gradcheck in float64 through the kernels, for every option; the reference, the second derivative, compile, autocast."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastattn
+from fastattn import reference
+
+NATIVE = pytest.mark.native
+BACKENDS = [pytest.param("cpu", marks=NATIVE), "reference"]
+
+
+def inputs(heads_k: int = 4, dim_v: int = 3, seq_q: int = 5, seq_k: int = 6):
+    q = torch.randn(2, 4, seq_q, 3, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, heads_k, seq_k, 3, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, heads_k, seq_k, dim_v, dtype=torch.float64, requires_grad=True)
+    return q, k, v
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("extra", ["plain", "gqa", "dim_v", "dropout", "lse"])
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "float", "broadcast float"])
+def test_attention(mask, extra, backend):
+    q, k, v = inputs(heads_k=2 if extra == "gqa" else 4, dim_v=5 if extra == "dim_v" else 3)
+    attn_mask = None
+    if mask == "bool":
+        attn_mask = torch.rand(2, 1, 5, 6) > 0.3
+        attn_mask[:, :, 2] = False  # a row with nothing to attend to
+    elif mask == "float":
+        attn_mask = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    elif mask == "broadcast float":
+        attn_mask = torch.randn(4, 1, 6, dtype=torch.float64, requires_grad=True)
+
+    def function(q, k, v, attn_mask):
+        torch.manual_seed(7)  # the same dropout mask in every evaluation
+        result = fastattn.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask,
+            dropout_p=0.3 if extra == "dropout" else 0.0,
+            is_causal=mask == "causal",
+            enable_gqa=True,
+            return_lse=extra == "lse",
+            backend=backend,
+        )
+        if extra != "lse":
+            return result
+        return result[0], torch.where(result[1] == -math.inf, 0.0, result[1])
+
+    assert gradcheck(function, (q, k, v, attn_mask))
+    if backend == "reference" and extra in ("plain", "lse"):
+        assert gradgradcheck(function, (q, k, v, attn_mask))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_relu_and_mlp(bias, backend):
+    x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(7, dtype=torch.float64, requires_grad=True) if bias else None
+    # Away from the kink, where the finite differences of ReLU mean nothing.
+    assert torch.nn.functional.linear(x, w, b).abs().min() > 1e-4
+    assert gradcheck(lambda *a: fastattn.linear_relu(*a, backend=backend), (x, w, b))
+    w2 = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(
+        lambda x, w, b, w2: fastattn.mlp(x, [w, w2], [b, None], backend=backend), (x, w, b, w2)
+    )
+
+
+@NATIVE
+@pytest.mark.parametrize("which", range(4))
+def test_only_what_is_needed_gets_a_gradient(which):
+    leaves = [x.detach() for x in inputs()] + [torch.randn(5, 6, dtype=torch.float64)]
+    leaves[which].requires_grad_()
+    fastattn.scaled_dot_product_attention(*leaves).sum().backward()
+    assert [x.grad is not None for x in leaves] == [i == which for i in range(4)]
+
+
+@NATIVE
+def test_a_second_derivative_raises_instead_of_being_dropped():
+    q, k, v = inputs()
+    w = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    for out in (fastattn.scaled_dot_product_attention(q, k, v), fastattn.linear_relu(q, w), fastattn.mlp(q, [w])):
+        (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative of .*reference"):
+            grad.square().sum().backward()
+
+
+@NATIVE
+def test_a_graph_of_the_first_derivative_has_the_right_first_derivative():
+    q, k, v = inputs()
+    grads = []
+    for create_graph in (False, True):
+        out = fastattn.scaled_dot_product_attention(q, k, v, is_causal=True)
+        grads.append(torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=create_graph))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@NATIVE
+def test_dropout_is_the_same_on_every_backend():
+    q, k, v = inputs()
+    results = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(11)
+        out = fastattn.scaled_dot_product_attention(q, k, v, None, 0.4, backend=backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    torch.testing.assert_close(*results)
+
+
+def test_dropout_keeps_the_expectation():
+    keep = reference.philox_keep_mask(torch.tensor([5]), 4, 4, 128, 128, 0.25, torch.device("cpu"))
+    assert abs(keep.double().mean().item() - 0.75) < 4 * math.sqrt(0.25 * 0.75 / keep.numel())
+
+
+@NATIVE
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_compile_fullgraph(dropout):
+    q, k, v = (x.detach().float().requires_grad_() for x in inputs())
+    w = torch.randn(4, 3, requires_grad=True)
+    w2 = torch.randn(2, 4, requires_grad=True)
+
+    def function(q, k, v, w, w2):
+        out = fastattn.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
+        return fastattn.mlp(out, [w, w2]).sum() + fastattn.linear_relu(out, w).square().sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for f in (function, compiled):
+        torch.manual_seed(3)
+        value = f(q, k, v, w, w2)
+        results.append((value, *torch.autograd.grad(value, (q, k, v, w, w2))))
+    torch.testing.assert_close(*results)
+
+
+@NATIVE
+def test_opcheck():
+    q, k, v = (x.detach() for x in inputs(heads_k=2, dim_v=5))
+    mask = torch.randn(1, 4, 1, 6, dtype=torch.float64)
+    seed = torch.tensor([1])
+    arguments = (q, k, v, mask, seed, True, 0.5, 0.1)
+    torch.library.opcheck(torch.ops.fastattn.attention_forward.default, arguments)
+    out, lse = torch.ops.fastattn.attention_forward(*arguments)
+    arguments = (out, lse, q, k, v, mask, out, lse, seed, True, 0.5, 0.1, [True] * 4)
+    torch.library.opcheck(torch.ops.fastattn.attention_backward.default, arguments)
+    w = torch.randn(9, 3)
+    x = torch.randn(2, 4, 3)
+    torch.library.opcheck(torch.ops.fastattn.linear_relu_forward.default, (x, w, None))
+    torch.library.opcheck(torch.ops.fastattn.mlp_forward.default, (x, [w], [torch.randn(9)]))
+
+
+@NATIVE
+def test_autocast():
+    q, k, v = (x.detach().float() for x in inputs())
+    w = torch.randn(4, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fastattn.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+        assert fastattn.linear_relu(q, w).dtype == torch.bfloat16
+        assert fastattn.mlp(q, [w]).dtype == torch.bfloat16
+
+
+@NATIVE
+def test_memory_is_linear_in_the_sequence():
+    """The S x S scores of this call would take 1 GB; the peak of the process must not grow by a tenth of it."""
+    import resource
+
+    q, k, v = (torch.randn(1, 16384, 64, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        fastattn.scaled_dot_product_attention(q[:, :64], k[:, :64], v[:, :64])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    window = torch.zeros(1, 1, 16384, dtype=torch.bool)
+    window[..., :2048] = True  # keeps the test quick: the other blocks are skipped
+    fastattn.scaled_dot_product_attention(q, k, v, window).sum().backward()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+def test_varlen_is_the_sequences_one_by_one():
+    lengths_q, lengths_k = [3, 0, 7], [4, 2, 7]
+    q, k, v = torch.randn(10, 4, 8), torch.randn(13, 2, 8), torch.randn(13, 2, 5)
+    cu_q, cu_k = torch.tensor([0, 3, 3, 10]), torch.tensor([0, 4, 6, 13])
+    out, lse = fastattn.varlen_attn(q, k, v, cu_q, cu_k, 7, 7, is_causal=True, return_lse=True)
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+        expected, expected_lse = reference.attention(
+            q[a:b].transpose(0, 1), k[c:d].transpose(0, 1), v[c:d].transpose(0, 1), is_causal=True
+        )
+        torch.testing.assert_close(out[a:b], expected.transpose(0, 1))
+        torch.testing.assert_close(lse[:, a:b], expected_lse)
+    assert lengths_q == cu_q.diff().tolist()
+    assert lengths_k == cu_k.diff().tolist()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [dict(window_size=(2, 1)), dict(softcap=1.5), dict(alibi_slopes=torch.tensor([0.5, 0.1, 0.2, 0.3]))],
+    ids=["window", "softcap", "alibi"],
+)
+def test_what_the_kernels_do_not_take_goes_to_the_reference_with_a_warning(extra, monkeypatch):
+    monkeypatch.setattr(fastattn.backends, "_warned", set())
+    q, k, v = inputs()
+    with pytest.warns(fastattn.FastAttnWarning, match=next(iter(extra))):
+        out = fastattn.scaled_dot_product_attention(q, k, v, **extra)
+    torch.testing.assert_close(out, reference.attention(q, k, v, **extra)[0])
+    with pytest.raises(RuntimeError, match=next(iter(extra))):
+        fastattn.scaled_dot_product_attention(q, k, v, **extra, backend="cpu")

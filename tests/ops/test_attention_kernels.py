@@ -1,0 +1,290 @@
+"""The native attention ops against the oracle in float64, in every dtype, over odd shapes and all masks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastattn import ops, reference
+
+pytestmark = pytest.mark.native
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# batch, heads_q, heads_k, seq_q, seq_k, head_dim, head_dim_v
+SHAPES = [
+    (2, 4, 4, 17, 17, 16, 16),
+    (1, 4, 2, 63, 111, 64, 64),
+    (2, 2, 1, 257, 300, 40, 24),
+    (1, 1, 1, 1, 65, 128, 64),
+    (1, 1, 1, 5, 3, 1, 1),
+    (2, 3, 3, 130, 513, 96, 200),
+    (1, 2, 2, 400, 270, 256, 7),
+]
+MASKS = ("none", "padding", "bool", "float", "bias", "empty rows")
+
+
+def make_mask(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    batch, heads, seq_q, seq_k = shape
+    if kind == "padding":
+        lengths = torch.linspace(max(1, seq_k // 3), seq_k, batch).long()
+        return torch.arange(seq_k)[None, None, None] < lengths[:, None, None, None]
+    if kind == "bool":
+        return torch.rand(shape) > 0.4
+    if kind == "float":
+        return torch.randn(batch, 1, seq_q, seq_k, dtype=dtype)
+    if kind == "bias":
+        return torch.randn(1, heads, 1, seq_k, dtype=dtype)
+    if kind == "empty rows":
+        mask = torch.randn(1, 1, seq_q, seq_k, dtype=dtype)
+        mask[:, :, ::3] = -math.inf
+        return mask
+    return None
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Half an ulp at 1."""
+    return torch.finfo(dtype).eps / 2
+
+
+def check(name: str, actual: Tensor, expected: Tensor, bound: Tensor | float) -> None:
+    """|actual - expected| <= bound everywhere; NaN fails, infinities must coincide."""
+    assert actual.shape == expected.shape, name
+    same = actual.double() == expected
+    error = torch.where(same, 0.0, (actual.double() - expected).abs())
+    bad = ~(error <= bound)
+    worst = error.nan_to_num(math.inf).max() if error.numel() else 0.0
+    assert not bad.any(), f"{name}: {int(bad.sum())} elements off, worst {worst}"
+
+
+@pytest.mark.parametrize("mask_kind", MASKS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_backward(dtype, shape, causal, mask_kind):
+    batch, heads_q, heads_k, seq_q, seq_k, dim, dim_v = shape
+    # Strided views: heads and sequence swapped, an offset, a slice of a wider buffer.
+    q = torch.randn(batch, seq_q, heads_q, dim + 3, dtype=dtype)[..., 2 : dim + 2].transpose(1, 2)
+    k = torch.randn(batch, seq_k, heads_k, dim, dtype=dtype).transpose(1, 2)
+    v = torch.randn(batch, heads_k, seq_k, dim_v, dtype=dtype)
+    mask = make_mask(mask_kind, (batch, heads_q, seq_q, seq_k), dtype)
+    options = dict(is_causal=causal, scale=dim**-0.5)
+    wide = [x.double() if x is not None and x.dtype == dtype else x for x in (q, k, v, mask)]
+
+    out, lse = ops.attention_forward(q, k, v, mask, None, causal, dim**-0.5, 0.0)
+    expected_out, expected_lse = reference.attention_forward(*wide, **options)
+    # Rounding of the result, and of fp32 sums of S terms of the size of V.
+    u, accumulator = unit(dtype), unit(torch.float64 if dtype == torch.float64 else torch.float32)
+    size = wide[2].abs().max()
+    check("out", out, expected_out, 2 * u * expected_out.abs() + 32 * accumulator * size)
+    check("lse", lse, expected_lse, 64 * accumulator * (1 + expected_lse.nan_to_num(0, 0, 0).abs()))
+
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+    needs = [True, True, True, mask is not None and mask.dtype != torch.bool]
+    grads = ops.attention_backward(
+        grad_out, grad_lse, q, k, v, mask, out, lse, None, causal, dim**-0.5, 0.0, needs
+    )
+    expected = reference.attention_backward(
+        grad_out.double(), grad_lse.double(), *wide, expected_out, expected_lse, needs=needs, **options
+    )
+    for name, actual, wanted in zip(("dq", "dk", "dv", "dmask"), grads, expected, strict=True):
+        if wanted is None:
+            assert actual.numel() == 0
+            continue
+        # delta is summed from the rounded output: its error u * |dO . O| enters every dS of the row.
+        scale = wanted.abs().max() + 1
+        check(name, actual, wanted, 2 * u * wanted.abs() + (8 * u + 256 * accumulator) * scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_is_the_philox_mask_of_the_oracle(dtype):
+    q, k, v = (torch.randn(2, 3, 70, 32, dtype=dtype) for _ in range(3))
+    seed = torch.tensor([-1234567890123456789])
+    out, lse = ops.attention_forward(q, k, v, None, seed, True, 0.2, 0.3)
+    wide = [x.double() for x in (q, k, v)]
+    options = dict(seed=seed, is_causal=True, scale=0.2, dropout_p=0.3)
+    expected, expected_lse = reference.attention_forward(*wide, None, **options)
+    tolerance = 8 * unit(dtype) + 64 * unit(torch.float32)
+    check("out", out, expected, tolerance * (1 + expected.abs()))
+    grad = torch.randn_like(out)
+    needs = [True, True, True, False]
+    grads = ops.attention_backward(
+        grad, None, q, k, v, None, out, lse, seed, True, 0.2, 0.3, needs
+    )
+    wanted = reference.attention_backward(
+        grad.double(), None, *wide, None, expected, expected_lse, needs=needs, **options
+    )
+    for name, a, b in zip(("dq", "dk", "dv"), grads, wanted, strict=False):
+        check(name, a, b, 4 * tolerance * (1 + b.abs().max()))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_keys_hidden_from_every_query_never_matter(kind, poison):
+    q, k, v = (torch.randn(1, 4, 40, 16) for _ in range(3))
+    hidden = torch.zeros(1, 4, 1, 40, dtype=torch.bool)
+    hidden[:, :2, :, 30:] = True  # each head hides its own keys
+    hidden[:, 2:, :, :7] = True
+    mask = ~hidden if kind == "bool" else torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)
+    clean = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0)
+    for x in (k, v):
+        x[:, :2, 33] = poison
+        x[:, 2:, 3] = poison
+    out, lse = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0)
+    torch.testing.assert_close((out, lse), clean)
+    grads = ops.attention_backward(
+        torch.ones_like(out), None, q, k, v, mask, out, lse, None, False, 0.25, 0.0, [True] * 3 + [False]
+    )
+    assert all(g.isfinite().all() for g in grads)
+    assert not grads[1][:, :2, 30:].any()
+    assert not grads[2][:, :2, 30:].any()
+
+
+def test_a_nan_in_a_used_key_stays():
+    q, k, v = (torch.randn(1, 1, 9, 8) for _ in range(3))
+    k[0, 0, 4, 2] = math.nan
+    out, lse = ops.attention_forward(q, k, v, None, None, True, 0.3, 0.0)
+    assert out[0, 0, 4:].isnan().all()
+    assert lse[0, 0, 4:].isnan().all()
+
+
+def test_an_empty_row_with_nan_harms_nobody():
+    q, k, v = (torch.randn(1, 1, 20, 8) for _ in range(3))
+    mask = torch.ones(1, 1, 20, 20, dtype=torch.bool)
+    mask[:, :, 5] = False
+    q[:, :, 5] = math.nan
+    out, lse = ops.attention_forward(q, k, v, mask, None, False, 0.3, 0.0)
+    assert not out[0, 0, 5].any()
+    assert lse[0, 0, 5] == -math.inf
+    grad = torch.randn_like(out)
+    grad[:, :, 5] = math.inf
+    grads = ops.attention_backward(
+        grad, None, q, k, v, mask, out, lse, None, False, 0.3, 0.0, [True] * 3 + [False]
+    )
+    assert all(g.isfinite().all() for g in grads)
+    assert not grads[0][0, 0, 5].any()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (1, 1, 3, 4)],
+    ids=["no batch", "no heads", "no queries", "no keys"],
+)
+def test_sizes_of_zero(shape):
+    q = torch.randn(shape)
+    k = v = torch.randn(shape) if shape[0] != 1 else torch.randn(1, 1, 0, 4)
+    mask = torch.zeros([1] * 4)
+    out, lse = ops.attention_forward(q, k, v, mask, None, False, 0.5, 0.0)
+    assert out.shape == q.shape
+    assert not out.any()
+    assert (lse == -math.inf).all()
+    grads = ops.attention_backward(
+        out, None, q, k, v, mask, out, lse, None, False, 0.5, 0.0, [True] * 4
+    )
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape, mask.shape]
+    assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_call_is_bitwise_equal(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        q, k, v = (torch.randn(1, 1, 700, 32) for _ in range(3))
+        mask = torch.randn(1, 1, 1, 700)
+        runs = []
+        for _ in range(3):
+            out, lse = ops.attention_forward(q, k, v, mask, None, True, 0.2, 0.0)
+            grads = ops.attention_backward(
+                out, lse, q, k, v, mask, out, lse, None, True, 0.2, 0.0, [True] * 4
+            )
+            runs.append((out, lse, *grads))
+        for run in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_more_than_one_batch_dimension_and_a_negative_scale():
+    q, k, v = (torch.randn(2, 1, 3, 2, 20, 8) for _ in range(3))
+    mask = torch.randn(1, 1, 3, 1, 20, 1)
+    out, lse = ops.attention_forward(q, k, v, mask, None, False, -0.7, 0.0)
+    expected = reference.attention_forward(*(x.double() for x in (q, k, v, mask)), scale=-0.7)
+    torch.testing.assert_close((out.double(), lse.double()), expected, atol=1e-5, rtol=1e-5)
+    grads = ops.attention_backward(
+        out, None, q, k, v, mask, out, lse, None, False, -0.7, 0.0, [True] * 4
+    )
+    wanted = reference.attention_backward(
+        out.double(), None, *(x.double() for x in (q, k, v, mask)), *expected, scale=-0.7
+    )
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
+
+
+BAD = [
+    ("key", lambda a: a | {"key": torch.randn(1, 2, 5, 9)}),
+    ("key", lambda a: a | {n: torch.randn(1, 3, 5, 8) for n in ("key", "value")}),
+    ("key", lambda a: a | {"key": torch.randn(2, 5, 8)}),
+    ("key", lambda a: a | {"key": a["key"].double()}),
+    ("value", lambda a: a | {"value": torch.randn(1, 2, 6, 8)}),
+    ("query", lambda a: a | {"query": torch.randn(5, 8)}),
+    ("query", lambda a: a | {"query": torch.ones(1, 2, 5, 8, dtype=torch.int64)}),
+    ("attn_mask", lambda a: a | {"attn_mask": torch.zeros(1, 2, 4, 5)}),
+    ("attn_mask", lambda a: a | {"attn_mask": torch.zeros(5, 5)}),
+    ("attn_mask", lambda a: a | {"attn_mask": torch.zeros(1, 1, 5, 5, dtype=torch.int32)}),
+    ("seed", lambda a: a | {"dropout_p": 0.5}),
+    ("seed", lambda a: a | {"dropout_p": 0.5, "seed": torch.zeros(2, dtype=torch.int64)}),
+    ("dropout_p", lambda a: a | {"dropout_p": 1.0}),
+    ("scale", lambda a: a | {"scale": math.inf}),
+]
+
+
+@pytest.mark.parametrize("argument, change", BAD)
+def test_a_direct_call_with_bad_metadata_raises(argument, change):
+    good = dict(
+        query=torch.randn(1, 2, 5, 8),
+        key=torch.randn(1, 2, 5, 8),
+        value=torch.randn(1, 2, 5, 8),
+        attn_mask=None,
+        seed=None,
+        is_causal=False,
+        scale=1.0,
+        dropout_p=0.0,
+    )
+    with pytest.raises(RuntimeError, match=f"{argument}: expected .*, got"):
+        torch.ops.fastattn.attention_forward(**change(good))
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("grad_out", torch.randn(1, 2, 5, 7)),
+        ("out", torch.randn(1, 2, 4, 8)),
+        ("lse", torch.randn(1, 2, 4)),
+        ("lse", torch.randn(1, 2, 5).double()),
+        ("grad_lse", torch.randn(1, 2, 6)),
+        ("needs", [True, True, True, True]),
+    ],
+)
+def test_a_direct_backward_call_with_bad_metadata_raises(argument, value):
+    q = torch.randn(1, 2, 5, 8)
+    good = dict(
+        grad_out=q,
+        grad_lse=None,
+        query=q,
+        key=q,
+        value=q,
+        attn_mask=None,
+        out=q,
+        lse=torch.zeros(1, 2, 5),
+        seed=None,
+        is_causal=False,
+        scale=1.0,
+        dropout_p=0.0,
+        needs=[True, True, True, False],
+    )
+    named = "attn_mask" if argument == "needs" else argument
+    with pytest.raises(RuntimeError, match=f"{named}: expected .*, got"):
+        torch.ops.fastattn.attention_backward(**(good | {argument: value}))
