@@ -1,4 +1,5 @@
-"""What every test needs: the native library where it must be there, uninitialised memory that hurts, seeds."""
+"""What every test needs: the native library where it must be there, uninitialised memory that
+hurts, seeds."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from fastattn import _extension
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # `make test` sets the variable: there a missing library is a failure, elsewhere a reason to skip.
+    # `make test` sets the variable: there a missing library is a failure, elsewhere a reason to
+    # skip.
     if _extension.HAS_NATIVE or os.environ.get("FASTATTN_TEST_REQUIRE_NATIVE") == "1":
         return
     for item in items:

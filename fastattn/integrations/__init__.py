@@ -1,4 +1,5 @@
-"""Other people's code: torch.nn models, torch's SDPA, Hugging Face transformers. Each is known only here."""
+"""Other people's code: torch.nn models, torch's SDPA, Hugging Face transformers. Each is known
+only here."""
 
 from __future__ import annotations
 

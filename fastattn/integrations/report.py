@@ -20,7 +20,8 @@ class Entry:
 
 @dataclass
 class PatchReport:
-    """What was swapped, what was left alone, and why. ``print`` gives lines, ``rich.print`` a table."""
+    """What was swapped, what was left alone, and why. ``print`` gives lines, ``rich.print`` a
+    table."""
 
     entries: list[Entry] = field(default_factory=list)
 

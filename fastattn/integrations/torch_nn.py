@@ -1,4 +1,5 @@
-"""``patch(model)``: swaps the layers of an existing model for fastattn's, in place; ``unpatch`` swaps them back.
+"""``patch(model)``: swaps the layers of an existing model for fastattn's, in place; ``unpatch``
+swaps them back.
 
 A swap changes the class of a module object and nothing else. Parameters, buffers, hooks, device,
 dtype, mode and state_dict keys are the same objects as before, so that optimizers already built
@@ -36,7 +37,8 @@ _SWAPPED = (*_ATTENTION.values(), fnn.MLP, fnn.LinearReLU, fnn.FusedReLU, FusedS
 
 
 def patch(model: nn.Module) -> PatchReport:
-    """Swaps what fastattn has a kernel for, in place, and says what was swapped, what was not, and why.
+    """Swaps what fastattn has a kernel for, in place, and says what was swapped, what was not, and
+    why.
 
     - ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``, ``nn.TransformerEncoder``: exact
       types only.
@@ -69,7 +71,8 @@ def patch(model: nn.Module) -> PatchReport:
 
 
 def unpatch(model: nn.Module) -> PatchReport:
-    """Undoes ``patch``: every module gets its class back, a Hugging Face model its attention implementation."""
+    """Undoes ``patch``: every module gets its class back, a Hugging Face model its attention
+    implementation."""
     _check(model)
     report = PatchReport()
     for name, module in model.named_modules():
@@ -272,7 +275,8 @@ def _patch_forwards(model: nn.Module, report: PatchReport) -> None:
 
 
 def _own_linears(module: nn.Module) -> Iterator[nn.Linear]:
-    """The Linears that a module's own forward calls, if any code does: its children and those of its lists."""
+    """The Linears that a module's own forward calls, if any code does: its children and those of
+    its lists."""
     for child in module.children():
         if isinstance(child, nn.Linear) and not isinstance(child, fnn.LinearReLU):
             yield child

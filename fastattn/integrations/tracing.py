@@ -67,7 +67,8 @@ class Evidence:
 
 
 def trace(model: nn.Module, wanted: set[nn.Module]) -> Evidence:
-    """Evidence from each module of ``model`` that has code of its own and ``wanted`` modules below it."""
+    """Evidence from each module of ``model`` that has code of its own and ``wanted`` modules below
+    it."""
     evidence = Evidence()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     for module in model.modules():
@@ -104,13 +105,10 @@ def has_own_code(module: nn.Module) -> bool:
 
 
 def mentions_relu(module: nn.Module) -> bool:
-    """Whether its forward may use a ReLU: a child, an attribute, or a name in its class's code is one."""
-    values = vars(module).values()
-    if (
-        any(isinstance(m, nn.ReLU) for m in module.modules())
-        or torch.relu in values
-        or F.relu in values
-    ):
+    """Whether its forward may use a ReLU: a child is one, an attribute, or a name in its code."""
+    if any(isinstance(m, nn.ReLU) for m in module.modules()):
+        return True
+    if any(v is torch.relu or v is F.relu for v in vars(module).values()):
         return True
     mro = type(module).__mro__
     codes = (
@@ -126,6 +124,8 @@ class _Tracer(fx.Tracer):
 
 def _graph(module: nn.Module, training: bool) -> fx.Graph:
     def on_meta(t: Tensor) -> Tensor:
+        if isinstance(t, nn.parameter.UninitializedTensorMixin):
+            return t
         empty = torch.empty_like(t, device="meta")
         return nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
 

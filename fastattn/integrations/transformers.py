@@ -14,7 +14,8 @@ NAME = "fastattn"
 
 
 def register() -> None:
-    """Makes ``attn_implementation="fastattn"`` known to transformers, for attention and for masks. Idempotent.
+    """Makes ``attn_implementation="fastattn"`` known to transformers, for attention and for masks.
+    Idempotent.
 
     Raises ImportError, saying what to install, without a transformers that has both interfaces.
     """
@@ -31,9 +32,10 @@ def register() -> None:
 
 
 def attention_mask(**options: Any) -> Tensor | None:
-    """transformers' mask interface, ``sdpa_mask``'s arguments: bool ``[B, 1, Sq, Sk]``, True = attend, or None.
+    """transformers' mask interface, with ``sdpa_mask``'s arguments, by keyword.
 
-    Padding alone gives an expanded view of ``[B, Sk]``; every other pattern is ``sdpa_mask``'s.
+    Returns bool ``[B, 1, Sq, Sk]``, True = attend, or None where nothing is masked. Padding alone
+    gives an expanded view of ``[B, Sk]``; every other pattern is ``sdpa_mask``'s.
     """
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 

@@ -1,4 +1,5 @@
-"""gradcheck in float64 through the kernels, for every option; the reference, the second derivative, compile, autocast."""
+"""gradcheck in float64 through the kernels, for every option; the reference, the second
+derivative, compile, autocast."""
 
 from __future__ import annotations
 
@@ -86,7 +87,11 @@ def test_only_what_is_needed_gets_a_gradient(which):
 def test_a_second_derivative_raises_instead_of_being_dropped():
     q, k, v = inputs()
     w = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    for out in (fastattn.scaled_dot_product_attention(q, k, v), fastattn.linear_relu(q, w), fastattn.mlp(q, [w])):
+    for out in (
+        fastattn.scaled_dot_product_attention(q, k, v),
+        fastattn.linear_relu(q, w),
+        fastattn.mlp(q, [w]),
+    ):
         (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
         with pytest.raises(RuntimeError, match="second derivative of .*reference"):
             grad.square().sum().backward()
@@ -166,7 +171,8 @@ def test_autocast():
 
 @NATIVE
 def test_memory_is_linear_in_the_sequence():
-    """The S x S scores of this call would take 1 GB; the peak of the process must not grow by a tenth of it."""
+    """The S x S scores of this call would take 1 GB; the peak of the process must not grow by a
+    tenth of it."""
     import resource
 
     q, k, v = (torch.randn(1, 16384, 64, requires_grad=True) for _ in range(3))
@@ -196,7 +202,11 @@ def test_varlen_is_the_sequences_one_by_one():
 
 @pytest.mark.parametrize(
     "extra",
-    [dict(window_size=(2, 1)), dict(softcap=1.5), dict(alibi_slopes=torch.tensor([0.5, 0.1, 0.2, 0.3]))],
+    [
+        dict(window_size=(2, 1)),
+        dict(softcap=1.5),
+        dict(alibi_slopes=torch.tensor([0.5, 0.1, 0.2, 0.3])),
+    ],
     ids=["window", "softcap", "alibi"],
 )
 def test_what_the_kernels_do_not_take_goes_to_the_reference_with_a_warning(extra, monkeypatch):

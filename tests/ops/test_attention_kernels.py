@@ -1,4 +1,5 @@
-"""The native attention ops against the oracle in float64, in every dtype, over odd shapes and all masks."""
+"""The native attention ops against the oracle in float64, in every dtype, over odd shapes and all
+masks."""
 
 from __future__ import annotations
 
@@ -87,13 +88,20 @@ def test_forward_and_backward(dtype, shape, causal, mask_kind):
         grad_out, grad_lse, q, k, v, mask, out, lse, None, causal, dim**-0.5, 0.0, needs
     )
     expected = reference.attention_backward(
-        grad_out.double(), grad_lse.double(), *wide, expected_out, expected_lse, needs=needs, **options
+        grad_out.double(),
+        grad_lse.double(),
+        *wide,
+        expected_out,
+        expected_lse,
+        needs=needs,
+        **options,
     )
     for name, actual, wanted in zip(("dq", "dk", "dv", "dmask"), grads, expected, strict=True):
         if wanted is None:
             assert actual.numel() == 0
             continue
-        # delta is summed from the rounded output: its error u * |dO . O| enters every dS of the row.
+        # delta is summed from the rounded output: its error u * |dO . O| enters every dS of the
+        # row.
         scale = wanted.abs().max() + 1
         check(name, actual, wanted, 2 * u * wanted.abs() + (8 * u + 256 * accumulator) * scale)
 
@@ -110,9 +118,7 @@ def test_dropout_is_the_philox_mask_of_the_oracle(dtype):
     check("out", out, expected, tolerance * (1 + expected.abs()))
     grad = torch.randn_like(out)
     needs = [True, True, True, False]
-    grads = ops.attention_backward(
-        grad, None, q, k, v, None, out, lse, seed, True, 0.2, 0.3, needs
-    )
+    grads = ops.attention_backward(grad, None, q, k, v, None, out, lse, seed, True, 0.2, 0.3, needs)
     wanted = reference.attention_backward(
         grad.double(), None, *wide, None, expected, expected_lse, needs=needs, **options
     )
@@ -135,7 +141,19 @@ def test_keys_hidden_from_every_query_never_matter(kind, poison):
     out, lse = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0)
     torch.testing.assert_close((out, lse), clean)
     grads = ops.attention_backward(
-        torch.ones_like(out), None, q, k, v, mask, out, lse, None, False, 0.25, 0.0, [True] * 3 + [False]
+        torch.ones_like(out),
+        None,
+        q,
+        k,
+        v,
+        mask,
+        out,
+        lse,
+        None,
+        False,
+        0.25,
+        0.0,
+        [True] * 3 + [False],
     )
     assert all(g.isfinite().all() for g in grads)
     assert not grads[1][:, :2, 30:].any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -13,7 +14,16 @@ pytestmark = pytest.mark.native
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # rows, in_features, out_features
-SHAPES = [(64, 784, 128), (1, 5, 3), (100, 600, 77), (200, 64, 300), (0, 4, 5), (7, 0, 9), (3, 4, 0), (33, 1100, 17)]
+SHAPES = [
+    (64, 784, 128),
+    (1, 5, 3),
+    (100, 600, 77),
+    (200, 64, 300),
+    (0, 4, 5),
+    (7, 0, 9),
+    (3, 4, 0),
+    (33, 1100, 17),
+]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -52,7 +62,7 @@ def test_linear_relu(dtype, shape, bias):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_mlp(dtype):
     widths = [100, 128, 50, 10]
-    w = [torch.randn(o, i, dtype=dtype) / math.sqrt(i) for i, o in zip(widths, widths[1:], strict=False)]
+    w = [torch.randn(o, i, dtype=dtype) / math.sqrt(i) for i, o in itertools.pairwise(widths)]
     b = [torch.randn(128, dtype=dtype), torch.empty(0, dtype=dtype), torch.randn(10, dtype=dtype)]
     x = torch.randn(3, 33, 100, dtype=dtype)
     out, *hidden = ops.mlp_forward(x, w, b)
@@ -81,16 +91,57 @@ def test_a_nan_stays_a_nan_and_passes_its_gradient_as_in_torch():
     [
         ("weight", lambda o: o.linear_relu_forward(torch.ones(2, 3), torch.ones(4, 5), None)),
         ("weight", lambda o: o.linear_relu_forward(torch.ones(2, 3), torch.ones(3), None)),
-        ("weight", lambda o: o.linear_relu_forward(torch.ones(2, 3), torch.ones(4, 3).double(), None)),
-        ("bias", lambda o: o.linear_relu_forward(torch.ones(2, 3), torch.ones(4, 3), torch.ones(5))),
+        (
+            "weight",
+            lambda o: o.linear_relu_forward(torch.ones(2, 3), torch.ones(4, 3).double(), None),
+        ),
+        (
+            "bias",
+            lambda o: o.linear_relu_forward(torch.ones(2, 3), torch.ones(4, 3), torch.ones(5)),
+        ),
         ("input", lambda o: o.linear_relu_forward(torch.ones(()), torch.ones(4, 3), None)),
         ("biases", lambda o: o.mlp_forward(torch.ones(2, 3), [torch.ones(4, 3)], [])),
         ("weights", lambda o: o.mlp_forward(torch.ones(2, 3), [], [])),
-        ("weight", lambda o: o.mlp_forward(torch.ones(2, 3), [torch.ones(4, 3), torch.ones(2, 5)], [torch.ones(4), torch.ones(2)])),
-        ("mask", lambda o: o.linear_relu_backward(torch.ones(2, 4), torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 1, dtype=torch.uint8), [True] * 3)),
-        ("grad_out", lambda o: o.linear_relu_backward(torch.ones(2, 5), torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 1, dtype=torch.uint8), [True] * 3)),
-        ("hidden", lambda o: o.mlp_backward(torch.ones(2, 4), torch.ones(2, 3), [torch.ones(4, 3)], [torch.ones(1)], [True] * 3)),
-        ("needs", lambda o: o.mlp_backward(torch.ones(2, 4), torch.ones(2, 3), [torch.ones(4, 3)], [], [True])),
+        (
+            "weight",
+            lambda o: o.mlp_forward(
+                torch.ones(2, 3),
+                [torch.ones(4, 3), torch.ones(2, 5)],
+                [torch.ones(4), torch.ones(2)],
+            ),
+        ),
+        (
+            "mask",
+            lambda o: o.linear_relu_backward(
+                torch.ones(2, 4),
+                torch.ones(2, 3),
+                torch.ones(4, 3),
+                torch.ones(1, 1, dtype=torch.uint8),
+                [True] * 3,
+            ),
+        ),
+        (
+            "grad_out",
+            lambda o: o.linear_relu_backward(
+                torch.ones(2, 5),
+                torch.ones(2, 3),
+                torch.ones(4, 3),
+                torch.ones(2, 1, dtype=torch.uint8),
+                [True] * 3,
+            ),
+        ),
+        (
+            "hidden",
+            lambda o: o.mlp_backward(
+                torch.ones(2, 4), torch.ones(2, 3), [torch.ones(4, 3)], [torch.ones(1)], [True] * 3
+            ),
+        ),
+        (
+            "needs",
+            lambda o: o.mlp_backward(
+                torch.ones(2, 4), torch.ones(2, 3), [torch.ones(4, 3)], [], [True]
+            ),
+        ),
     ],
 )
 def test_a_direct_call_with_bad_metadata_raises(argument, call):

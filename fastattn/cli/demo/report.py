@@ -93,7 +93,8 @@ def write_report(
     if bert is not None:
         parts.append(
             f"<h2>BERT fine-tuning</h2><p>{bert.sizes[0]} sentences to learn from, "
-            f"{bert.sizes[1]} from other modules to be judged by; the most frequent class is {bert.majority:.1%} of them.</p>"
+            f"{bert.sizes[1]} from other modules to be judged by; "
+            f"the most frequent class is {bert.majority:.1%} of them.</p>"
             f"{_bert_curves(bert)}<pre>{html.escape(bert.patched)}</pre>"
         )
     parts.append(f"<h2>Speed</h2>{_speed(digits, bert)}")

@@ -1,0 +1,510 @@
+"""patch and unpatch: what is swapped, what is left alone and why, and that nothing else changes."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import rich
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import fastattn
+from fastattn import nn as fnn
+from fastattn.integrations.sequential import FusedSequential
+
+
+def digits() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+class Functional(nn.Module):
+    """Linear, ReLU in its own forward, as a function, a method and a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(64, 24), nn.Linear(24, 20), nn.Linear(20, 16)
+        self.last, self.act = nn.Linear(16, 10), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.one(x.flatten(1)))
+        x = self.two(x).relu()
+        return self.last(self.act(self.three(x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(64, 4, 48, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.attention = nn.MultiheadAttention(64, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(x)
+        return self.attention(x, x, x)[0]
+
+
+MODELS = [
+    (digits, {("Sequential", "FusedSequential"): 1}),
+    (lambda: digits()[1:], {("Sequential", "MLP"): 1}),
+    (Functional, {("Linear", "LinearReLU"): 3, ("ReLU", "FusedReLU"): 1}),
+    (
+        Encoder,
+        {
+            ("TransformerEncoder", "TransformerEncoder"): 1,
+            ("TransformerEncoderLayer", "TransformerEncoderLayer"): 2,
+            ("MultiheadAttention", "MultiheadAttention"): 3,
+        },
+    ),
+]
+IDS = ["sequential", "mlp", "functional", "encoder"]
+models = pytest.mark.parametrize("make, counts", MODELS, ids=IDS)
+
+
+def batch(make: object, dtype: torch.dtype = torch.float32) -> Tensor:
+    shape = (5, 7, 64) if make is Encoder else (5, 64)
+    return torch.randn(shape, dtype=dtype)
+
+
+def step(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    out = model(x)
+    out.square().sum().backward()
+    return out.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+def reason(report: fastattn.PatchReport, name: str) -> str:
+    (entry,) = [e for e in report.skipped if e.name == name]
+    return entry.reason
+
+
+# --- what is swapped ------------------------------------------------------------------------------
+
+
+@models
+@pytest.mark.parametrize("training", [True, False])
+def test_same_results_and_gradients(make, counts, training):
+    torch.manual_seed(0)
+    stock = make().double().train(training)
+    ours = copy.deepcopy(stock)
+    report = fastattn.patch(ours)
+    assert report.counts == counts
+    assert not report.skipped
+    x = batch(make, torch.float64)
+    out, grads = step(stock, x)
+    our_out, our_grads = step(ours, x)
+    torch.testing.assert_close(our_out, out, rtol=1e-12, atol=1e-12)
+    for ours_g, stock_g in zip(our_grads, grads, strict=True):
+        torch.testing.assert_close(ours_g, stock_g, rtol=1e-10, atol=1e-12)
+
+
+@models
+def test_only_classes_change(make, counts):
+    model = make().eval()
+    seen = []
+    for module in model.modules():
+        module.tag = object()
+    model.register_forward_pre_hook(lambda m, args: seen.append("pre"))
+    model.register_forward_hook(lambda m, args, out: seen.append("post"))
+    model.register_full_backward_hook(lambda m, gi, go: seen.append("backward"))
+    next(model.parameters()).requires_grad_(False)
+    keys = list(model.state_dict())
+    parameters = list(model.parameters())
+    before = [dict(vars(m).items()) for m in model.modules()]
+    order = list(model.modules())
+    fastattn.patch(model)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.modules(), order, strict=True))
+    for module, attributes in zip(model.modules(), before, strict=True):
+        now = {k: v for k, v in vars(module).items() if not k.startswith("_fastattn")}
+        assert now.keys() == attributes.keys()
+        assert all(now[k] is attributes[k] for k in now)
+    model(batch(make).requires_grad_()).sum().backward()
+    assert seen == ["pre", "post", "backward"]
+
+
+@models
+def test_unpatch_restores_bitwise(make, counts):
+    torch.manual_seed(0)
+    model, x = make(), batch(make)
+    classes = [type(m) for m in model.modules()]
+    attributes = [set(vars(m)) for m in model.modules()]
+    out, grads = step(model, x)
+    fastattn.patch(model)
+    step(model, x)
+    report = fastattn.unpatch(model)
+    assert report.counts == {(after, before): n for (before, after), n in counts.items()}
+    assert [type(m) for m in model.modules()] == classes
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    again, grads_again = step(model, x)
+    assert torch.equal(out, again)
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+    assert not fastattn.unpatch(model).entries
+
+
+@models
+def test_patch_twice(make, counts):
+    model = make()
+    first = fastattn.patch(model)
+    second = fastattn.patch(model)
+    assert not second.swapped
+    assert {e.name for e in second.skipped} == {e.name for e in first.swapped}
+    assert all(e.reason == "already patched" for e in second.skipped)
+    assert "already patched" in str(second)
+    assert fastattn.unpatch(model).counts == {(b, a): n for (a, b), n in counts.items()}
+
+
+@models
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_a_patched_model(make, counts, duplicate):
+    model, x = make(), batch(make)
+    fastattn.patch(model)
+    twin = duplicate(model)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+    assert torch.equal(twin(x), model(x))
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
+    fastattn.unpatch(twin)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in make().modules()]
+    torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@models
+def test_state_dict_exchange(make, counts):
+    stock, ours = make(), make()
+    fastattn.patch(ours)
+    ours.load_state_dict(stock.state_dict(), strict=True)
+    stock.load_state_dict(ours.state_dict(), strict=True)
+    x = batch(make)
+    torch.testing.assert_close(ours(x), stock(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+@pytest.mark.parametrize("make", [digits, Functional])
+def test_an_optimizer_goes_on(make, kind):
+    torch.manual_seed(0)
+    stock = make().double()
+    ours = copy.deepcopy(stock)
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizers = [kind(m.parameters(), lr=1e-3, **options) for m in (stock, ours)]
+    for i in range(6):
+        if i == 3:
+            assert fastattn.patch(ours).swapped
+        x = torch.randn(8, 64, dtype=torch.float64)
+        for model, optimizer in zip((stock, ours), optimizers, strict=True):
+            step(model, x)
+            optimizer.step()
+    for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_swapped_layers_run_in_kernels(monkeypatch):
+    calls = []
+    for name in ("linear_relu", "mlp"):
+        function = getattr(fastattn.functional, name)
+        monkeypatch.setattr(
+            fastattn.functional, name, lambda *a, f=function, n=name: (calls.append(n), f(*a))[1]
+        )
+    model = nn.Sequential(*digits(), nn.Dropout(0.1), nn.Linear(10, 5), nn.ReLU(inplace=True))
+    fastattn.patch(model)
+    model(torch.randn(3, 64)).sum().backward()
+    assert calls == ["mlp", "linear_relu"]
+
+
+def test_a_subclassed_model_and_nested_blocks():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Functional() for _ in range(2))
+            self.head = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2))
+
+        def forward(self, x: Tensor, flag: bool = True) -> Tensor:
+            y = [block(x) for block in self.blocks]
+            if flag and x.sum() > 1e9:  # nothing that torch.fx could trace
+                return y[0]
+            return self.head(torch.cat(y, 1))
+
+    model = Net().eval()
+    x = torch.randn(4, 64)
+    expected = model(x)
+    report = fastattn.patch(model)
+    assert report.counts["Linear", "LinearReLU"] == 6
+    assert type(model.head) is FusedSequential
+    assert not report.skipped
+    torch.testing.assert_close(model(x), expected)
+
+
+# --- what is left alone ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [None, "model", torch.randn(3), nn.Linear])
+def test_not_a_module(model):
+    for function in (fastattn.patch, fastattn.unpatch):
+        with pytest.raises(TypeError, match="model: expected an nn.Module, got"):
+            function(model)
+
+
+def test_nothing_to_swap():
+    for model in (nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 4), nn.GELU()), nn.Conv2d(1, 1, 1)):
+        assert str(fastattn.patch(model)) == "fastattn: nothing to swap"
+
+
+def test_own_modules_are_left_alone():
+    model = nn.ModuleList([fnn.MLP(4, 4, 4), fnn.LinearReLU(4, 4), fnn.MultiheadAttention(4, 2)])
+    classes = [type(m) for m in model.modules()]
+    assert not fastattn.patch(model).swapped
+    assert not fastattn.unpatch(model).entries
+    assert [type(m) for m in model.modules()] == classes
+
+
+def hooked(linear: nn.Linear) -> nn.Linear:
+    linear.register_forward_hook(lambda m, args, out: None)
+    return linear
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+REFUSED = {
+    "hooks": (lambda: hooked(nn.Linear(64, 64)), "hooks would see values after the ReLU"),
+    "subclass": (lambda: MyLinear(64, 64), "subclass of Linear"),
+    "lazy": (lambda: nn.LazyLinear(64), "lazy"),
+    "meta": (lambda: nn.Linear(64, 64, device="meta"), "meta device"),
+    "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(64, 64)), "parametrized"),
+    "dtype": (lambda: nn.Linear(64, 64, dtype=torch.complex64), "no kernel serves torch.complex64"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_linear_that_must_stay(case, sequential):
+    make, expected = REFUSED[case]
+
+    class Net(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.fc = linear
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.fc(x))
+
+    linear = make()
+    kind = type(linear)
+    model = nn.Sequential(linear, nn.ReLU()) if sequential else Net(linear)
+    report = fastattn.patch(model)
+    assert expected in reason(report, "0" if sequential else "fc")
+    assert not report.swapped
+    assert type(linear) is kind
+    assert expected in str(report)
+
+
+def test_subclasses_of_attention_layers_stay():
+    class Mine(nn.MultiheadAttention):
+        pass
+
+    class Layer(nn.TransformerEncoderLayer):
+        pass
+
+    layer = Layer(8, 2)
+    layer.self_attn = Mine(8, 2)
+    report = fastattn.patch(nn.ModuleList([layer]))
+    assert "subclass of TransformerEncoderLayer" in reason(report, "0")
+    assert "subclass of MultiheadAttention" in reason(report, "0.self_attn")
+    assert not report.swapped
+
+
+def test_a_shared_linear_keeps_its_own_meaning():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+            self.net = nn.Sequential(self.fc, nn.ReLU(), nn.Linear(6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(self.fc(x)) + torch.relu(self.net[2](x))
+
+    model = Tied().double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected = model(x)
+    report = fastattn.patch(model)
+    assert {e.after for e in report.swapped} == {"MLP"}
+    assert type(model.fc) is nn.Linear
+    torch.testing.assert_close(model(x), expected)
+
+
+class Ambiguous(nn.Module):
+    """Linears with a ReLU behind them and something else as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("twice", "tapped", "read", "in_place", "by_mode", "hooked_relu"):
+            self.add_module(name, nn.Linear(6, 6))
+        self.relu = nn.ReLU()
+        self.relu.register_forward_hook(lambda m, args, out: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.twice(F.relu(self.twice(x))))
+        y = self.tapped(x)
+        x = F.relu(y) + y
+        x = F.relu(self.read(x)) @ self.read.weight
+        x = F.relu(self.in_place(x), inplace=True)
+        x = F.relu(self.by_mode(x)) if self.training else self.by_mode(x)
+        return self.relu(self.hooked_relu(x))
+
+
+def test_what_is_not_understood_stays():
+    model = Ambiguous()
+    report = fastattn.patch(model)
+    assert not report.swapped
+    reasons = {e.name: e.reason for e in report.skipped}
+    assert reasons == {
+        "twice": "it is called more than once",
+        "tapped": "more than a ReLU reads its result",
+        "read": "its parameters are also read directly",
+        "in_place": "the ReLU behind it works in place",
+        "by_mode": "more than a ReLU reads its result",
+        "hooked_relu": "the hooks of the ReLU behind it would see other inputs",
+    }
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_relu_module_in_use_elsewhere(inplace):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.relu = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU(inplace)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.relu(self.a(x)) + self.b(x))
+
+    model = Net().double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected = model(x)
+    report = fastattn.patch(model)
+    assert type(model.relu) is nn.ReLU
+    assert (type(model.a) is fnn.LinearReLU) is not inplace
+    assert type(model.b) is nn.Linear
+    if inplace:
+        assert "in place" in reason(report, "a")
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_an_untraceable_module_is_named_once():
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.fc(x)) if x.sum() > 0 else x
+
+    report = fastattn.patch(nn.ModuleList(Loop() for _ in range(3)))
+    assert not report.swapped
+    assert "torch.fx cannot trace it" in reason(report, "0 (and 2 more)")
+
+
+def test_tracing_leaves_no_trace():
+    log = []
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.seen = nn.Linear(6, 6), []
+            self.register_buffer("steps", torch.zeros(()))
+            self.fc2 = hooked(nn.Linear(6, 6))
+            self.fc2.register_forward_pre_hook(lambda m, args: log.append(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x)
+            self.steps += 1
+            for p in self.parameters():
+                p.data.mul_(0.5)
+            return F.relu(self.fc(x)) + torch.rand(6) + self.fc2(x)
+
+    model = Noisy()
+    state = copy.deepcopy(model.state_dict())
+    torch.manual_seed(1)
+    expected = torch.rand(4)
+    torch.manual_seed(1)
+    fastattn.patch(model)
+    assert torch.equal(torch.rand(4), expected)
+    assert not model.seen
+    assert not log
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert model.training
+
+
+def test_the_children_of_a_sequential_keep_their_meaning():
+    model = digits().double()
+    x = torch.randn(3, 64, dtype=torch.float64)
+    expected, hidden = model(x), model[:2](x)
+    fastattn.patch(model)
+    assert hidden.min() < 0
+    torch.testing.assert_close(model[:2](x), hidden)
+    torch.testing.assert_close(nn.Sequential(*list(model.children())[:2])(x), hidden)
+    seen = []
+    handle = model[1].register_forward_hook(lambda m, args, out: seen.append(out))
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(seen[0], hidden)
+    handle.remove()
+    parametrizations.weight_norm(model[1])
+    torch.testing.assert_close(model(x), expected)
+    assert parametrize.is_parametrized(model[1])
+    model[2] = nn.Tanh()
+    torch.testing.assert_close(model(x), model[3](hidden.tanh()))
+
+
+def test_a_sequential_subclass_stays():
+    class Block(nn.Sequential):
+        pass
+
+    report = fastattn.patch(Block(nn.Linear(6, 6), nn.ReLU()))
+    assert "subclass of Sequential" in reason(report, "0")
+
+
+def test_unpatch_does_not_undo_others_changes():
+    model = Functional()
+    fastattn.patch(model)
+    parametrizations.weight_norm(model.one)
+    report = fastattn.unpatch(model)
+    assert "changed after patch" in reason(report, "one")
+    parametrize.remove_parametrizations(model.one, "weight")
+    fastattn.unpatch(model)
+    assert type(model.one) is nn.Linear
+
+
+def test_no_native_library(monkeypatch):
+    monkeypatch.setattr(fastattn.backends, "reasons", lambda p, b: ["it is not there"])
+    report = fastattn.patch(nn.Sequential(*digits(), nn.MultiheadAttention(8, 2)))
+    assert not report.swapped
+    assert len(report.skipped) == 2
+    assert all("cpu: it is not there" in e.reason for e in report.skipped)
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def test_report():
+    model = nn.Sequential(hooked(nn.Linear(6, 6)), nn.ReLU(), nn.MultiheadAttention(6, 2))
+    report = fastattn.patch(model)
+    lines = str(report).splitlines()
+    assert lines[0] == "fastattn: 1 MultiheadAttention -> MultiheadAttention; 1 left alone"
+    assert lines[1].startswith("  2: MultiheadAttention -> MultiheadAttention: ")
+    assert lines[2].startswith("  0: Linear left alone: its hooks")
+    assert len(report.swapped) == len(report.skipped) == 1
+    console = rich.console.Console(file=io.StringIO(), width=120)
+    console.print(report)
+    shown = console.file.getvalue()
+    assert "(left alone)" in shown
+    assert "MultiheadAttention" in shown
+
+
+def test_a_compiled_model_is_patched_inside():
+    model = torch.compile(digits(), backend="eager")
+    x = torch.randn(3, 64)
+    expected = model(x)
+    assert fastattn.patch(model).swapped
+    torch.testing.assert_close(model(x), expected)
