@@ -66,4 +66,6 @@ class PatchReport:
 def _kind(x: object) -> str:
     if isinstance(x, str):
         return x
-    return (x if isinstance(x, type) else type(x)).__name__
+    kind = x if isinstance(x, type) else type(x)
+    ours = kind.__module__.startswith("fastattn.")
+    return f"fastattn {kind.__name__}" if ours else kind.__name__

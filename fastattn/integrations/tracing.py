@@ -94,14 +94,13 @@ def trace(model: nn.Module, wanted: set[nn.Module]) -> Evidence:
 
 def has_own_code(module: nn.Module) -> bool:
     """Whether its forward is neither torch's nor fastattn's."""
-    kind = type(module)
     if isinstance(module, fx.GraphModule):
         return True
-    if isinstance(module, torch.jit.ScriptModule) or kind.__module__.startswith(
-        ("torch.", "fastattn.")
-    ):
+    if isinstance(module, torch.jit.ScriptModule):
         return False
-    return kind.forward not in (nn.Sequential.forward, nn.Module.forward)
+    kind = type(module)
+    source = getattr(kind.forward, "__module__", None) or kind.__module__
+    return not source.startswith(("torch.", "fastattn."))
 
 
 def mentions_relu(module: nn.Module) -> bool:

@@ -35,12 +35,13 @@ def test_doctor_says_why_the_library_is_missing(monkeypatch, capsys):
 
 
 def test_no_sentence_and_no_module_is_on_both_sides():
-    data = corpus.load_corpus(seed=0, per_class=100)
-    train, test = {s for s, _ in data.train}, {s for s, _ in data.test}
+    data = corpus.load_corpus(seed=0, packages=6, train_cap=100, test_cap=40)
+    train, test = {s.text for s in data.train}, {s.text for s in data.test}
     assert len(train) > 400
     assert len(test) > 150
     assert not train & test
-    assert data == corpus.load_corpus(seed=0, per_class=100)
+    assert not {s.module for s in data.train} & {s.module for s in data.test}
+    assert data == corpus.load_corpus(seed=0, packages=6, train_cap=100, test_cap=40)
 
 
 def idx(data: np.ndarray) -> bytes:

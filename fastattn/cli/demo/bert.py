@@ -8,7 +8,6 @@ import importlib.util
 import os
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 
 import fastattn
-from fastattn.cli.demo.corpus import Corpus, load_corpus
+from fastattn.cli.demo.corpus import Corpus, Sentence, load_corpus
 
 ACCURACY_TOLERANCE = 0.02
 ABOVE_MAJORITY = 0.2
@@ -72,13 +71,12 @@ def model_path(name: str | None) -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def _dataset(corpus_part: list[tuple[str, int]], tokenizer) -> list[dict]:
-    texts, labels = zip(*corpus_part, strict=True)
-    tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)
+def _dataset(part: list[Sentence], tokenizer) -> list[dict]:
+    tokens = tokenizer([s.text for s in part], truncation=True, max_length=MAX_TOKENS)
     return [
-        {"input_ids": ids, "attention_mask": mask, "labels": label}
-        for ids, mask, label in zip(
-            tokens["input_ids"], tokens["attention_mask"], labels, strict=True
+        {"input_ids": ids, "attention_mask": mask, "labels": sentence.label}
+        for ids, mask, sentence in zip(
+            tokens["input_ids"], tokens["attention_mask"], part, strict=True
         )
     ]
 
@@ -99,21 +97,20 @@ def run_bert(options: argparse.Namespace, console: Console) -> BertResult:
 
     path = model_path(options.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    corpus = load_corpus(options.seed, per_class=40 if options.quick else 400)
+    train_cap, test_cap = (40, 20) if options.quick else (400, 150)
+    corpus = load_corpus(options.seed, packages=8, train_cap=train_cap, test_cap=test_cap)
     sizes = (len(corpus.train), len(corpus.test))
     console.print(
-        f"BERT from {path}: which of {len(corpus.labels)} packages does a docstring sentence come "
+        f"BERT from {path}: which of {len(corpus.packages)} packages does a docstring sentence come "
         f"from? {sizes[0]} sentences to learn from, {sizes[1]} from other modules to be judged by"
     )
-    counts = Counter(label for _, label in corpus.test)
     data = [_dataset(part, tokenizer) for part in (corpus.train, corpus.test)]
     runs, patched = [], ""
     for implementation in ("sdpa", "fastattn"):
         run, report = _fine_tune(implementation, path, tokenizer, corpus, data, options, console)
         runs.append(run)
         patched = report or patched
-    majority = max(counts.values()) / sizes[1]
-    return BertResult(runs, majority, len(corpus.labels), sizes, patched)
+    return BertResult(runs, corpus.majority, len(corpus.packages), sizes, patched)
 
 
 def _fine_tune(
@@ -140,7 +137,7 @@ def _fine_tune(
     set_seed(options.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         path,
-        num_labels=len(corpus.labels),
+        num_labels=len(corpus.packages),
         attn_implementation=implementation,
         hidden_dropout_prob=0.1,
         attention_probs_dropout_prob=0.1,

@@ -131,7 +131,7 @@ def _metrics(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
 
 def run_digits(options: argparse.Namespace, console: Console) -> list[DigitsResult]:
     name, (train_x, test_x, train_y, test_y) = load_data(options.mnist, options.seed)
-    steps = 200 if options.quick else 600
+    steps = 400 if options.quick else 1000
     results = []
     with Progress(console=console, transient=True) as progress:
         for kind, build in OPTIMIZERS.items():
