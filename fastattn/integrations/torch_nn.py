@@ -275,13 +275,9 @@ def _patch_forwards(model: nn.Module, report: PatchReport) -> None:
 
 
 def _own_linears(module: nn.Module) -> Iterator[nn.Linear]:
-    """The Linears that a module's own forward calls, if any code does: its children and those of
-    its lists."""
-    for child in module.children():
+    for child in tracing.own_children(module):
         if isinstance(child, nn.Linear) and not isinstance(child, fnn.LinearReLU):
             yield child
-        elif type(child) in (nn.ModuleList, nn.ModuleDict):
-            yield from _own_linears(child)
 
 
 def _report_failures(

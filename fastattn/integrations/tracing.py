@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -103,9 +104,18 @@ def has_own_code(module: nn.Module) -> bool:
     return not source.startswith(("torch.", "fastattn."))
 
 
+def own_children(module: nn.Module) -> Iterator[nn.Module]:
+    """What a module's forward is the one to call: its children and those of its lists."""
+    for child in module.children():
+        if type(child) in (nn.ModuleList, nn.ModuleDict):
+            yield from own_children(child)
+        else:
+            yield child
+
+
 def mentions_relu(module: nn.Module) -> bool:
     """Whether its forward may use a ReLU: a child is one, an attribute, or a name in its code."""
-    if any(isinstance(m, nn.ReLU) for m in module.modules()):
+    if any(isinstance(m, nn.ReLU) for m in own_children(module)):
         return True
     if any(v is torch.relu or v is F.relu for v in vars(module).values()):
         return True

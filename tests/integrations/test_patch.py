@@ -15,6 +15,8 @@ import fastattn
 from fastattn import nn as fnn
 from fastattn.integrations.sequential import FusedSequential
 
+pytestmark = pytest.mark.native
+
 
 def digits() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -503,7 +505,7 @@ def test_report():
 
 
 def test_a_compiled_model_is_patched_inside():
-    model = torch.compile(digits(), backend="eager")
+    model = torch.compile(digits(), backend="eager", fullgraph=True)
     x = torch.randn(3, 64)
     expected = model(x)
     assert fastattn.patch(model).swapped

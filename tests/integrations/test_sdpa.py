@@ -9,6 +9,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import fastattn
 
+pytestmark = pytest.mark.native
 TORCH = F.scaled_dot_product_attention
 
 

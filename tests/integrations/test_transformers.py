@@ -13,6 +13,7 @@ from fastattn.integrations.transformers import attention_forward, attention_mask
 
 transformers = pytest.importorskip("transformers")
 register()
+pytestmark = pytest.mark.native
 
 
 @pytest.fixture

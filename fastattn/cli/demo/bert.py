@@ -101,8 +101,8 @@ def run_bert(options: argparse.Namespace, console: Console) -> BertResult:
     corpus = load_corpus(options.seed, packages=8, train_cap=train_cap, test_cap=test_cap)
     sizes = (len(corpus.train), len(corpus.test))
     console.print(
-        f"BERT from {path}: which of {len(corpus.packages)} packages does a docstring sentence come "
-        f"from? {sizes[0]} sentences to learn from, {sizes[1]} from other modules to be judged by"
+        f"BERT from {path}: which of {len(corpus.packages)} packages does a docstring sentence "
+        f"come from? {sizes[0]} sentences to learn from, {sizes[1]} from other modules to be judged by"
     )
     data = [_dataset(part, tokenizer) for part in (corpus.train, corpus.test)]
     runs, patched = [], ""
