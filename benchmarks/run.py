@@ -1,13 +1,12 @@
-"""Paired timings against torch: each pair is taken back to back, the ratio pair by pair.
-
-Each case is checked against torch first; a case that is wrong prints no speed.
-"""
+"""Paired timings against torch; README.md beside this file has the protocol."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,104 +16,141 @@ from torch import Tensor
 
 import fastattn
 
-Case = tuple[str, float, Callable[[], Tensor], Callable[[], Tensor]]
+Function = Callable[..., Tensor]
 
 
-def with_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        out = function()
-        grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
-        return torch.cat([g.flatten() for g in grads])
+@dataclass(frozen=True)
+class Case:
+    """One call on both sides; ``flops`` is what the mathematics of one run needs."""
 
-    return run
+    name: str
+    flops: float
+    theirs: Callable[[], Tensor]
+    ours: Callable[[], Tensor]
 
 
-def attention_cases() -> list[Case]:
-    """Forward 4·B·H·S²·D flops, halved for causal; backward 2.5 times that."""
-    cases: list[Case] = []
+def both_ways(name: str, flops: float, backward: float, pair: list[Function], inputs) -> list[Case]:
+    """The forward case without autograd, and forward+backward through fresh leaves."""
+
+    def forward(function: Function) -> Callable[[], Tensor]:
+        @torch.no_grad()
+        def run() -> Tensor:
+            return function(*inputs)
+
+        return run
+
+    def training(function: Function) -> Callable[[], Tensor]:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        cotangent = torch.randn_like(function(*inputs))
+
+        def run() -> Tensor:
+            grads = torch.autograd.grad(function(*leaves), leaves, cotangent)
+            return torch.cat([g.flatten() for g in grads])
+
+        return run
+
+    # The same cotangent on both sides.
+    state = torch.get_rng_state()
+    steps = []
+    for function in pair:
+        torch.set_rng_state(state)
+        steps.append(training(function))
+    return [
+        Case(f"{name} forward", flops, *map(forward, pair)),
+        Case(f"{name} forward+backward", (1 + backward) * flops, *steps),
+    ]
+
+
+def attention_cases() -> Iterator[Case]:
     for batch, heads, seq, dim in ((4, 12, 128, 64), (4, 12, 512, 64), (1, 12, 2048, 64)):
         for dtype in (torch.float32, torch.bfloat16):
             for causal in (False, True):
-                q, k, v = (torch.randn(batch, heads, seq, dim, dtype=dtype) for _ in range(3))
-                flops = 4 * batch * heads * seq * seq * dim / (2 if causal else 1)
+                inputs = [torch.randn(batch, heads, seq, dim, dtype=dtype) for _ in range(3)]
+                pair = [
+                    lambda q, k, v, f=f, c=causal: f(q, k, v, is_causal=c)
+                    for f in (F.scaled_dot_product_attention, fastattn.scaled_dot_product_attention)
+                ]
                 name = f"attention {batch}x{heads}x{seq}x{dim} {str(dtype)[6:]}"
                 name += " causal" if causal else ""
-
-                def theirs(q=q, k=k, v=v, causal=causal) -> Tensor:
-                    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-                def ours(q=q, k=k, v=v, causal=causal) -> Tensor:
-                    return fastattn.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-                cases.append((f"{name} forward", flops, theirs, ours))
-                if seq > 512:
-                    continue
-                leaves = [x.requires_grad_() for x in (q, k, v)]
-                pair = with_backward(theirs, leaves), with_backward(ours, leaves)
-                cases.append((f"{name} forward+backward", 3.5 * flops, *pair))
-    return cases
+                flops = 4.0 * batch * heads * seq * seq * dim / (2 if causal else 1)
+                yield from both_ways(name, flops, 2.5, pair, inputs)
 
 
-def linear_cases() -> list[Case]:
-    cases: list[Case] = []
+def linear_cases() -> Iterator[Case]:
+    pair = [lambda x, w, b: F.relu(F.linear(x, w, b)), fastattn.linear_relu]
     for rows, n_in, n_out in ((64, 784, 128), (1024, 768, 3072)):
-        x, w, b = torch.randn(rows, n_in), torch.randn(n_out, n_in), torch.randn(n_out)
-        leaves = [t.requires_grad_() for t in (x, w, b)]
-
-        def theirs(x=x, w=w, b=b) -> Tensor:
-            return F.relu(F.linear(x, w, b))
-
-        def ours(x=x, w=w, b=b) -> Tensor:
-            return fastattn.linear_relu(x, w, b)
-
-        name, flops = f"linear+ReLU {rows}x{n_in}->{n_out} float32", 2.0 * rows * n_in * n_out
-        cases.append((f"{name} forward", flops, theirs, ours))
-        pair = with_backward(theirs, leaves), with_backward(ours, leaves)
-        cases.append((f"{name} forward+backward", 3 * flops, *pair))
-    return cases
+        inputs = [torch.randn(rows, n_in), torch.randn(n_out, n_in), torch.randn(n_out)]
+        name = f"linear+ReLU {rows}x{n_in}->{n_out} float32"
+        yield from both_ways(name, 2.0 * rows * n_in * n_out, 2, pair, inputs)
 
 
-def roofline() -> float:
-    """Flop/s of torch's large float32 matrix product: a floor of the machine's peak."""
-    a = torch.randn(2048, 2048)
-    seconds = min(timed(lambda: a @ a) for _ in range(10))
-    return 2 * 2048**3 / seconds
-
-
-def timed(function: Callable[[], Tensor]) -> float:
+def seconds(function: Callable[[], Tensor]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
-def agrees(theirs: Tensor, ours: Tensor) -> bool:
+def matmul_peak() -> float:
+    """Flop/s of torch's large float32 matrix product: a floor of the machine's peak."""
+    a = torch.randn(2048, 2048)
+    return 2 * 2048**3 / min(seconds(lambda: a @ a) for _ in range(10))
+
+
+def agree(case: Case) -> bool:
+    """A coarse gate against a wrong kernel; the accuracy policy is the tests' business. Also the
+    warm-up."""
+    theirs, ours = case.theirs(), case.ours()
     tolerance = 0.05 if theirs.dtype == torch.bfloat16 else 1e-3
     return bool(((theirs - ours).abs() <= tolerance * (1 + theirs.abs().max())).all())
 
 
-def main(pairs: int = 15) -> None:
+def measure(case: Case, pairs: int) -> tuple[float, list[float]]:
+    """Our median seconds, and torch's seconds over ours pair by pair."""
+    ours, ratios = [], []
+    for i in range(pairs):
+        if i % 2:
+            b, a = seconds(case.ours), seconds(case.theirs)
+        else:
+            a, b = seconds(case.theirs), seconds(case.ours)
+        ours.append(b)
+        ratios.append(a / b)
+    return statistics.median(ours), ratios
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--filter", default="", help="only cases whose name contains this")
+    parser.add_argument("--pairs", type=int, default=15, help="pairs of runs of each case")
+    options = parser.parse_args()
+    if options.pairs < 2:
+        parser.error(f"--pairs: expected at least 2, got {options.pairs}")
     torch.manual_seed(0)
-    peak = roofline()
-    table = Table(title=f"{torch.get_num_threads()} threads, matmul {peak / 1e9:.0f} GFLOP/s")
+    peak = matmul_peak()
+    title = f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+    table = Table(title=f"{title}matmul {peak / 1e9:.0f} GFLOP/s")
     for column in ("case", "GFLOP/s", "% of matmul", "torch / ours", "quartiles"):
-        table.add_column(column)
-    for name, flops, theirs, ours in attention_cases() + linear_cases():
-        if not agrees(theirs(), ours()):
-            table.add_row(name, "wrong result", "", "", "")
+        table.add_column(column, justify="left" if column == "case" else "right")
+    wrong = 0
+    for case in (*attention_cases(), *linear_cases()):
+        if options.filter not in case.name:
             continue
-        seconds = [(timed(theirs), timed(ours)) for _ in range(pairs)]
-        ratios = sorted(a / b for a, b in seconds)
-        low, _, high = statistics.quantiles(ratios, n=4)
-        speed = flops / statistics.median(b for _, b in seconds)
+        if not agree(case):
+            wrong += 1
+            table.add_row(case.name, "wrong result", "", "", "")
+            continue
+        median, ratios = measure(case, options.pairs)
+        speed = case.flops / median
+        low, middle, high = statistics.quantiles(ratios, n=4)
         table.add_row(
-            name,
+            case.name,
             f"{speed / 1e9:.0f}",
             f"{100 * speed / peak:.0f}",
-            f"{statistics.median(ratios):.2f}",
+            f"{middle:.2f}",
             f"{low:.2f}-{high:.2f}",
         )
     Console(width=120).print(table)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

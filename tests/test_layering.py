@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fastattn"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cpp")])
 
-# layer -> the layers of fastattn that it may import
+# layer -> the layers of fastattn that it may import; "" is the package itself
 ALLOWED = {
-    "_extension": set(),
+    "_extension": {"_C"},
     "reference": set(),
+    "testing": {"testing"},
     "backends": {"_extension"},
     "ops": {"_extension", "ops"},
     "functional": {"ops", "reference", "backends", "functional"},
@@ -24,50 +28,82 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": {"backends", "functional"},
 }
+# Other packages: none but torch below the integrations, any in the command line.
+THIRD_PARTY = {"integrations": {"transformers", "rich"}, "cli": None}
+
+# csrc layer -> the layers whose headers it may include
+INCLUDES = {"common": {"common"}, "cpu": {"common", "cpu"}, "": {"common", "cpu"}}
+TORCH_HOMES = re.compile(r"ops\.cpp|register_\w+\.cpp|validate\.h|check\.h")
 
 
-def imported(path: Path) -> set[str]:
-    """The layers of fastattn that a file imports; "" is the package itself."""
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported_modules(source: str, package: str) -> set[str]:
+    """Absolute names of the modules that a file of ``package`` imports, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "fastattn":
-            names = [f"fastattn.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-        else:
-            continue
-        for name in names:
-            if name == "fastattn" or name.startswith("fastattn."):
-                found.add(([*name.split("."), ""])[1])
-    return {"" if name.startswith("__") else name for name in found} - {"_C"}
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*(above if node.level else []), *filter(None, [node.module])])
+            # `from fastattn import nn` imports a layer, `from fastattn.nn import MLP` a name.
+            found.update(
+                f"{base}.{alias.name}" if base == "fastattn" else base for alias in node.names
+            )
+    return found
 
 
-@pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
-)
+def layers(modules: set[str]) -> set[str]:
+    inside = (m.split(".") for m in modules if m.split(".")[0] == "fastattn")
+    names = {parts[1] if len(parts) > 1 else "" for parts in inside}
+    return {"" if name.startswith("__") else name for name in names}
+
+
+def test_the_walker_sees_every_form_of_import():
+    source = (
+        "from . import a\nfrom ..nn import b\nimport fastattn.cli.main\nfrom fastattn import ops"
+    )
+    found = imported_modules(f"{source}\ndef f():\n  import torch.nn", "fastattn.functional")
+    expected = {"fastattn.functional", "fastattn.nn", "fastattn.cli.main", "fastattn.ops"}
+    assert found == {*expected, "torch.nn"}
+    assert layers(found) == {"functional", "nn", "cli", "ops"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_python_imports(path):
-    parts = path.relative_to(PACKAGE).parts
-    layer = parts[0].removesuffix(".py")
-    assert imported(path) <= ALLOWED[layer], f"{layer} imports {imported(path) - ALLOWED[layer]}"
+    layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    modules = imported_modules(path.read_text(), package)
+    assert layers(modules) <= ALLOWED[layer]
+    others = {m.split(".")[0] for m in modules} - {"fastattn", "torch"}
+    allowed = THIRD_PARTY.get(layer, set())
+    if allowed is not None:
+        assert others - set(sys.stdlib_module_names) <= allowed
 
 
-SOURCES = sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cpp")])
-TORCH = {"ops.cpp", "register_cpu.cpp", "validate.h", "check.h"}
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_includes(path):
-    included = re.findall(r'#include ["<]([^">]+)[">]', path.read_text())
-    assert included or path.name == "philox.h" or path.suffix == ".h"
-    if any(name.startswith(("torch/", "ATen/", "c10/")) for name in included):
-        assert path.name in TORCH
-    assert not any(name.startswith(("ATen/", "c10/")) for name in included), "stable ABI only"
-    if path.parent.name == "common":
-        assert not any(name.startswith(("cpu/", "cuda/")) for name in included)
+    included = re.findall(r'#\s*include\s*["<]([^">]+)[">]', path.read_text())
+    outside = [i for i in included if i.startswith(("torch/", "ATen/", "c10/"))]
+    assert not outside or TORCH_HOMES.fullmatch(path.name), f"torch headers: {outside}"
+    unstable = [i for i in outside if not i.startswith(("torch/csrc/stable/", "torch/headeronly/"))]
+    assert set(unstable) <= {"torch/csrc/inductor/aoti_torch/c/shim.h"}, "stable ABI only"
+    assert not any(i.startswith("pybind11/") for i in included) or path.name == "module.cpp"
+    layer = path.relative_to(ROOT / "csrc").parts[0] if path.parent.name != "csrc" else ""
+    ours = {i.split("/")[0] for i in included if (ROOT / "csrc" / i).exists()}
+    assert ours <= INCLUDES[layer]
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *sorted(PACKAGE.rglob("*.py"))], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_kernels_include_by_full_path(path):
+    """`#include "pack.h"` would escape the walk above."""
+    local = re.findall(r'#\s*include\s*"([^"]+)"', path.read_text())
+    assert all((ROOT / "csrc" / i).exists() for i in local)
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *MODULES], ids=name_of)
 def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= 400

@@ -102,7 +102,7 @@ def run_bert(options: argparse.Namespace, console: Console) -> BertResult:
     sizes = (len(corpus.train), len(corpus.test))
     console.print(
         f"BERT from {path}: which of {len(corpus.packages)} packages does a docstring sentence "
-        f"come from? {sizes[0]} sentences to learn from, {sizes[1]} from other modules to be judged by"
+        f"come from? {sizes[0]} sentences to learn from, {sizes[1]} from other modules to judge it"
     )
     data = [_dataset(part, tokenizer) for part in (corpus.train, corpus.test)]
     runs, patched = [], ""

@@ -1,0 +1,239 @@
+"""Metadata, the native build and its failures, what wheels and sdists hold.
+
+Builds run in a copy of the tree under a path with a blank, with a compiler that only writes what
+it was asked to make: what is tested is the driver, in seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastattn
+from fastattn import _extension
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+ISAS = {path.stem.removeprefix("isa_") for path in (ROOT / "csrc/cpu").glob("isa_*.cpp")}
+
+# Takes the C++20 probe of a flag set, unless told otherwise; logs and "compiles" the rest.
+COMPILER = """#!/bin/sh
+case "$*" in
+  *$REFUSE*) echo "error: refused" >&2; exit 1;;
+  *-fsyntax-only*) exit 0;;
+esac
+echo "$*" >> "$LOG"
+while [ $# -gt 0 ]; do
+  if [ "$1" = -o ]; then : > "$2"; fi
+  shift
+done
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the sources, never built, under a path with a blank."""
+    target = tmp_path / "a copy"
+    junk = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__", ".*.new")
+    for name in ("csrc", "fastattn"):
+        shutil.copytree(ROOT / name, target / name, ignore=junk)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+    return target
+
+
+def setup_py(tree: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FASTATTN_", "CXX"))}
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", *command],
+        cwd=tree,
+        env={**clean, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def build(tree: Path, **env: str) -> dict:
+    """Build in place; the build facts that it leaves."""
+    done = setup_py(tree, "build_ext", "--inplace", **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((tree / "fastattn/_build_info.json").read_text())
+
+
+def fake_compiler(tree: Path, refuse: str = "no such flag") -> dict[str, str]:
+    for module in ("pybind11", "ninja"):
+        pytest.importorskip(module)
+    script = tree.parent / "c++"
+    script.write_text(COMPILER)
+    script.chmod(0o755)
+    return {"CXX": str(script), "LOG": str(tree.parent / "log"), "REFUSE": refuse}
+
+
+def test_metadata():
+    assert "version" not in PYPROJECT["project"]  # its one home is fastattn/__init__.py
+    try:
+        assert importlib.metadata.version("fastattn") == fastattn.__version__
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("fastattn is imported from its tree, not installed")
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="fastattn")
+    assert callable(next(iter(scripts)).load())
+
+
+def test_every_direct_dependency_is_pinned():
+    pins = (ROOT / "constraints.txt").read_text()
+    extras = PYPROJECT["project"]["optional-dependencies"].values()
+    needed = [PYPROJECT["project"]["dependencies"], PYPROJECT["build-system"]["requires"], *extras]
+    for requirement in (r for group in needed for r in group):
+        name = re.match(r"[\w-]+", requirement)[0]
+        assert re.search(rf"^{name}==", pins, re.MULTILINE), name
+
+
+def test_readme_names_the_variables_that_are_read():
+    pattern = re.compile(r"FASTATTN_(?!HAVE_|ISA\b|INLINE|TEST_)[A-Z_]+")
+    files = [ROOT / "setup.py", *(ROOT / "fastattn").rglob("*.py")]
+    files += [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp")]
+    quoted = {name for p in files for name in re.findall(rf'"({pattern.pattern})"', p.read_text())}
+    assert set(pattern.findall((ROOT / "README.md").read_text())) == quoted
+
+
+@pytest.mark.native
+def test_build_facts():
+    from fastattn import _C
+
+    assert _extension.build_info["native"]
+    assert _C.build_info()["compiler"]
+    assert _C.cpu_isa() in _extension.build_info["isas"]
+    assert set(_extension.build_info["isas"]) <= ISAS
+    assert not _extension.build_info["cuda"]["built"]
+
+
+@pytest.mark.native
+def test_only_the_stable_abi_is_linked():
+    """A C++ symbol of torch would tie the library to one release."""
+    if not (nm := shutil.which("nm")) or sys.platform != "linux":
+        pytest.skip("needs nm")
+    library = ROOT / "fastattn/_ops.so"
+    command = [nm, "-D", "--undefined-only", "--demangle", str(library)]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "aoti_torch_" in symbols
+    assert not re.findall(r"\b(?:at|c10|torch)::.*|\bPy[A-Z_].*", symbols)
+
+
+@pytest.mark.parametrize(
+    ("env", "reason"),
+    [
+        ({"CXX": "/bin/false"}, "cannot compile C++20"),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler was found"),
+        ({"PATH": ""}, "no C++ compiler was found"),
+        ({"FASTATTN_SKIP_NATIVE": "1"}, "FASTATTN_SKIP_NATIVE=1 was set"),
+    ],
+    ids=["broken", "missing", "no-path", "skipped"],
+)
+def test_install_without_a_compiler(tree, env, reason):
+    info = build(tree, **env)
+    assert not info["native"]
+    assert reason in info["reason"]
+    assert info["hint"]
+    failed = setup_py(tree, "build_ext", "--inplace", FASTATTN_REQUIRE_NATIVE="1", **env)
+    assert failed.returncode != 0
+    assert reason in failed.stderr
+
+
+def test_use_without_the_native_library(tree):
+    build(tree, CXX="/bin/false")
+    program = """if True:
+        import warnings, torch, fastattn
+        assert fastattn.backends.available() == ["reference"], fastattn.backends.available()
+        q = torch.randn(1, 2, 5, 8)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert fastattn.scaled_dot_product_attention(q, q, q).shape == q.shape
+        print(caught[0].message)
+        print(fastattn.backends.explain("attention", q, q, q))
+    """
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "attention: reference" in done.stdout
+    assert done.stdout.count("/bin/false cannot compile C++20") == 2
+
+
+def test_compile_error_is_reported_and_leaves_no_stale_library(tree):
+    env = fake_compiler(tree)
+    assert build(tree, **env)["native"]
+    assert (tree / "fastattn/_ops.so").exists()
+    (tree / "csrc/ops.cpp").touch()
+    info = build(tree, **{**env, "REFUSE": "-c "})
+    assert "error: refused" in info["reason"]
+    assert not list((tree / "fastattn").glob("*.so"))
+
+
+def test_flags(tree):
+    """Torch's headers only where they belong, each kernel set under its own flags."""
+    env = fake_compiler(tree)
+    info = build(tree, **env, MAX_JOBS="1")
+    lines = Path(env["LOG"]).read_text().splitlines()
+    compiled = {re.search(r"/([\w.]+\.cpp)", line)[1]: line for line in lines if " -c " in line}
+    sources = {p.name for p in (ROOT / "csrc").rglob("*.cpp")}
+    dropped = {f"isa_{isa}.cpp" for isa in ISAS - set(info["isas"])}
+    assert set(compiled) == sources - dropped
+    with_torch = {name for name, line in compiled.items() if "TORCH_TARGET_VERSION" in line}
+    assert with_torch == {"ops.cpp", "register_cpu.cpp"}
+    assert not any("-ffast-math" in line for line in lines)
+    assert not any("-rpath" in line for line in lines)
+    assert "-mavx" not in compiled["isa_generic.cpp"] + compiled["dispatch.cpp"]
+    assert all(f"-DFASTATTN_HAVE_{isa.upper()}" in compiled["dispatch.cpp"] for isa in info["isas"])
+    build(tree, **env)
+    assert Path(env["LOG"]).read_text().splitlines() == lines, "the second build does nothing"
+
+
+def test_a_compiler_without_avx512_leaves_only_that_out(tree):
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("another architecture")
+    info = build(tree, **fake_compiler(tree, refuse="-mavx512f"))
+    assert info["native"]
+    assert info["isas"] == ["avx2", "generic"]
+
+
+def test_wheel(tree):
+    pytest.importorskip("wheel")
+    (tree / "fastattn/_C.stale.so").touch()
+    done = setup_py(tree, "bdist_wheel", **fake_compiler(tree))
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert wheel.name.startswith(f"fastattn-{fastattn.__version__}-{tag}-{tag}-")
+    assert not wheel.name.endswith("-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"fastattn/py.typed", "fastattn/_ops.so", "fastattn/_build_info.json"} <= names
+    assert len([name for name in names if name.startswith("fastattn/_C.")]) == 1
+    assert "fastattn/_C.stale.so" not in names
+    assert not any(name.startswith(("csrc", "tests", "benchmarks", "build")) for name in names)
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "fastattn").rglob("*.py")}
+    assert modules <= names
+
+
+def test_sdist_holds_the_sources(tree):
+    done = setup_py(tree, "sdist")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.[ch]*") if p.is_file()}
+    assert sources <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "fastattn/py.typed"} <= names
+    assert not any(name.endswith(".so") for name in names)
