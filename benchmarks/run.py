@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -131,7 +132,7 @@ def main() -> int:
     for column in ("case", "GFLOP/s", "% of matmul", "torch / ours", "quartiles"):
         table.add_column(column, justify="left" if column == "case" else "right")
     wrong = 0
-    for case in (*attention_cases(), *linear_cases()):
+    for case in itertools.chain(attention_cases(), linear_cases()):
         if options.filter not in case.name:
             continue
         if not agree(case):
