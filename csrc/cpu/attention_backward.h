@@ -126,10 +126,11 @@ class AttentionBackward {
           const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
           const int64_t depth = min64(seen, key_limit(p_, i0 + strip + strip_rows - 1) - j0);
           if (depth <= 0) continue;
-          micro_kernel_wide(strip_rows, dim_padded_, depth,
-                            Strided<A>{tile.dscores + strip * tile.kStride, tile.kStride, 1},  // E8
-                            keys.k_rows + j * dim_padded_, dim_padded_,
-                            dq + (i0 + strip) * dim_padded_, dim_padded_, Start::kAdd);
+          micro_kernel_wide<Start::kAdd>(
+              strip_rows, dim_padded_, depth,
+              Strided<A>{tile.dscores + strip * tile.kStride, tile.kStride, 1},  // E8
+              keys.k_rows + j * dim_padded_, dim_padded_, dq + (i0 + strip) * dim_padded_,
+              dim_padded_);
         }
       }
       if (!b_.needs_k && !b_.needs_v) continue;
@@ -139,16 +140,17 @@ class AttentionBackward {
             p_.is_causal ? max64(0, j0 + strip - i0) : 0;  // the first query that sees these keys
         if (from >= rows) break;
         if (b_.needs_v) {
-          micro_kernel_wide(strip_rows, dim_v_padded_, rows - from,  // E10
-                            Strided<A>{tile.probs + from * tile.kStride + strip, 1, tile.kStride},
-                            grad_out + from * dim_v_padded_, dim_v_padded_,
-                            dv + (j + strip) * dim_v_padded_, dim_v_padded_, Start::kAdd);
+          micro_kernel_wide<Start::kAdd>(
+              strip_rows, dim_v_padded_, rows - from,  // E10
+              Strided<A>{tile.probs + from * tile.kStride + strip, 1, tile.kStride},
+              grad_out + from * dim_v_padded_, dim_v_padded_, dv + (j + strip) * dim_v_padded_,
+              dim_v_padded_);
         }
         if (b_.needs_k) {
-          micro_kernel_wide(strip_rows, dim_padded_, rows - from,  // E9
-                            Strided<A>{tile.dscores + from * tile.kStride + strip, 1, tile.kStride},
-                            q + from * dim_padded_, dim_padded_, dk + (j + strip) * dim_padded_,
-                            dim_padded_, Start::kAdd);
+          micro_kernel_wide<Start::kAdd>(
+              strip_rows, dim_padded_, rows - from,  // E9
+              Strided<A>{tile.dscores + from * tile.kStride + strip, 1, tile.kStride},
+              q + from * dim_padded_, dim_padded_, dk + (j + strip) * dim_padded_, dim_padded_);
         }
       }
     }

@@ -1,6 +1,7 @@
-// Attention forward, E1-E5. A task owns one block of query rows of one head; keys and values are
-// packed once per head, for as many heads at a time as fit in kGroupBytes, so that memory stays
-// O(S).
+// Attention forward, E1-E5. Keys and values are packed once per unit: a key head with the query
+// heads that share it. Query rows go by in blocks of kBlockQ; a block takes the keys in steps of
+// kStepKeys that stay in L2, and each step in tiles of kTileRows rows whose scores stay in L1.
+// Memory is O(S).
 #pragma once
 
 #include "cpu/attention_common.h"
@@ -9,6 +10,7 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 
 constexpr int64_t kStepKeys = 256;  // keys per online-softmax step
+constexpr int64_t kTileRows = 24;   // 24 x 272 fp32 scores: 26 KB
 constexpr int64_t kGroupBytes = int64_t{8} << 20;
 
 template <class T>
@@ -37,29 +39,51 @@ class AttentionForward {
     v_panels_ = ceil_div(p_.head_dim_v, kPanelKeys);
     unit_elements_ = k_elements_ + round_up(v_panels_ * kPanelKeys * p_.seq_k, 16);
     const int64_t units = p_.batch * units_per_batch_;
-    const int64_t unit_bytes = max64(1, unit_elements_ * static_cast<int64_t>(sizeof(A)));
-    const int64_t group =
-        max64(1, min64(units, max64(parallel_.threads, kGroupBytes / unit_bytes)));
-    const int64_t blocks = ceil_div(p_.seq_q, kBlockQ);
-
-    packed_ = thread_scratch<A>(0, group * unit_elements_);
-    for (int64_t first = 0; first < units; first += group) {
-      const int64_t count = min64(group, units - first);
-      parallel_tasks(parallel_, count,
-                     [&](int64_t u) { pack_unit(first + u, packed_ + u * unit_elements_); });
-      const int64_t heads = count * heads_per_unit_;
-      parallel_tasks(parallel_, heads * blocks, [&](int64_t task) {
-        // Last blocks first: under a causal mask they are the longest.
-        const int64_t block = blocks - 1 - task / heads, u = task % heads / heads_per_unit_;
-        const int64_t unit = first + u, batch = unit / units_per_batch_;
-        const int64_t head =
-            unit % units_per_batch_ * heads_per_unit_ + task % heads % heads_per_unit_;
-        query_block(batch, head, block * kBlockQ, packed_ + u * unit_elements_);
-      });
+    if (units >= 4 * parallel_.threads || units % parallel_.threads == 0) {
+      run_by_unit(units);
+    } else {
+      run_by_block(units);
     }
   }
 
  private:
+  // A task owns the queries of one unit, and its packed keys stay in its core's cache.
+  void run_by_unit(int64_t units) const {
+    parallel_tasks(parallel_, units, [&](int64_t unit) {
+      A* packed = thread_scratch<A>(0, unit_elements_);
+      pack_unit(unit, packed);
+      for (int64_t h = 0; h < heads_per_unit_; ++h) {
+        for (int64_t i0 = 0; i0 < p_.seq_q; i0 += kBlockQ)
+          query_block(unit / units_per_batch_, unit % units_per_batch_ * heads_per_unit_ + h, i0,
+                      packed);
+      }
+    });
+  }
+
+  // Too few units to keep the threads busy: a task owns one block of query rows. As many units are
+  // packed at a time as fit in kGroupBytes.
+  void run_by_block(int64_t units) const {
+    const int64_t unit_bytes = max64(1, unit_elements_ * static_cast<int64_t>(sizeof(A)));
+    const int64_t group =
+        max64(1, min64(units, max64(parallel_.threads, kGroupBytes / unit_bytes)));
+    const int64_t blocks = ceil_div(p_.seq_q, kBlockQ);
+    A* packed = thread_scratch<A>(0, group * unit_elements_);
+    for (int64_t first = 0; first < units; first += group) {
+      const int64_t count = min64(group, units - first);
+      parallel_tasks(parallel_, count,
+                     [&](int64_t u) { pack_unit(first + u, packed + u * unit_elements_); });
+      const int64_t heads = count * heads_per_unit_;
+      parallel_tasks(parallel_, heads * blocks, [&](int64_t task) {
+        // Last blocks first: under a causal mask they are the longest.
+        const int64_t block = blocks - 1 - task / heads, u = task % heads / heads_per_unit_;
+        const int64_t unit = first + u;
+        const int64_t head =
+            unit % units_per_batch_ * heads_per_unit_ + task % heads % heads_per_unit_;
+        query_block(unit / units_per_batch_, head, block * kBlockQ, packed + u * unit_elements_);
+      });
+    }
+  }
+
   // Packed keys: K^T panels [panels][D][kPanel], then V's columns as panels [panels][Sk][kPanel].
   void pack_unit(int64_t unit, A* dst) const {
     const int64_t batch = unit / units_per_batch_, head = unit % units_per_batch_ * heads_per_unit_;
@@ -83,14 +107,14 @@ class AttentionForward {
 
   void query_block(int64_t batch, int64_t head, int64_t i0, const A* packed) const {
     const int64_t rows = min64(kBlockQ, p_.seq_q - i0), dim = p_.head_dim;
-    A* q = thread_scratch<A>(
-        2, round_up(rows * dim, 16) + kBlockQ * (dim_v_padded_ + 3) + kBlockQ * kStep + kStep + 64);
+    A* q = thread_scratch<A>(2, round_up(rows * dim, 16) + kBlockQ * (dim_v_padded_ + 3) +
+                                    kTileRows * kStep + kStep + 64);
     A* o = q + round_up(rows * dim, 16);  // [rows, Dv padded]
     A* m = o + kBlockQ * dim_v_padded_;   // [rows] running maximum
     A* l = m + kBlockQ;                   // [rows] running sum
-    A* rescale = l + kBlockQ;             // [rows] of the current step
-    A* s = rescale + kBlockQ;             // [rows, kStep]
-    A* z = s + kBlockQ * kStep;           // [kStep] dropout multipliers of one row
+    A* rescale = l + kBlockQ;             // [kTileRows] of the current step
+    A* s = rescale + kBlockQ;             // [kTileRows, kStep]
+    A* z = s + kTileRows * kStep;         // [kStep] dropout multipliers of one row
     const T* q_rows = head_data<T>(p_, p_.q, batch, head) + i0 * p_.q.row_stride;
     for (int64_t i = 0; i < rows; ++i) {
       convert(q + i * dim, q_rows + i * p_.q.row_stride, dim);
@@ -116,41 +140,58 @@ class AttentionForward {
       const int64_t j0 = panel * kPanelKeys, keys = min64(run * kPanelKeys, p_.seq_k - j0);
       panel += run;
 
-      // A panel of K^T stays in L1 while the strips of Q pass by it.
-      for (int64_t c = 0; c < keys; c += kPanelKeys) {  // E1
-        for (int64_t strip = 0; strip < rows; strip += kRows) {
-          const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
-          const int64_t seen =
-              min64(kPanelKeys, keys_seen(i0 + strip + strip_rows - 1, j0 + c, keys - c));
-          if (seen <= 0) continue;
-          micro_kernel(strip_rows, static_cast<int>(ceil_div(seen, kWidth<A>)), dim,
-                       Strided<A>{q + strip * dim, dim, 1}, packed + (j0 + c) * dim, kPanelKeys,
-                       s + strip * kStep + c, kStep, Start::kZero);
-        }
-      }
-      for (int64_t strip = 0; strip < rows; strip += kRows) {
-        const int64_t strip_rows = min64(kRows, rows - strip);
-        const int64_t seen = keys_seen(i0 + strip + strip_rows - 1, j0, keys);
-        for (int64_t i = strip; seen > 0 && i < strip + strip_rows; ++i) {
-          softmax_row(batch, head, mask, i0 + i, j0, keys, seen, s + i * kStep, m[i], l[i],
-                      rescale[i], z);
-        }
-      }
-      for (int64_t d = 0; d < p_.head_dim_v; d += kPanelKeys) {  // E4
-        const A* v = packed + k_elements_ + d * p_.seq_k + j0 * kPanelKeys;
-        const int vecs =
-            static_cast<int>(ceil_div(min64(kPanelKeys, p_.head_dim_v - d), kWidth<A>));
-        for (int64_t strip = 0; strip < rows; strip += kRows) {
-          const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
-          const int64_t seen = keys_seen(i0 + strip + strip_rows - 1, j0, keys);
-          if (seen <= 0) continue;
-          micro_kernel(strip_rows, vecs, seen, Strided<A>{s + strip * kStep, kStep, 1}, v,
-                       kPanelKeys, o + strip * dim_v_padded_ + d, dim_v_padded_, Start::kAdd,
-                       rescale + strip);
-        }
+      for (int64_t tile = 0; tile < rows; tile += kTileRows) {
+        const int64_t tile_rows = min64(kTileRows, rows - tile);
+        const SoftmaxState state{m + tile, l + tile, rescale};
+        step(batch, head, mask, i0 + tile, tile_rows, j0, keys, q + tile * dim, packed, s, z, state,
+             o + tile * dim_v_padded_);
       }
     }
     write_block(batch, head, i0, rows, o, m, l);
+  }
+
+  struct SoftmaxState {
+    A* m;        // [rows] running maximum
+    A* l;        // [rows] running sum
+    A* rescale;  // [rows] of the current step
+  };
+
+  // One online-softmax step of query rows [i, i + rows) over keys [j0, j0 + keys).
+  void step(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i, int64_t rows,
+            int64_t j0, int64_t keys, const A* q, const A* packed, A* s, A* z,
+            const SoftmaxState& state, A* o) const {
+    const int64_t dim = p_.head_dim;
+    for (int64_t c = 0; c < keys; c += kPanelKeys) {  // E1
+      for (int64_t strip = 0; strip < rows; strip += kRows) {
+        const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
+        const int64_t seen =
+            min64(kPanelKeys, keys_seen(i + strip + strip_rows - 1, j0 + c, keys - c));
+        if (seen <= 0) continue;
+        micro_kernel<Start::kZero>(strip_rows, static_cast<int>(ceil_div(seen, kWidth<A>)), dim,
+                                   Strided<A>{q + strip * dim, dim, 1}, packed + (j0 + c) * dim,
+                                   kPanelKeys, s + strip * kStep + c, kStep);
+      }
+    }
+    for (int64_t strip = 0; strip < rows; strip += kRows) {
+      const int64_t strip_rows = min64(kRows, rows - strip);
+      const int64_t seen = keys_seen(i + strip + strip_rows - 1, j0, keys);
+      for (int64_t r = strip; seen > 0 && r < strip + strip_rows; ++r) {
+        softmax_row(batch, head, mask, i + r, j0, keys, seen, s + r * kStep, state.m[r], state.l[r],
+                    state.rescale[r], z);
+      }
+    }
+    for (int64_t d = 0; d < p_.head_dim_v; d += kPanelKeys) {  // E4
+      const A* v = packed + k_elements_ + d * p_.seq_k + j0 * kPanelKeys;
+      const int vecs = static_cast<int>(ceil_div(min64(kPanelKeys, p_.head_dim_v - d), kWidth<A>));
+      for (int64_t strip = 0; strip < rows; strip += kRows) {
+        const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
+        const int64_t seen = keys_seen(i + strip + strip_rows - 1, j0, keys);
+        if (seen <= 0) continue;
+        micro_kernel<Start::kScale>(strip_rows, vecs, seen, Strided<A>{s + strip * kStep, kStep, 1},
+                                    v, kPanelKeys, o + strip * dim_v_padded_ + d, dim_v_padded_,
+                                    state.rescale + strip);
+      }
+    }
   }
 
   // How many of the keys [j0, j0 + keys) row i may see without regard to the mask; <= 0 for none.
@@ -173,7 +214,7 @@ class AttentionForward {
     const A block_max = row_max(row, padded) * factor;
     const A previous = m, updated = previous > block_max ? previous : block_max;  // E2
     const A shift = updated == -kInf<A> ? A(0) : updated;  // nothing seen yet: every e^{S - 0} is 0
-    rescale = updated == previous ? A(1) : static_cast<A>(__builtin_exp(previous - shift));
+    rescale = updated == previous ? A(1) : exponential(previous - shift);
     l = l * rescale + row_exp(row, padded, factor, shift);  // E3
     m = updated;
     for (int64_t j = padded; j < width; ++j) row[j] = A(0);
@@ -193,7 +234,7 @@ class AttentionForward {
       const A inverse = empty ? A(0) : A(1) / l[i];
       for (int64_t d = 0; d < p_.head_dim_v; ++d) row[d] *= inverse;
       convert(out + i * p_.out.row_stride, row, p_.head_dim_v);
-      lse[i] = empty ? -kInf<A> : m[i] + static_cast<A>(__builtin_log(l[i]));
+      lse[i] = empty ? -kInf<A> : m[i] + logarithm(l[i]);
     }
   }
 
@@ -203,7 +244,6 @@ class AttentionForward {
   bool clear_hidden_ = false;
   int64_t heads_per_unit_ = 1, units_per_batch_ = 1, panels_ = 0, v_panels_ = 0, dim_v_padded_ = 0;
   int64_t k_elements_ = 0, unit_elements_ = 0;
-  A* packed_ = nullptr;
 };
 
 template <class T>

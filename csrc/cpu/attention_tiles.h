@@ -44,13 +44,13 @@ struct ScoreTile {
       const int64_t seen = max64(0, min64(keys, key_limit(p, i0 + strip + strip_rows - 1) - j0));
       for (int64_t c = 0; c < seen; c += kPanelKeys) {
         const int vecs = static_cast<int>(ceil_div(min64(kPanelKeys, seen - c), kWidth<A>));
-        micro_kernel(strip_rows, vecs, p.head_dim,
-                     Strided<A>{q + strip * q_stride, q_stride, 1},  // E1
-                     k_panels + c * p.head_dim, kPanelKeys, strip_probs + c, kStride, Start::kZero);
-        micro_kernel(strip_rows, vecs, p.head_dim_v,
-                     Strided<A>{grad_out + strip * go_stride, go_stride, 1},  // E7
-                     v_panels + c * p.head_dim_v, kPanelKeys, strip_dscores + c, kStride,
-                     Start::kZero);
+        micro_kernel<Start::kZero>(strip_rows, vecs, p.head_dim,
+                                   Strided<A>{q + strip * q_stride, q_stride, 1},  // E1
+                                   k_panels + c * p.head_dim, kPanelKeys, strip_probs + c, kStride);
+        micro_kernel<Start::kZero>(strip_rows, vecs, p.head_dim_v,
+                                   Strided<A>{grad_out + strip * go_stride, go_stride, 1},  // E7
+                                   v_panels + c * p.head_dim_v, kPanelKeys, strip_dscores + c,
+                                   kStride);
       }
       for (int r = 0; r < strip_rows; ++r) {
         const int64_t i = strip + r;

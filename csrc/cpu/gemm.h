@@ -65,9 +65,16 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
         const int64_t depth = min64(kBlockDepth, k - d);
         for (int64_t strip = 0; strip < rows; strip += kRows) {
           const Strided<A> a_strip{a.data + strip / kRows * a.strip + d * a.depth, a.row, a.depth};
-          micro_kernel(static_cast<int>(min64(kRows, rows - strip)), vecs, depth, a_strip,
-                       packed_b + j0 * k + d * kPanel<A>, kPanel<A>, c + strip * kPanel<A>,
-                       kPanel<A>, d == 0 ? Start::kZero : Start::kAdd);
+          const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
+          const A* b = packed_b + j0 * k + d * kPanel<A>;
+          A* c_strip = c + strip * kPanel<A>;
+          if (d == 0) {
+            micro_kernel<Start::kZero>(strip_rows, vecs, depth, a_strip, b, kPanel<A>, c_strip,
+                                       kPanel<A>);
+          } else {
+            micro_kernel<Start::kAdd>(strip_rows, vecs, depth, a_strip, b, kPanel<A>, c_strip,
+                                      kPanel<A>);
+          }
         }
       }
       for (int64_t i = 0; i < rows; ++i) store_c(i0 + i, j0, cols, c + i * kPanel<A>);

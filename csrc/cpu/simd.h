@@ -243,7 +243,9 @@ FASTATTN_INLINE float to_acc(fp16 x) { return to_float(x); }
 // dst[i] = src[i], between an io type and its accumulator type.
 template <class T>
 FASTATTN_INLINE void convert(T* dst, const T* src, int64_t n) {
-  if (n > 0) __builtin_memcpy(dst, src, static_cast<size_t>(n) * sizeof(T));
+  int64_t i = 0;
+  for (; i + kWidth<T> <= n; i += kWidth<T>) store(dst + i, load(src + i));
+  for (; i < n; ++i) dst[i] = src[i];
 }
 FASTATTN_INLINE void convert(float* dst, const bf16* src, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = to_float(src[i]);

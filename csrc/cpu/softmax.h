@@ -5,6 +5,11 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
+FASTATTN_INLINE float exponential(float x) { return __builtin_expf(x); }
+FASTATTN_INLINE double exponential(double x) { return __builtin_exp(x); }
+FASTATTN_INLINE float logarithm(float x) { return __builtin_logf(x); }
+FASTATTN_INLINE double logarithm(double x) { return __builtin_log(x); }
+
 template <class A>
 FASTATTN_INLINE A row_max(const A* s, int64_t n) {
   Vec<A> best = broadcast(-kInf<A>);
