@@ -19,10 +19,8 @@ inline std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef values) {
   return text.str();
 }
 
-template <class Expected, class Got>
-void check(bool ok, const char* op, const char* argument, const Expected& expected,
-           const Got& got) {
-  STD_TORCH_CHECK(ok, "fastattn::", op, ": ", argument, ": expected ", expected, ", got ", got);
-}
-
 }  // namespace fastattn
+
+// What was expected and got is put into words only where the check fails.
+#define FASTATTN_CHECK(ok, op, argument, expected, got) \
+  STD_TORCH_CHECK(ok, "fastattn::", op, ": ", argument, ": expected ", expected, ", got ", got)

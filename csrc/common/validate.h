@@ -38,22 +38,23 @@ inline Dtype dtype_of(const char* op, const char* argument, const Tensor& t) {
     default:
       break;
   }
-  check(false, op, argument, "float32, float64, bfloat16 or float16",
-        torch::headeronly::toString(t.scalar_type()));
+  FASTATTN_CHECK(false, op, argument, "float32, float64, bfloat16 or float16",
+                 torch::headeronly::toString(t.scalar_type()));
   return Dtype::kFloat32;
 }
 
 inline void check_like(const char* op, const char* argument, const Tensor& t, ScalarType dtype,
                        const Tensor& first) {
-  check(t.scalar_type() == dtype, op, argument, torch::headeronly::toString(dtype),
-        torch::headeronly::toString(t.scalar_type()));
-  check(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(), op,
-        argument, "the device of the first argument", "another device");
+  FASTATTN_CHECK(t.scalar_type() == dtype, op, argument, torch::headeronly::toString(dtype),
+                 torch::headeronly::toString(t.scalar_type()));
+  FASTATTN_CHECK(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(),
+                 op, argument, "the device of the first argument", "another device");
 }
 
 inline void check_shape(const char* op, const char* argument, const Tensor& t,
                         const Shape& expected) {
-  check(shape_of(t) == expected, op, argument, "shape " + text(expected), text(shape_of(t)));
+  FASTATTN_CHECK(shape_of(t) == expected, op, argument, "shape " + text(expected),
+                 text(shape_of(t)));
 }
 
 // The last stride must be 1 for the kernels; a copy is made where it is not.
@@ -111,14 +112,14 @@ inline AttentionInputs validate_attention(const char* op, const Tensor& query, c
   AttentionProblem& p = in.problem;
   p.dtype = dtype_of(op, "query", query);
   const int64_t rank = query.dim();
-  check(rank >= 3 && rank <= kMaxBatchDims + 3, op, "query",
-        "3 to 9 dimensions [*batch, heads, seq, dim]", text(shape_of(query)));
+  FASTATTN_CHECK(rank >= 3 && rank <= kMaxBatchDims + 3, op, "query",
+                 "3 to 9 dimensions [*batch, heads, seq, dim]", text(shape_of(query)));
   check_like(op, "key", key, query.scalar_type(), query);
   check_like(op, "value", value, query.scalar_type(), query);
-  check(key.dim() == rank, op, "key", "the rank of query, " + std::to_string(rank),
-        text(shape_of(key)));
-  check(value.dim() == rank, op, "value", "the rank of query, " + std::to_string(rank),
-        text(shape_of(value)));
+  FASTATTN_CHECK(key.dim() == rank, op, "key", "the rank of query, " + std::to_string(rank),
+                 text(shape_of(key)));
+  FASTATTN_CHECK(value.dim() == rank, op, "value", "the rank of query, " + std::to_string(rank),
+                 text(shape_of(value)));
 
   p.batch_dims = static_cast<int>(rank - 3);
   for (int d = 0; d < p.batch_dims; ++d) {
@@ -134,19 +135,20 @@ inline AttentionInputs validate_attention(const char* op, const Tensor& query, c
   check_shape(op, "key", key, in.shape(p.heads_k, p.seq_k, p.head_dim));
   check_shape(op, "value", value, in.shape(p.heads_k, p.seq_k, p.head_dim_v));
   const bool divides = p.heads_k == 0 ? p.heads_q == 0 : p.heads_q % p.heads_k == 0;
-  check(divides, op, "key", "a number of heads that divides query's " + std::to_string(p.heads_q),
-        p.heads_k);
+  FASTATTN_CHECK(divides, op, "key",
+                 "a number of heads that divides query's " + std::to_string(p.heads_q), p.heads_k);
 
-  check(std::isfinite(scale), op, "scale", "a finite number", scale);
-  check(dropout_p >= 0.0 && dropout_p < 1.0, op, "dropout_p", "a probability in [0, 1)", dropout_p);
-  check(dropout_p == 0.0 || seed.has_value(), op, "seed", "an int64 tensor, as dropout_p > 0",
-        "None");
+  FASTATTN_CHECK(std::isfinite(scale), op, "scale", "a finite number", scale);
+  FASTATTN_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, op, "dropout_p", "a probability in [0, 1)",
+                 dropout_p);
+  FASTATTN_CHECK(dropout_p == 0.0 || seed.has_value(), op, "seed",
+                 "an int64 tensor, as dropout_p > 0", "None");
   p.is_causal = is_causal;
   p.scale = scale;
   p.dropout_p = dropout_p;
   if (dropout_p > 0.0) {
     check_like(op, "seed", *seed, ScalarType::Long, query);
-    check(seed->numel() == 1, op, "seed", "1 element", seed->numel());
+    FASTATTN_CHECK(seed->numel() == 1, op, "seed", "1 element", seed->numel());
     p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
   }
 
@@ -158,15 +160,15 @@ inline AttentionInputs validate_attention(const char* op, const Tensor& query, c
   p.v = view_of(in.value);
   if (mask.has_value()) {
     const bool is_bool = mask->scalar_type() == ScalarType::Bool;
-    check(is_bool || mask->scalar_type() == query.scalar_type(), op, "attn_mask",
-          "bool or the dtype of query", torch::headeronly::toString(mask->scalar_type()));
+    FASTATTN_CHECK(is_bool || mask->scalar_type() == query.scalar_type(), op, "attn_mask",
+                   "bool or the dtype of query", torch::headeronly::toString(mask->scalar_type()));
     check_like(op, "attn_mask", *mask, mask->scalar_type(), query);
     const Shape full = in.shape(p.heads_q, p.seq_q, p.seq_k);
     bool broadcasts = mask->dim() == rank;
     for (int64_t d = 0; broadcasts && d < rank; ++d)
       broadcasts = mask->size(d) == 1 || mask->size(d) == full[d];
-    check(broadcasts, op, "attn_mask", "the rank of query and extents of 1 or of " + text(full),
-          text(shape_of(*mask)));
+    FASTATTN_CHECK(broadcasts, op, "attn_mask",
+                   "the rank of query and extents of 1 or of " + text(full), text(shape_of(*mask)));
     in.mask = mask;
     p.mask_kind = is_bool ? MaskKind::kBool : MaskKind::kFloat;
     p.mask = view_of(*mask, true);
@@ -187,15 +189,16 @@ inline LinearInputs validate_linear(const char* op, const Tensor& input, const T
   LinearInputs in;
   LinearProblem& p = in.problem;
   p.dtype = dtype_of(op, "input", input);
-  check(input.dim() >= 1, op, "input", "at least 1 dimension [*, in_features]",
-        text(shape_of(input)));
+  FASTATTN_CHECK(input.dim() >= 1, op, "input", "at least 1 dimension [*, in_features]",
+                 text(shape_of(input)));
   check_like(op, "weight", weight, input.scalar_type(), input);
-  check(weight.dim() == 2, op, "weight", "2 dimensions [out_features, in_features]",
-        text(shape_of(weight)));
+  FASTATTN_CHECK(weight.dim() == 2, op, "weight", "2 dimensions [out_features, in_features]",
+                 text(shape_of(weight)));
   p.k = input.size(input.dim() - 1);
   p.n = weight.size(0);
-  check(weight.size(1) == p.k, op, "weight",
-        "in_features " + std::to_string(p.k) + " as input's last extent", text(shape_of(weight)));
+  FASTATTN_CHECK(weight.size(1) == p.k, op, "weight",
+                 "in_features " + std::to_string(p.k) + " as input's last extent",
+                 text(shape_of(weight)));
   in.out_shape = shape_of(input);
   in.out_shape.back() = p.n;
   p.m = 1;

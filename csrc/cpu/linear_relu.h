@@ -8,6 +8,24 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
+// Below this many rows a product reads a row-major B once or twice: packing it would not pay.
+constexpr int64_t kFewRows = 2 * kRows;
+
+// A panel of a row-major B [k, n]: rows [d, d + depth), columns [j0, j0 + cols).
+template <class T>
+FASTATTN_INLINE Columns<Acc<T>> row_major_panel(const T* src, int64_t stride, int64_t depth,
+                                                int64_t cols, bool in_place, Acc<T>* dst) {
+  using A = Acc<T>;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (in_place && cols % kWidth<A> == 0) return {src, stride};
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    convert(dst + i * kPanel<A>, src + i * stride, cols);
+    for (int64_t j = cols; j < kPanel<A>; ++j) dst[i * kPanel<A> + j] = A(0);
+  }
+  return {dst, kPanel<A>};
+}
+
 template <class T>
 void linear_forward(const LinearProblem& p, const Parallel& parallel) {
   using A = Acc<T>;
@@ -17,17 +35,22 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
   T* y = static_cast<T*>(p.y);                    // [m, n]
   const int64_t mask_bytes = ceil_div(p.n, 8);
 
-  const auto load_a = [&](int64_t i0, int64_t rows, bool, A* scratch) -> Strips<A> {
+  const auto load_a = [&](int64_t i0, int64_t rows, int64_t d, int64_t depth, bool,
+                          A* scratch) -> Strips<A> {
+    const T* src = x + i0 * p.x_stride + d;
     if constexpr (sizeof(T) == sizeof(A)) {
-      return Strips<A>::row_major(x + i0 * p.x_stride, p.x_stride);
+      return Strips<A>::row_major(src, p.x_stride);
     } else {
-      for (int64_t i = 0; i < rows; ++i) convert(scratch + i * p.k, x + (i0 + i) * p.x_stride, p.k);
-      return Strips<A>::row_major(scratch, p.k);
+      for (int64_t i = 0; i < rows; ++i)
+        convert(scratch + i * kBlockDepth, src + i * p.x_stride, depth);
+      return Strips<A>::row_major(scratch, kBlockDepth);
     }
   };
-  const auto load_b = [&](int64_t j0, int64_t cols, A* dst) {
-    A* staging = sizeof(T) == sizeof(A) ? nullptr : thread_scratch<A>(6, kPanel<A> * p.k);
-    pack_transposed_panel(dst, w + j0 * p.w_stride, p.w_stride, cols, p.k, staging);
+  const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols,
+                          A* dst) -> Columns<A> {
+    A* staging = sizeof(T) == sizeof(A) ? nullptr : thread_scratch<A>(7, kPanel<A> * kBlockDepth);
+    pack_transposed_panel(dst, w + j0 * p.w_stride + d, p.w_stride, cols, depth, staging);
+    return {dst, kPanel<A>};
   };
   const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {  // E15
     if (bias != nullptr) {
@@ -35,30 +58,24 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
       convert(b, bias + j0, cols);
       for (int64_t j = 0; j < cols; ++j) row[j] += b[j];
     }
-    if (p.relu) {
-      // Not max(row, 0): a NaN stays a NaN.
-      for (int64_t j = 0; j < cols; ++j) row[j] = row[j] <= A(0) ? A(0) : row[j];
-    }
     T* out = y + i * p.n + j0;
+    if (!p.relu) return convert(out, row, cols);
+    for (int64_t j = 0; j < cols; j += kWidth<A>) store(row + j, relu<A>(load(row + j)));
     convert(out, row, cols);
     if (p.relu_mask == nullptr) return;
+    // The stored value decides: a positive sum may round to zero in 16 bits.
+    if constexpr (sizeof(T) != sizeof(A)) convert(row, out, cols);
+    for (int64_t j = cols; j < round_up(cols, 8); ++j) row[j] = A(0);
     uint8_t* mask = p.relu_mask + i * mask_bytes + j0 / 8;
-    for (int64_t j = 0; j < cols; j += 8) {
-      uint8_t byte = 0;
-      const int64_t count = min64(8, cols - j);
-      // The stored value decides: a positive sum may round to zero in 16 bits.
-      for (int64_t t = 0; t < count; ++t)
-        byte |= static_cast<uint8_t>(!(to_acc(out[j + t]) <= A(0))) << t;
-      mask[j / 8] = byte;
-    }
+    for (int64_t j = 0; j < cols; j += 8) mask[j / 8] = relu_bits(row + j);
   };
   gemm<A>(p.m, p.n, p.k, load_a, load_b, store_c, parallel);
 }
 
-// dst [cols] = row i, columns [j0, j0 + cols), of G = dY o R.  // E16
+// dst [cols] = row i, columns [j0, j0 + cols), of G = dY o R; j0 is a multiple of 8.  // E16
 template <class T>
-void load_masked_gradient(const LinearBackwardProblem& p, int64_t i, int64_t j0, int64_t cols,
-                          Acc<T>* dst) {
+FASTATTN_INLINE void load_masked_gradient(const LinearBackwardProblem& p, int64_t i, int64_t j0,
+                                          int64_t cols, Acc<T>* dst) {
   using A = Acc<T>;
   if (p.grad_y_is_accumulator) {
     convert(dst, static_cast<const A*>(p.grad_y) + i * p.grad_y_stride + j0, cols);
@@ -66,24 +83,13 @@ void load_masked_gradient(const LinearBackwardProblem& p, int64_t i, int64_t j0,
     convert(dst, static_cast<const T*>(p.grad_y) + i * p.grad_y_stride + j0, cols);
   }
   if (p.relu_mask != nullptr) {
-    const uint8_t* mask = p.relu_mask + i * ceil_div(p.n, 8);
-    for (int64_t j = 0; j < cols; ++j) {
-      const bool passes = mask[(j0 + j) / 8] >> ((j0 + j) % 8) & 1;
-      dst[j] = passes ? dst[j] : A(0);
-    }
+    const uint8_t* mask = p.relu_mask + i * ceil_div(p.n, 8) + j0 / 8;
+    int64_t j = 0;
+    for (; j + 8 <= cols; j += 8) apply_relu_bits(mask[j / 8], dst + j);
+    if (j < cols) apply_relu_bits(mask[j / 8], dst + j, static_cast<int>(cols - j));
   } else if (p.relu_output != nullptr) {
     const T* output = static_cast<const T*>(p.relu_output) + i * p.n + j0;
     for (int64_t j = 0; j < cols; ++j) dst[j] = to_acc(output[j]) <= A(0) ? A(0) : dst[j];
-  }
-}
-
-// One panel of a row-major B [k, n]: columns [j0, j0 + cols) as dst [k, kPanel].
-template <class T>
-void pack_row_panel(Acc<T>* dst, const T* src, int64_t src_stride, int64_t k, int64_t cols) {
-  using A = Acc<T>;
-  for (int64_t i = 0; i < k; ++i) {
-    convert(dst + i * kPanel<A>, src + i * src_stride, cols);
-    for (int64_t j = cols; j < kPanel<A>; ++j) dst[i * kPanel<A> + j] = A(0);
   }
 }
 
@@ -92,13 +98,15 @@ template <class T>
 void linear_input_gradient(const LinearBackwardProblem& p, const Parallel& parallel) {
   using A = Acc<T>;
   const T* w = static_cast<const T*>(p.w);
-  const auto load_a = [&](int64_t i0, int64_t rows, bool, A* scratch) -> Strips<A> {
+  const auto load_a = [&](int64_t i0, int64_t rows, int64_t d, int64_t depth, bool,
+                          A* scratch) -> Strips<A> {
     for (int64_t i = 0; i < rows; ++i)
-      load_masked_gradient<T>(p, i0 + i, 0, p.n, scratch + i * p.n);
-    return Strips<A>::row_major(scratch, p.n);
+      load_masked_gradient<T>(p, i0 + i, d, depth, scratch + i * kBlockDepth);
+    return Strips<A>::row_major(scratch, kBlockDepth);
   };
-  const auto load_b = [&](int64_t j0, int64_t cols, A* dst) {
-    pack_row_panel(dst, w + j0, p.w_stride, p.n, cols);
+  const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols,
+                          A* dst) -> Columns<A> {
+    return row_major_panel(w + d * p.w_stride + j0, p.w_stride, depth, cols, p.m <= kFewRows, dst);
   };
   const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
     if (p.grad_x_is_accumulator) {
@@ -115,34 +123,51 @@ template <class T>
 void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& parallel) {
   using A = Acc<T>;
   const T* x = static_cast<const T*>(p.x);
-  const auto load_a = [&](int64_t j0, int64_t count, bool first_columns, A* scratch) -> Strips<A> {
-    A sums[kBlockM] = {}, row[kBlockM];
-    for (int64_t i = 0; i < p.m; ++i) {
-      load_masked_gradient<T>(p, i, j0, count, row);
-      for (int64_t j = 0; j < count; ++j) sums[j] += row[j];
-      // Strips [m][6]: the micro-kernel then reads whole cache lines.
+  A* sums = thread_scratch<A>(3, p.n);  // [n] db
+  for (int64_t j = 0; j < p.n; ++j) sums[j] = A(0);
+  // Rows of G^T are columns of G, in strips [depth][6].
+  const auto load_a = [&](int64_t j0, int64_t count, int64_t d, int64_t depth, bool first_columns,
+                          A* scratch) -> Strips<A> {
+    A row[kBlockM + 8];
+    for (int64_t i = 0; i < depth; ++i) {
+      load_masked_gradient<T>(p, d + i, j0, count, row);
+      if (first_columns) {
+        for (int64_t j = 0; j < count; ++j) sums[j0 + j] += row[j];
+      }
+      // 8 at a time is faster: the next row overwrites the last two. The last row has no next.
+      const bool last = i + 1 == depth;
       for (int64_t strip = 0; strip < count; strip += kRows) {
-        const int64_t width = min64(kRows, count - strip);
-        for (int64_t j = 0; j < width; ++j) scratch[strip * p.m + i * kRows + j] = row[strip + j];
+        A* dst = scratch + strip * depth + i * kRows;
+        if (last) {
+          __builtin_memcpy(dst, row + strip, kRows * sizeof(A));
+        } else {
+          __builtin_memcpy(dst, row + strip, 8 * sizeof(A));
+        }
       }
     }
-    if (first_columns && p.grad_bias != nullptr)
-      convert(static_cast<T*>(p.grad_bias) + j0, sums, count);
-    return {scratch, kRows * p.m, 1, kRows};
+    return {scratch, kRows * depth, 1, kRows};
   };
   if (p.grad_w == nullptr || p.k == 0) {
-    for (int64_t j0 = 0; j0 < p.n; j0 += kBlockM) {
-      load_a(j0, min64(kBlockM, p.n - j0), true, thread_scratch<A>(5, kBlockM * p.m));
+    for (int64_t i = 0; i < p.m; ++i) {
+      A row[kBlockM];
+      for (int64_t j0 = 0; j0 < p.n; j0 += kBlockM) {
+        const int64_t count = min64(kBlockM, p.n - j0);
+        load_masked_gradient<T>(p, i, j0, count, row);
+        for (int64_t j = 0; j < count; ++j) sums[j0 + j] += row[j];
+      }
     }
-    return;
+  } else {
+    const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols,
+                            A* dst) -> Columns<A> {
+      return row_major_panel(x + d * p.x_stride + j0, p.x_stride, depth, cols, p.n <= kFewRows,
+                             dst);
+    };
+    const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
+      convert(static_cast<T*>(p.grad_w) + i * p.k + j0, row, cols);
+    };
+    gemm<A>(p.n, p.k, p.m, load_a, load_b, store_c, parallel);
   }
-  const auto load_b = [&](int64_t j0, int64_t cols, A* dst) {
-    pack_row_panel(dst, x + j0, p.x_stride, p.m, cols);
-  };
-  const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
-    convert(static_cast<T*>(p.grad_w) + i * p.k + j0, row, cols);
-  };
-  gemm<A>(p.n, p.k, p.m, load_a, load_b, store_c, parallel);
+  if (p.grad_bias != nullptr) convert(static_cast<T*>(p.grad_bias), sums, p.n);
 }
 
 template <class T>

@@ -52,7 +52,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   const char* op = "attention_backward";
   AttentionInputs in =
       validate_attention(op, query, key, value, attn_mask, seed, is_causal, scale, dropout_p);
-  check(needs.size() == 4, op, "needs", "4 flags (query, key, value, attn_mask)", needs.size());
+  FASTATTN_CHECK(needs.size() == 4, op, "needs", "4 flags (query, key, value, attn_mask)",
+                 needs.size());
   AttentionBackwardProblem b;
   AttentionProblem& p = in.problem;
   const ScalarType dtype = query.scalar_type(), accumulator = accumulator_type(dtype);
@@ -92,9 +93,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   b.needs_v = needs[2];
   b.needs_mask = needs[3];
   if (b.needs_mask) {
-    check(p.mask_kind == MaskKind::kFloat, op, "attn_mask",
-          "a floating-point mask, as its gradient is needed",
-          p.mask_kind == MaskKind::kBool ? "bool" : "None");
+    FASTATTN_CHECK(p.mask_kind == MaskKind::kFloat, op, "attn_mask",
+                   "a floating-point mask, as its gradient is needed",
+                   p.mask_kind == MaskKind::kBool ? "bool" : "None");
     const int64_t rank = attn_mask->dim();
     grad_mask = empty_like_device(query, shape_of(*attn_mask), dtype);
     b.grad_mask = grad_mask.data_ptr();
@@ -147,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, 
                                                         const std::vector<bool>& needs) {
   const char* op = "linear_relu_backward";
   const LinearInputs in = validate_linear(op, input, weight, std::nullopt);
-  check(needs.size() == 3, op, "needs", "3 flags (input, weight, bias)", needs.size());
+  FASTATTN_CHECK(needs.size() == 3, op, "needs", "3 flags (input, weight, bias)", needs.size());
   LinearBackwardProblem b = backward_of(in);
   const ScalarType dtype = input.scalar_type();
   check_like(op, "grad_out", grad_out, dtype, input);
@@ -189,15 +190,15 @@ std::vector<LinearInputs> validate_layers(const char* op, const Tensor& input,
 std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& weights,
                                 const std::vector<Tensor>& biases) {
   const char* op = "mlp_forward";
-  check(!weights.empty(), op, "weights", "at least 1 layer", 0);
-  check(biases.size() == weights.size(), op, "biases", std::to_string(weights.size()) + " tensors",
-        biases.size());
-  check(input.dim() >= 1, op, "input", "at least 1 dimension [*, in_features]",
-        text(shape_of(input)));
+  FASTATTN_CHECK(!weights.empty(), op, "weights", "at least 1 layer", 0);
+  FASTATTN_CHECK(biases.size() == weights.size(), op, "biases",
+                 std::to_string(weights.size()) + " tensors", biases.size());
+  FASTATTN_CHECK(input.dim() >= 1, op, "input", "at least 1 dimension [*, in_features]",
+                 text(shape_of(input)));
   std::vector<Tensor> activations;
   for (const Tensor& weight : weights) {
-    check(weight.dim() == 2, op, "weights", "2 dimensions [out_features, in_features]",
-          text(shape_of(weight)));
+    FASTATTN_CHECK(weight.dim() == 2, op, "weights", "2 dimensions [out_features, in_features]",
+                   text(shape_of(weight)));
     Shape shape = shape_of(input);
     shape.back() = weight.size(0);
     activations.push_back(empty_like_device(input, shape, input.scalar_type()));
@@ -220,11 +221,11 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input,
                                  const std::vector<bool>& needs) {
   const char* op = "mlp_backward";
   const size_t count = weights.size();
-  check(count > 0, op, "weights", "at least 1 layer", 0);
-  check(hidden.size() + 1 == count, op, "hidden", std::to_string(count - 1) + " tensors",
-        hidden.size());
-  check(needs.size() == 1 + 2 * count, op, "needs", std::to_string(1 + 2 * count) + " flags",
-        needs.size());
+  FASTATTN_CHECK(count > 0, op, "weights", "at least 1 layer", 0);
+  FASTATTN_CHECK(hidden.size() + 1 == count, op, "hidden", std::to_string(count - 1) + " tensors",
+                 hidden.size());
+  FASTATTN_CHECK(needs.size() == 1 + 2 * count, op, "needs",
+                 std::to_string(1 + 2 * count) + " flags", needs.size());
   const ScalarType dtype = input.scalar_type();
   std::vector<Tensor> kept;  // the ReLU is read from these: contiguous
   for (const Tensor& h : hidden) kept.push_back(torch::stable::contiguous(h));

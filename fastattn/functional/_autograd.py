@@ -6,12 +6,32 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def apply(function: type[torch.autograd.Function], *args: object) -> Tensor | tuple[Tensor, ...]:
+    """``function.apply(*args)``. Outside of torch.func and torch.compile without ``apply``'s own
+    inspection of the signature, which takes longer than a small kernel."""
+    if _base_apply is None or torch.compiler.is_compiling() or _in_transform():
+        return function.apply(*args)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return function.forward(*args)
+    return _base_apply(function, *_unwrap_dead_wrappers(args))
+
+
+try:
+    from torch._C import _are_functorch_transforms_active as _in_transform
+    from torch._functorch.utils import unwrap_dead_wrappers as _unwrap_dead_wrappers
+
+    _base_apply = torch._C._FunctionBase.__dict__["apply"]
+except (ImportError, AttributeError, KeyError):  # not a public interface
+    _base_apply = None
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device; float64 is left
-    alone, as in torch."""
-    device = next(t for t in tensors if t is not None).device.type
+    """The tensors in autocast's dtype where autocast is on for the device of the first; float64 is
+    left alone, as in torch."""
+    device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -47,5 +67,5 @@ def first_order(
     """kernel(*inputs), inside a backward: a second differentiation of the result raises a clear
     error."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _FirstOrderOnly.apply(kernel, name, *inputs)
+        return apply(_FirstOrderOnly, kernel, name, *inputs)
     return tuple(kernel(*inputs))

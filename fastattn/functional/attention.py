@@ -10,7 +10,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fastattn import backends, ops, reference
 from fastattn.functional import _validate
-from fastattn.functional._autograd import autocast, first_order
+from fastattn.functional._autograd import apply, autocast, first_order
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -147,8 +147,16 @@ def scaled_dot_product_attention(
             alibi_slopes=alibi_slopes,
         )
     else:
-        out, lse = AttentionFunction.apply(
-            query, key, value, attn_mask, seed, is_causal, float(scale), float(dropout_p)
+        out, lse = apply(
+            AttentionFunction,
+            query,
+            key,
+            value,
+            attn_mask,
+            seed,
+            is_causal,
+            float(scale),
+            float(dropout_p),
         )
     if unbatched:
         out, lse = out[0], lse[0]

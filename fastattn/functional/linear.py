@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn import backends, ops, reference
 from fastattn.functional import _validate
-from fastattn.functional._autograd import autocast, first_order
+from fastattn.functional._autograd import apply, autocast, first_order
 
 
 class LinearReLUFunction(torch.autograd.Function):
@@ -97,7 +97,7 @@ def linear_relu(
     problem = backends.Problem("linear_relu", input.device.type, input.dtype)
     if backends.select(problem, backend) == "reference":
         return reference.linear_relu(input, weight, bias)
-    return LinearReLUFunction.apply(input, weight, bias)[0]
+    return apply(LinearReLUFunction, input, weight, bias)[0]
 
 
 def mlp(
@@ -137,4 +137,4 @@ def mlp(
     problem = backends.Problem("mlp", input.device.type, input.dtype)
     if backends.select(problem, backend) == "reference":
         return reference.mlp(input, weights, biases)
-    return MLPFunction.apply(input, len(weights), *weights, *biases)[0]
+    return apply(MLPFunction, input, len(weights), *weights, *biases)[0]
