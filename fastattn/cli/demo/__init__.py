@@ -13,7 +13,7 @@ _NEEDED = ("sklearn", "matplotlib", "transformers", "accelerate")
 
 def demo(options: argparse.Namespace) -> int:
     """Runs the parts that were asked for; 0 when each did what it shows."""
-    console = Console(width=max(Console().width, 110))  # the table needs the room
+    console = Console(width=max(Console().width, 120))  # the table needs the room
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         console.print(f"the demo needs {', '.join(missing)}: pip install 'fastattn\\[demo]'")

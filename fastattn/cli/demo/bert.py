@@ -94,10 +94,13 @@ def _metrics(prediction) -> dict[str, float]:
 def run_bert(options: argparse.Namespace, console: Console) -> BertResult:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # a new classification head is no surprise here
+    logging.disable_progress_bar()
     path = model_path(options.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    train_cap, test_cap = (40, 20) if options.quick else (400, 150)
+    train_cap, test_cap = (40, 20) if options.quick else (250, 150)
     corpus = load_corpus(options.seed, packages=8, train_cap=train_cap, test_cap=test_cap)
     sizes = (len(corpus.train), len(corpus.test))
     console.print(
@@ -131,6 +134,7 @@ def _fine_tune(
     )
     from transformers.trainer_callback import PrinterCallback
 
+    from fastattn.cli.demo.progress import ProgressBar
     from fastattn.integrations.transformers import register
 
     register()
@@ -146,7 +150,7 @@ def _fine_tune(
     if implementation == "fastattn":
         report = str(fastattn.patch(model))
         console.print(report)
-    epochs = options.epochs or (1.0 if options.quick else 3.0)
+    epochs = options.epochs or (1.0 if options.quick else 2.0)
     steps = epochs * len(data[0]) / options.batch_size
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -166,14 +170,15 @@ def _fine_tune(
                 data_seed=options.seed,
                 use_cpu=not torch.cuda.is_available(),
                 dataloader_pin_memory=False,
+                disable_tqdm=True,
             ),
             train_dataset=data[0],
             eval_dataset=data[1],
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=_metrics,
+            callbacks=[ProgressBar(f"BERT, {implementation}", console)],
         )
         trainer.remove_callback(PrinterCallback)
-        console.print(f"fine-tuning with attn_implementation={implementation!r}")
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start

@@ -55,7 +55,7 @@ class DigitsResult:
 
     def rows(self) -> list[tuple[str, ...]]:
         task = f"{self.data}, {self.optimizer}"
-        check = f"loss within {self.loss_difference:.1e} over {COMPARED_STEPS} steps"
+        check = f"first {COMPARED_STEPS} losses within {self.loss_difference:.0e}"
         check += "" if self.good else ": FAILED"
         stock, ours = ([f"{m[k]:.3f}" for k in ("accuracy", "recall", "f1")] for m in self.metrics)
         return [
