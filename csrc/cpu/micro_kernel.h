@@ -14,7 +14,7 @@ struct Strided {
   int64_t depth;
 };
 
-enum class Start { kZero, kAdd, kScale };  // C = AB; C += AB; C = row_scale * C + AB
+enum class Start { kZero, kAdd, kScale };  // C = AB; C + AB; row_scale * C + AB
 
 // Keeps the compiler from holding the addresses of all rows at once: it would spill them around the
 // inner loop.
@@ -27,20 +27,10 @@ template <class A, int kR, int kV, Start kStart>
 void micro_kernel_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const A* b,
                        int64_t b_stride, A* c, int64_t c_stride, const A* row_scale) {
   Vec<A> acc[kR][kV];
-  A* c_row = c;
 #pragma GCC unroll 8
   for (int i = 0; i < kR; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kV; ++j) {
-      if constexpr (kStart == Start::kZero) acc[i][j] = Vec<A>{};
-      if constexpr (kStart == Start::kAdd) acc[i][j] = load(c_row + j * kWidth<A>);
-      if constexpr (kStart == Start::kScale)
-        acc[i][j] = broadcast(row_scale[i]) * load(c_row + j * kWidth<A>);
-    }
-    if constexpr (kStart != Start::kZero) {
-      c_row += c_stride;
-      one_row_at_a_time(c_row);
-    }
+    for (int j = 0; j < kV; ++j) acc[i][j] = Vec<A>{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     Vec<A> b_row[kV];
@@ -55,10 +45,16 @@ void micro_kernel_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_depth
     a += a_depth;
     b += b_stride;
   }
+  // C is added last: a long sum is then a sum of short ones, with their smaller rounding errors.
 #pragma GCC unroll 8
   for (int i = 0; i < kR; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kV; ++j) store(c + j * kWidth<A>, acc[i][j]);
+    for (int j = 0; j < kV; ++j) {
+      if constexpr (kStart == Start::kAdd) acc[i][j] += load(c + j * kWidth<A>);
+      if constexpr (kStart == Start::kScale)
+        acc[i][j] += broadcast(row_scale[i]) * load(c + j * kWidth<A>);
+      store(c + j * kWidth<A>, acc[i][j]);
+    }
     c += c_stride;
     one_row_at_a_time(c);
   }

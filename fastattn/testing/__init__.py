@@ -1,0 +1,5 @@
+"""Comparisons for tests of kernels: import it from tests only, nothing shipped needs it."""
+
+from fastattn.testing.compare import assert_accurate, assert_close, unit_roundoff
+
+__all__ = ["assert_accurate", "assert_close", "unit_roundoff"]

@@ -1,0 +1,66 @@
+"""The error policy: a result is measured against the float64 oracle, and may be off by as much as
+torch's own result in the same dtype, plus rounding."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half an ulp at 1."""
+    return torch.finfo(dtype).eps / 2
+
+
+def _error(actual: Tensor, oracle: Tensor) -> Tensor:
+    """|actual - oracle| in float64; 0 where both are the same infinity or NaN, infinite where only
+    one of them is."""
+    actual, oracle = actual.double(), oracle.double()
+    same = (actual == oracle) | (actual.isnan() & oracle.isnan())
+    return torch.where(same, 0.0, (actual - oracle).abs().nan_to_num(math.inf))
+
+
+def assert_close(name: str, actual: Tensor, oracle: Tensor, bound: Tensor | float) -> None:
+    """|actual - oracle| <= bound everywhere.
+
+    NaNs and infinities must stand at the same places. Raises AssertionError with the worst
+    coordinate.
+    """
+    assert actual.shape == oracle.shape, (
+        f"{name}: expected shape {tuple(oracle.shape)}, got {tuple(actual.shape)}"
+    )
+    if actual.numel() == 0:
+        return
+    error = _error(actual, oracle)
+    bound = torch.as_tensor(bound, dtype=torch.float64).expand(error.shape)
+    bad = ~(error <= bound)
+    if not bad.any():
+        return
+    excess = torch.where(bad, error - bound.nan_to_num(0.0), -math.inf).nan_to_num(math.inf)
+    worst = tuple(int(i) for i in torch.unravel_index(excess.argmax(), error.shape))
+    raise AssertionError(
+        f"{name}: {int(bad.sum())} of {bad.numel()} elements are off; worst at {worst}: expected "
+        f"{oracle[worst].item():.9g} within {bound[worst].item():.3g}, "
+        f"got {actual[worst].item():.9g}"
+    )
+
+
+def assert_accurate(
+    name: str, actual: Tensor, oracle: Tensor, peer: Tensor, *, factor: float = 2.0
+) -> None:
+    """The largest error is at most ``factor`` times the peer's, plus 2 ulp of the oracle's size.
+
+    Args:
+        actual: the kernel's result; peer: torch's result in the same dtype.
+        oracle: the same, computed in float64.
+        factor: the hard limit of the policy is 2.
+    """
+    assert actual.dtype == peer.dtype, f"{name}: expected {peer.dtype}, got {actual.dtype}"
+    finite = oracle.double().nan_to_num(0.0, 0.0, 0.0)
+    size = finite.abs().max() if finite.numel() else 0.0
+    peer_error = _error(peer, oracle)
+    peer_error = peer_error.max() if peer_error.numel() else 0.0
+    bound = factor * peer_error + 4 * unit_roundoff(actual.dtype) * size
+    assert_close(name, actual, oracle, bound)

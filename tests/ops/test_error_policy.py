@@ -1,0 +1,91 @@
+"""Every kernel in every dtype is as accurate as torch's own result in that dtype, measured against
+the oracle in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastattn
+from fastattn import reference
+from fastattn.testing import assert_accurate, assert_close
+
+pytestmark = pytest.mark.native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is the oracle's own
+# batch, heads, seq_q, seq_k, head_dim, head_dim_v. Not one query: dV is then a single product, in
+# which torch, where it keeps P itself, has next to no error to compare with.
+ATTENTION = [(2, 2, 63, 111, 64, 64), (1, 2, 257, 257, 32, 32), (2, 4, 111, 513, 128, 17)]
+LINEAR = [(64, 784, 128), (111, 300, 65), (1, 64, 10), (257, 33, 100)]
+
+
+def _gradients(function, leaves, cotangent):
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "causal", "bool", "float"])
+@pytest.mark.parametrize("shape", ATTENTION, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention(dtype, shape, mask_kind):
+    batch, heads, seq_q, seq_k, dim, dim_v = shape
+    leaves = [
+        torch.randn(batch, heads, seq_q, dim, dtype=dtype),
+        torch.randn(batch, heads, seq_k, dim, dtype=dtype),
+        torch.randn(batch, heads, seq_k, dim_v, dtype=dtype),
+    ]
+    causal, mask = mask_kind == "causal", None
+    if mask_kind == "bool":
+        mask = torch.rand(batch, 1, seq_q, seq_k) > 0.3
+        mask[..., 0] = True  # torch's gradients of empty rows are another contract
+    if mask_kind == "float":
+        leaves.append(torch.randn(1, heads, seq_q, seq_k, dtype=dtype))
+
+    def masked(function):
+        return lambda q, k, v, bias=mask: function(q, k, v, bias, 0.0, causal)
+
+    def oracle(q, k, v, bias=mask):
+        return reference.attention(q, k, v, bias, is_causal=causal)[0]
+
+    def ours(q, k, v, bias=mask):
+        return fastattn.scaled_dot_product_attention(q, k, v, bias, 0.0, causal, backend="cpu")
+
+    cotangent = torch.randn(batch, heads, seq_q, dim_v, dtype=dtype)
+    wide = _gradients(oracle, [x.double() for x in leaves], cotangent)
+    peer = _gradients(masked(F.scaled_dot_product_attention), leaves, cotangent)
+    actual = _gradients(ours, leaves, cotangent)
+    for name, a, o, p in zip(("out", "dq", "dk", "dv", "dmask"), actual, wide, peer, strict=False):
+        assert_accurate(name, a, o, p)
+
+
+@pytest.mark.parametrize("shape", LINEAR, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_relu(dtype, shape):
+    rows, n_in, n_out = shape
+    leaves = [
+        torch.randn(rows, n_in, dtype=dtype),
+        torch.randn(n_out, n_in, dtype=dtype) / n_in**0.5,
+        torch.randn(n_out, dtype=dtype),
+    ]
+    # A sum that is about 0 may pass the ReLU of one side only; its gradient is cleared on all.
+    sums = F.linear(*(x.double() for x in leaves))
+    cotangent = torch.randn(rows, n_out).masked_fill_(sums.abs() < 0.05, 0.0).to(dtype)
+    wide = _gradients(reference.linear_relu, [x.double() for x in leaves], cotangent)
+    peer = _gradients(lambda x, w, b: F.relu(F.linear(x, w, b)), leaves, cotangent)
+    actual = _gradients(lambda *x: fastattn.linear_relu(*x, backend="cpu"), leaves, cotangent)
+    for name, a, o, p in zip(("out", "dx", "dw", "db"), actual, wide, peer, strict=True):
+        assert_accurate(name, a, o, p)
+
+
+def test_the_comparison_can_fail():
+    x = torch.tensor([1.0, 2.0])
+    assert_close("x", x, x.double(), 0.0)
+    for wrong in ([1.0, 2.1], [1.0, float("nan")], [1.0, float("inf")]):
+        with pytest.raises(AssertionError, match=r"x: 1 of 2 .*worst at \(1,\)"):
+            assert_close("x", torch.tensor(wrong), x.double(), 1e-3)
+    with pytest.raises(AssertionError, match="expected shape"):
+        assert_close("x", x[:1], x.double(), 1.0)
+    with pytest.raises(AssertionError, match="worst at"):
+        assert_accurate("x", x + 1e-3, x.double(), x + 1e-4)
