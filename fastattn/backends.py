@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,16 +29,13 @@ class FastAttnWarning(UserWarning):
     """The O(S²) reference backend was taken because no kernel serves the call."""
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a backend must know to say whether it serves a call."""
 
     op: str
     device: str
     dtype: torch.dtype
-    options: tuple[str, ...] = field(
-        default=()
-    )  # the extras in use: window_size, softcap, alibi_slopes
+    options: tuple[str, ...] = ()  # the extras in use: window_size, softcap, alibi_slopes
 
 
 @dataclass(frozen=True)

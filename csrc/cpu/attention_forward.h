@@ -151,7 +151,7 @@ class AttentionForward {
   }
 
   struct SoftmaxState {
-    A* m;        // [rows] running maximum
+    A* m;        // [rows] running maximum, in the exponent's base
     A* l;        // [rows] running sum
     A* rescale;  // [rows] of the current step
   };
@@ -199,13 +199,18 @@ class AttentionForward {
     return min64(keys, key_limit(p_, i) - j0);
   }
 
+  // Exponents are kept in base 2, one multiplication less a score, unless a float mask may hold
+  // numbers so large that the change of base would overflow or cost digits (finfo.min, -1e9).
+  bool in_base_2() const { return p_.mask_kind != MaskKind::kFloat && p_.scale > 0; }
+
   // Scores of row i -> probabilities relative to the running maximum; columns up to `width` are
   // set.
   FASTATTN_INLINE void softmax_row(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i,
                                    int64_t j0, int64_t keys, int64_t width, A* row, A& m, A& l,
                                    A& rescale, A* z) const {
     const int64_t seen = max64(0, keys_seen(i, j0, keys)), padded = round_up(seen, kWidth<A>);
-    A factor = static_cast<A>(p_.scale);
+    const bool base_2 = in_base_2();
+    A factor = static_cast<A>(base_2 ? p_.scale * kLog2E : p_.scale);
     if (mask.kind != MaskKind::kNone || factor <= A(0)) {
       scale_and_mask(mask, row, factor, i, j0, seen);
       factor = A(1);
@@ -213,9 +218,14 @@ class AttentionForward {
     for (int64_t j = seen; j < padded; ++j) row[j] = -kInf<A>;
     const A block_max = row_max(row, padded) * factor;
     const A previous = m, updated = previous > block_max ? previous : block_max;  // E2
-    const A shift = updated == -kInf<A> ? A(0) : updated;  // nothing seen yet: every e^{S - 0} is 0
-    rescale = updated == previous ? A(1) : exponential(previous - shift);
-    l = l * rescale + row_exp(row, padded, factor, shift);  // E3
+    const A shift = updated == -kInf<A> ? A(0) : updated;  // nothing seen yet: every power is 0
+    if (base_2) {
+      rescale = updated == previous ? A(1) : power_of_2(previous - shift);
+      l = l * rescale + row_exp2(row, padded, factor, shift);  // E3
+    } else {
+      rescale = updated == previous ? A(1) : exponential(previous - shift);
+      l = l * rescale + row_exp(row, padded, factor, shift);
+    }
     m = updated;
     for (int64_t j = padded; j < width; ++j) row[j] = A(0);
     if (dropout_.active) {
@@ -234,7 +244,9 @@ class AttentionForward {
       const A inverse = empty ? A(0) : A(1) / l[i];
       for (int64_t d = 0; d < p_.head_dim_v; ++d) row[d] *= inverse;
       convert(out + i * p_.out.row_stride, row, p_.head_dim_v);
-      lse[i] = empty ? -kInf<A> : m[i] + logarithm(l[i]);
+      const double unit = in_base_2() ? kLn2 : 1.0;
+      lse[i] =
+          empty ? -kInf<A> : static_cast<A>(m[i] * unit + __builtin_log(static_cast<double>(l[i])));
     }
   }
 

@@ -5,10 +5,12 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.6931471805599453094;
+
 FASTATTN_INLINE float exponential(float x) { return __builtin_expf(x); }
 FASTATTN_INLINE double exponential(double x) { return __builtin_exp(x); }
-FASTATTN_INLINE float logarithm(float x) { return __builtin_logf(x); }
-FASTATTN_INLINE double logarithm(double x) { return __builtin_log(x); }
+FASTATTN_INLINE float power_of_2(float x) { return __builtin_exp2f(x); }
+FASTATTN_INLINE double power_of_2(double x) { return __builtin_exp2(x); }
 
 template <class A>
 FASTATTN_INLINE A row_max(const A* s, int64_t n) {
@@ -17,12 +19,25 @@ FASTATTN_INLINE A row_max(const A* s, int64_t n) {
   return reduce_max(best);
 }
 
+// s = 2^{scale_log2 * s - shift_log2}; returns the sum.  // E3
+template <class A>
+FASTATTN_INLINE A row_exp2(A* s, int64_t n, A scale_log2, A shift_log2) {
+  const Vec<A> scales = broadcast(scale_log2), shifts = broadcast(shift_log2);
+  Vec<A> sum{};
+  for (int64_t j = 0; j < n; j += kWidth<A>) {
+    const Vec<A> p = exp2(load(s + j) * scales - shifts);
+    sum += p;
+    store(s + j, p);
+  }
+  return reduce_add(sum);
+}
+
 // s = e^{scale * s - shift}; returns the sum.  // E3, E6
+// The difference first: rounding then costs a share of the exponent, which is small where e^x is
+// not. A shift brought to base 2 beforehand would cost its own rounding everywhere.
 template <class A>
 FASTATTN_INLINE A row_exp(A* s, int64_t n, A scale, A shift) {
-  // The difference first: rounding then costs a share of the exponent, which is small where e^x is
-  // not. A shift that was brought to base 2 beforehand would cost its own rounding everywhere.
-  const Vec<A> log2_e = broadcast(static_cast<A>(1.4426950408889634074));
+  const Vec<A> log2_e = broadcast(static_cast<A>(kLog2E));
   const Vec<A> scales = broadcast(scale), shifts = broadcast(shift);
   Vec<A> sum{};
   for (int64_t j = 0; j < n; j += kWidth<A>) {

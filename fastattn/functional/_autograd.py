@@ -12,11 +12,23 @@ from torch.autograd import forward_ad
 def apply(function: type[torch.autograd.Function], *args: object) -> Tensor | tuple[Tensor, ...]:
     """``function.apply(*args)``. Outside of torch.func and torch.compile without ``apply``'s own
     inspection of the signature, which takes longer than a small kernel."""
-    if _base_apply is None or torch.compiler.is_compiling() or _in_transform():
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(args))
+    if _base_apply is None or _in_transform():
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return function.forward(*args)
     return _base_apply(function, *_unwrap_dead_wrappers(args))
+
+
+def _distinct(args: tuple[object, ...]) -> list[object]:
+    """A tensor that comes again (q, q, q) as a view of itself: torch.compile refuses a Function
+    that is given the same tensor twice."""
+    distinct: list[object] = []
+    for arg in args:
+        again = isinstance(arg, Tensor) and any(arg is earlier for earlier in distinct)
+        distinct.append(arg.view_as(arg) if again else arg)
+    return distinct
 
 
 try:

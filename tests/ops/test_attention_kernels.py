@@ -62,7 +62,7 @@ def check(name: str, actual: Tensor, expected: Tensor, bound: Tensor | float) ->
 
 @pytest.mark.parametrize("mask_kind", MASKS)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_and_backward(dtype, shape, causal, mask_kind):
     batch, heads_q, heads_k, seq_q, seq_k, dim, dim_v = shape
@@ -166,6 +166,20 @@ def test_a_nan_in_a_used_key_stays():
     out, lse = ops.attention_forward(q, k, v, None, None, True, 0.3, 0.0)
     assert out[0, 0, 4:].isnan().all()
     assert lse[0, 0, 4:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_mask_of_the_lowest_number_weighs_all_keys_alike(dtype):
+    """finfo.min instead of -inf is common; a row of nothing else is no empty row."""
+    q, k, v = (torch.randn(1, 2, 30, 16, dtype=dtype) for _ in range(3))
+    mask = torch.zeros(1, 1, 30, 30, dtype=dtype)
+    mask[..., 20:] = torch.finfo(dtype).min
+    mask[..., 7, :] = torch.finfo(dtype).min
+    out, lse = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0)
+    torch.testing.assert_close(out[..., 7, :], v.mean(-2))
+    assert lse[0, 0, 7] == torch.tensor(torch.finfo(dtype).min, dtype=lse.dtype)
+    expected = reference.attention_forward(q, k, v, mask, scale=0.25)[0]
+    torch.testing.assert_close(out, expected)
 
 
 def test_an_empty_row_with_nan_harms_nobody():

@@ -100,7 +100,7 @@ def run_bert(options: argparse.Namespace, console: Console) -> BertResult:
     logging.disable_progress_bar()
     path = model_path(options.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    train_cap, test_cap = (40, 20) if options.quick else (250, 150)
+    train_cap, test_cap = (40, 20) if options.quick else (200, 120)
     corpus = load_corpus(options.seed, packages=8, train_cap=train_cap, test_cap=test_cap)
     sizes = (len(corpus.train), len(corpus.test))
     console.print(
@@ -135,14 +135,12 @@ def _fine_tune(
     from transformers.trainer_callback import PrinterCallback
 
     from fastattn.cli.demo.progress import ProgressBar
-    from fastattn.integrations.transformers import register
 
-    register()
     set_seed(options.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         path,
         num_labels=len(corpus.packages),
-        attn_implementation=implementation,
+        attn_implementation="sdpa",
         hidden_dropout_prob=0.1,
         attention_probs_dropout_prob=0.1,
     )

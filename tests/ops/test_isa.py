@@ -1,0 +1,37 @@
+"""The kernel tests again on the instruction sets that the dispatch did not choose here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastattn import _extension
+
+pytestmark = pytest.mark.native
+
+# Every kernel, dtype and kind of mask, on the shapes that leave remainders everywhere.
+FILES = ("test_attention_kernels.py", "test_linear_kernels.py")
+SLOW_SHAPES = ("130x513", "400x270", "257x300")
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_kernels_of_every_instruction_set(isa):
+    if isa == _extension.cpu_isa():
+        pytest.skip(f"{isa} is what all the other tests run")
+    program = "from fastattn import _extension as e; print(e.why_not() or e.cpu_isa())"
+    environment = os.environ | {"FASTATTN_CPU_ISA": isa}
+    answer = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if "cannot run" in answer:
+        pytest.skip(answer)
+    assert answer == isa
+    tests = [str(Path(__file__).parent / name) for name in FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command += ["-k", " and ".join(f"not {shape}" for shape in SLOW_SHAPES)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
