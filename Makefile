@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help setup test demo lint format bench wheel clean
+.PHONY: help setup test demo lint format bench gpu-check wheel clean
 .DEFAULT_GOAL := help
 
 help: ## This list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 $(VENV)/.deps: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastattn needs Python 3.11 or later; set PYTHON=...")'
@@ -22,8 +22,9 @@ $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 
 setup: $(VENV)/.built ## Environment in .venv, native library built in place
 
-test: setup ## The tests
+test: setup ## The tests; the Triton kernels a second time, in the interpreter
 	OMP_NUM_THREADS=1 FASTATTN_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n 2 tests
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -W ignore tests/ops/triton
 
 demo: setup ## Train real models on real data, stock torch beside fastattn
 	$(BIN)/python -m fastattn demo
@@ -40,6 +41,10 @@ format: setup ## ruff and clang-format, in place
 
 bench: setup ## Paired timings against torch
 	$(BIN)/python benchmarks/run.py
+
+OUT ?= gpu-check
+gpu-check: ## On a GPU machine, with PYTHON's own torch and Triton: build, test, time, into OUT=dir
+	$(PYTHON) benchmarks/gpu_check.py --output $(OUT)
 
 wheel: setup ## A wheel for this platform and Python in dist/
 	FASTATTN_REQUIRE_NATIVE=1 $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from fastattn import _extension
+from fastattn.ops import triton
+from fastattn.ops.triton.config import fused_product, why_not
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 OPS = ("attention", "varlen_attn", "linear_relu", "mlp")
 
-_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _default = os.environ.get("FASTATTN_BACKEND") or None
 _warned: set[tuple[str, str]] = set()
 
@@ -36,6 +38,8 @@ class Problem(NamedTuple):
     device: str
     dtype: torch.dtype
     options: tuple[str, ...] = ()  # the extras in use: window_size, softcap, alibi_slopes
+    head_dim: int = 0  # the larger of D and Dv
+    slopes_gradient: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,10 @@ class Explanation:
     op: str
     backend: str
     reasons: dict[str, list[str]]
+    detail: str = ""  # how the backend goes about it
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.backend}"]
+        lines = [f"{self.op}: {self.backend}{self.detail and f' ({self.detail})'}"]
         for name, reasons in self.reasons.items():
             if name != self.backend:
                 lines.append(f"  not {name}: {'; '.join(reasons) or 'comes after ' + self.backend}")
@@ -58,16 +63,39 @@ def reasons(problem: Problem, backend: str) -> list[str]:
     """Why ``backend`` does not serve ``problem``; empty where it does."""
     if backend == "reference":
         return []
-    if backend in ("cuda", "triton"):
+    if backend == "cuda":
         return [f"this version has no {backend} kernels"]
+    return _triton_reasons(problem) if backend == "triton" else _cpu_reasons(problem)
+
+
+def _cpu_reasons(problem: Problem) -> list[str]:
     found = []
     if not _extension.HAS_NATIVE:
         found.append(f"the native library is not loaded ({_extension.why_not()})")
     if problem.device != "cpu":
         found.append(f"the inputs are on {problem.device}")
-    if problem.dtype not in _CPU_DTYPES:
+    if problem.dtype not in _DTYPES:
         found.append(f"{problem.dtype} is not one of float32, float64, bfloat16, float16")
     found += [f"the cpu kernels do not take {option} yet" for option in problem.options]
+    return found
+
+
+def _triton_reasons(problem: Problem) -> list[str]:
+    found = []
+    if problem.device != "cuda" and not (problem.device == "cpu" and triton.interpreting()):
+        found.append(f"the inputs are on {problem.device}")
+    elif triton.why_not() is not None:
+        found.append(triton.why_not())
+    elif problem.device == "cuda":
+        capability = triton.capability(torch.cuda.current_device())
+        against = why_not(capability, problem.dtype.itemsize, problem.head_dim)
+        found += [against] if against is not None else []
+    if problem.dtype not in _DTYPES:
+        found.append(f"{problem.dtype} is not one of float32, float64, bfloat16, float16")
+    if problem.head_dim > triton.MAX_HEAD_DIM:
+        found.append(f"head dim {problem.head_dim} is above {triton.MAX_HEAD_DIM}")
+    if problem.slopes_gradient:
+        found.append("the triton kernels give alibi_slopes no gradient")
     return found
 
 
@@ -88,10 +116,11 @@ def select(problem: Problem, backend: str | None = None) -> str:
                 f"backend {explicit!r} cannot serve {problem.op}: {'; '.join(against)}"
             )
         return explicit
-    native_first = "cpu" if problem.device == "cpu" else "cuda"
-    against = reasons(problem, native_first)
-    if not against:
-        return native_first
+    against = []
+    for name in ("cpu",) if problem.device == "cpu" else ("cuda", "triton"):
+        against = reasons(problem, name)
+        if not against:
+            return name
     if not torch.compiler.is_compiling():
         _warn_reference(problem, against)
     return "reference"
@@ -106,7 +135,10 @@ def _warn_reference(problem: Problem, against: list[str]) -> None:
 
 def available() -> list[str]:
     """The backends that can serve anything on this machine."""
-    return (["cpu"] if _extension.HAS_NATIVE else []) + ["reference"]
+    found = ["cpu"] if _extension.HAS_NATIVE else []
+    if (torch.cuda.is_available() or triton.interpreting()) and triton.why_not() is None:
+        found.append("triton")
+    return [*found, "reference"]
 
 
 def explain(op: str, *args: Tensor, backend: str | None = None, **options: object) -> Explanation:
@@ -119,12 +151,28 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
     if not tensors:
         raise TypeError("args: expected the op's tensors, got none")
     extras = active_options(**{k: v for k, v in options.items() if k in _EXTRAS})
-    problem = Problem(op, tensors[0].device.type, tensors[0].dtype, extras)
+    slopes = options.get("alibi_slopes")
+    problem = Problem(
+        op,
+        tensors[0].device.type,
+        tensors[0].dtype,
+        extras,
+        max(tensors[0].shape[-1], tensors[min(2, len(tensors) - 1)].shape[-1])
+        if op in ("attention", "varlen_attn")
+        else 0,
+        slopes is not None and slopes.requires_grad,
+    )
     against = {name: reasons(problem, name) for name in BACKENDS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastAttnWarning)
         chosen = select(problem, backend)
-    return Explanation(op, chosen, against)
+    detail = ""
+    if chosen == "triton" and op in ("linear_relu", "mlp") and len(tensors) > 1:
+        input, weight = tensors[:2]
+        rows = input.numel() // max(1, input.shape[-1])
+        fused = fused_product(rows, *weight.shape, input.element_size())
+        detail = "one fused kernel" if fused else "cuBLAS and a kernel for the ReLU and its bits"
+    return Explanation(op, chosen, against, detail)
 
 
 _EXTRAS = ("window_size", "softcap", "alibi_slopes")

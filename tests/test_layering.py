@@ -19,17 +19,17 @@ ALLOWED = {
     "_extension": {"_C"},
     "reference": set(),
     "testing": {"testing"},
-    "backends": {"_extension"},
+    "backends": {"_extension", "ops"},
     "ops": {"_extension", "ops"},
     "functional": {"ops", "reference", "backends", "functional"},
     "nn": {"functional", "nn"},
     "integrations": {"nn", "functional", "backends", "integrations"},
-    "cli": {"integrations", "functional", "backends", "_extension", "cli", ""},
+    "cli": {"integrations", "functional", "backends", "ops", "_extension", "cli", ""},
     "__main__": {"cli"},
     "__init__": {"backends", "functional"},
 }
-# Other packages: none but torch below the integrations, any in the command line.
-THIRD_PARTY = {"integrations": {"transformers", "rich"}, "cli": None}
+# Other packages: torch, Triton for its kernels, any in the command line.
+THIRD_PARTY = {"ops": {"triton"}, "integrations": {"transformers", "rich"}, "cli": None}
 
 # csrc layer -> the layers whose headers it may include
 INCLUDES = {"common": {"common"}, "cpu": {"common", "cpu"}, "": {"common", "cpu"}}

@@ -11,6 +11,7 @@ from rich.table import Table
 
 import fastattn
 from fastattn import _extension, backends
+from fastattn.ops import triton
 
 _GOOD, _BAD, _NOTE = "[green]ok[/]", "[red]missing[/]", "[yellow]note[/]"
 
@@ -58,7 +59,8 @@ def doctor(console: Console | None = None) -> int:
     cuda = _extension.build_info.get("cuda", {}).get("reason", "this version has no CUDA kernels")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "torch sees no GPU"
     table.add_row(_NOTE, "CUDA backend", f"{cuda}; {gpu}")
-    table.add_row(_NOTE, "Triton backend", "this version has no Triton kernels")
+    against = triton.why_not() or (None if torch.cuda.is_available() else "torch sees no GPU")
+    table.add_row(_NOTE if against else _GOOD, "Triton kernels", against or "serve CUDA tensors")
     console.print(table)
 
     served = Table(title="Which backend serves a call", title_justify="left")

@@ -117,6 +117,16 @@ def extras(window_size: object, softcap: object, alibi_slopes: object, query: Te
             _bad(ValueError, "alibi_slopes", f"shape {expected}", tuple(alibi_slopes.shape))
 
 
+def sequence_starts(argument: str, starts: object, query: Tensor) -> None:
+    if not isinstance(starts, Tensor) or starts.dtype not in (torch.int32, torch.int64):
+        got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
+        _bad(TypeError, argument, "an int32 or int64 tensor", got)
+    if starts.dim() != 1 or starts.numel() == 0:
+        _bad(ValueError, argument, "shape [B + 1]", tuple(starts.shape))
+    if starts.device != query.device:
+        _bad(ValueError, argument, f"query's device {query.device}", starts.device)
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = "") -> None:
     tensor("input", input)
     if input.dim() < 1:

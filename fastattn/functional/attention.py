@@ -18,23 +18,51 @@ class AttentionFunction(torch.autograd.Function):
     memory."""
 
     @staticmethod
-    def forward(query, key, value, attn_mask, seed, is_causal, scale, dropout_p):
+    def forward(
+        query,
+        key,
+        value,
+        attn_mask,
+        seed,
+        is_causal,
+        scale,
+        dropout_p,
+        alibi_slopes=None,
+        starts_q=None,
+        starts_k=None,
+        options=ops.NO_OPTIONS,
+        backend="cpu",
+    ):
         return ops.attention_forward(
-            query, key, value, attn_mask, seed, is_causal, scale, dropout_p
+            query,
+            key,
+            value,
+            attn_mask,
+            seed,
+            is_causal,
+            scale,
+            dropout_p,
+            alibi_slopes,
+            starts_q,
+            starts_k,
+            options,
+            backend,
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        query, key, value, attn_mask, seed, ctx.is_causal, ctx.scale, ctx.dropout_p = inputs
+        query, key, value, attn_mask, seed, ctx.is_causal, ctx.scale, ctx.dropout_p, *more = inputs
+        alibi_slopes, starts_q, starts_k, ctx.options, ctx.backend = more
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, attn_mask, seed, *output)
+        extra = (alibi_slopes, starts_q, starts_k)
+        ctx.save_for_backward(query, key, value, attn_mask, seed, *extra, *output)
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, attn_mask, seed, out, lse = ctx.saved_tensors
+        query, key, value, attn_mask, seed, *extra, out, lse = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         if grad_out is None and grad_lse is None:
-            return (None,) * 8
+            return (None,) * 13
         if grad_out is None:
             grad_out = torch.zeros_like(out)
 
@@ -53,11 +81,14 @@ class AttentionFunction(torch.autograd.Function):
                 ctx.scale,
                 ctx.dropout_p,
                 needs,
+                *extra,
+                ctx.options,
+                ctx.backend,
             )
 
         grads = first_order(kernel, "attention", grad_out, grad_lse, query, key, value, attn_mask)
         grads = (g if need else None for g, need in zip(grads, needs, strict=True))
-        return (*grads, None, None, None, None)
+        return (*grads, *(None,) * 9)
 
 
 def scaled_dot_product_attention(
@@ -95,7 +126,7 @@ def scaled_dot_product_attention(
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``: adds -slope·|i-j|.
         return_lse: also return the log-sum-exp of each row, ``[..., Hq, Sq]``, float32
             (float64 for float64), differentiable.
-        backend: ``cpu``, ``reference`` or None for the first that serves the call.
+        backend: ``cpu``, ``triton``, ``reference`` or None for the first that serves the call.
 
     Returns:
         ``[..., Hq, Sq, Dv]`` in query's dtype. A row with nothing to attend to is 0, its LSE -inf,
@@ -127,6 +158,8 @@ def scaled_dot_product_attention(
         query.device.type,
         query.dtype,
         backends.active_options(window_size, softcap, alibi_slopes),
+        max(query.shape[-1], value.shape[-1]),
+        alibi_slopes is not None and alibi_slopes.requires_grad,
     )
     chosen = backends.select(problem, backend)
     seed = None
@@ -157,10 +190,23 @@ def scaled_dot_product_attention(
             is_causal,
             float(scale),
             float(dropout_p),
+            alibi_slopes,
+            None,
+            None,
+            kernel_options(window_size, softcap),
+            chosen,
         )
     if unbatched:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
+
+
+def kernel_options(
+    window_size: tuple[int, int] | None, softcap: float, max_q: int = 0, max_k: int = 0
+) -> ops.Options:
+    """The options as the kernels take them."""
+    left, right = (-1, -1) if window_size is None else window_size
+    return ops.Options(int(left), int(right), float(softcap), int(max_q), int(max_k))
 
 
 def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

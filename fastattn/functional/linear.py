@@ -16,12 +16,12 @@ class LinearReLUFunction(torch.autograd.Function):
     """relu(x Wᵀ + b) and its bit-mask. Saves x, W and one bit an output element."""
 
     @staticmethod
-    def forward(input, weight, bias):
-        return ops.linear_relu_forward(input, weight, bias)
+    def forward(input, weight, bias, backend="cpu"):
+        return ops.linear_relu_forward(input, weight, bias, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        input, weight, _ = inputs
+        input, weight, _, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, output[1])
@@ -29,15 +29,15 @@ class LinearReLUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _grad_mask):
         if grad_out is None:
-            return None, None, None
+            return (None,) * 4
         input, weight, mask = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad)
+        needs = list(ctx.needs_input_grad[:3])
 
         def kernel(grad_out, input, weight):
-            return ops.linear_relu_backward(grad_out, input, weight, mask, needs)
+            return ops.linear_relu_backward(grad_out, input, weight, mask, needs, ctx.backend)
 
         grads = first_order(kernel, "linear_relu", grad_out, input, weight)
-        return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
 
 
 class MLPFunction(torch.autograd.Function):
@@ -85,7 +85,7 @@ def linear_relu(
         input: ``[..., in_features]``, floating point.
         weight: ``[out_features, in_features]``; bias: ``[out_features]`` or None; input's dtype
         and device.
-        backend: ``cpu``, ``reference`` or None for the first that serves the call.
+        backend: ``cpu``, ``triton``, ``reference`` or None for the first that serves the call.
 
     Returns:
         ``[..., out_features]`` in input's dtype. A NaN stays a NaN.
@@ -95,9 +95,10 @@ def linear_relu(
     _validate.linear(input, weight, bias)
     _validate.in_features("weight", weight, input.shape[-1])
     problem = backends.Problem("linear_relu", input.device.type, input.dtype)
-    if backends.select(problem, backend) == "reference":
+    chosen = backends.select(problem, backend)
+    if chosen == "reference":
         return reference.linear_relu(input, weight, bias)
-    return apply(LinearReLUFunction, input, weight, bias)[0]
+    return apply(LinearReLUFunction, input, weight, bias, chosen)[0]
 
 
 def mlp(
@@ -113,7 +114,7 @@ def mlp(
         input: ``[..., N_0]``, floating point.
         weights: L >= 1 tensors ``[N_l, N_{l-1}]``; biases: L tensors ``[N_l]`` or Nones, or None
         for no bias at all.
-        backend: ``cpu``, ``reference`` or None for the first that serves the call.
+        backend: ``cpu``, ``triton``, ``reference`` or None for the first that serves the call.
 
     Returns:
         ``[..., N_L]`` in input's dtype.
@@ -135,6 +136,11 @@ def mlp(
         )
         width = weight.shape[0]
     problem = backends.Problem("mlp", input.device.type, input.dtype)
-    if backends.select(problem, backend) == "reference":
+    chosen = backends.select(problem, backend)
+    if chosen == "reference":
         return reference.mlp(input, weights, biases)
+    if chosen == "triton":
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            input = apply(LinearReLUFunction, input, weight, bias, chosen)[0]
+        return torch.nn.functional.linear(input, weights[-1], biases[-1])
     return apply(MLPFunction, input, len(weights), *weights, *biases)[0]

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
 
+from fastattn import backends
 from fastattn.functional import _validate
-from fastattn.functional.attention import scaled_dot_product_attention
+from fastattn.functional._autograd import apply, autocast
+from fastattn.functional.attention import (
+    AttentionFunction,
+    kernel_options,
+    scaled_dot_product_attention,
+)
 
 
 def varlen_attn(
@@ -37,7 +44,8 @@ def varlen_attn(
         divides Hq.
         cu_seq_q, cu_seq_k: int32 or int64 ``[B + 1]``: where each sequence starts, and the total
         at the end.
-        max_q, max_k: upper bounds of the lengths.
+        max_q, max_k: upper bounds of the lengths. On a GPU neither they nor the starts are compared
+            with the data, which would wait for it; nothing is read out of bounds.
         is_causal, scale, dropout_p, window_size, softcap, alibi_slopes, return_lse, backend: as in
             ``scaled_dot_product_attention``; the causal mask is top-left aligned in each sequence.
 
@@ -50,12 +58,56 @@ def varlen_attn(
             raise ValueError(
                 f"{name}: expected 3 dimensions [tokens, heads, dim], got {tuple(x.shape)}"
             )
-    starts_q = _sequence_starts("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
-    starts_k = _sequence_starts("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
-    if len(starts_q) != len(starts_k):
+    _validate.probability("dropout_p", dropout_p)
+    _validate.sequence_starts("cu_seq_q", cu_seq_q, query)
+    _validate.sequence_starts("cu_seq_k", cu_seq_k, query)
+    if cu_seq_q.shape != cu_seq_k.shape:
         raise ValueError(
-            f"cu_seq_k: expected {len(starts_q)} entries as cu_seq_q, got {len(starts_k)}"
+            f"cu_seq_k: expected {cu_seq_q.shape[0]} entries as cu_seq_q, got {cu_seq_k.shape[0]}"
         )
+    problem = backends.Problem(
+        "varlen_attn",
+        query.device.type,
+        query.dtype,
+        backends.active_options(window_size, softcap, alibi_slopes),
+        max(query.shape[-1], value.shape[-1]),
+        alibi_slopes is not None and alibi_slopes.requires_grad,
+    )
+    chosen = backends.select(problem, backend)
+    if not query.is_cuda:
+        starts_q = _checked_starts("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
+        starts_k = _checked_starts("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
+    if chosen == "triton":
+        query, key, value = autocast(query, key, value)
+        per_head = [x.transpose(0, 1) for x in (query, key, value)]  # [heads, tokens, dim]
+        _validate.attention(*per_head, enable_gqa=True)
+        if window_size is not None or softcap or alibi_slopes is not None:
+            sequences = per_head[0].expand(cu_seq_q.shape[0] - 1, *per_head[0].shape)
+            _validate.extras(window_size, softcap, alibi_slopes, sequences)
+        if scale is None:
+            scale = 1.0 / math.sqrt(query.shape[-1])
+        _validate.number("scale", scale)
+        seed = None
+        if dropout_p > 0.0:
+            seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+        out, lse = apply(
+            AttentionFunction,
+            *(x[None] for x in per_head),
+            None,
+            seed,
+            is_causal,
+            float(scale),
+            float(dropout_p),
+            alibi_slopes,
+            cu_seq_q,
+            cu_seq_k,
+            kernel_options(window_size, softcap, max_q, max_k),
+            chosen,
+        )
+        out, lse = out[0].transpose(0, 1), lse[0]
+        return (out, lse) if return_lse else out
+    if query.is_cuda:
+        starts_q, starts_k = cu_seq_q.tolist(), cu_seq_k.tolist()
     outs, lses = [], []
     for b in range(len(starts_q) - 1):
         rows_q, rows_k = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
@@ -76,7 +128,7 @@ def varlen_attn(
             softcap=softcap,
             alibi_slopes=slopes,
             return_lse=True,
-            backend=backend,
+            backend=chosen,
         )
         outs.append(out.transpose(0, 1))
         lses.append(lse)
@@ -88,14 +140,9 @@ def varlen_attn(
     return (out, lse) if return_lse else out
 
 
-def _sequence_starts(
+def _checked_starts(
     argument: str, starts: Tensor, tokens: int, max_argument: str, longest: int
 ) -> list[int]:
-    if not isinstance(starts, Tensor) or starts.dtype not in (torch.int32, torch.int64):
-        got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
-        raise TypeError(f"{argument}: expected an int32 or int64 tensor, got {got}")
-    if starts.dim() != 1 or starts.numel() == 0:
-        raise ValueError(f"{argument}: expected shape [B + 1], got {tuple(starts.shape)}")
     values = starts.tolist()
     if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in itertools.pairwise(values)):
         raise ValueError(

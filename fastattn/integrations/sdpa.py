@@ -72,5 +72,6 @@ def _served(query: object, key: object, value: object, attn_mask: object) -> boo
         return False
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
-    problem = backends.Problem("attention", query.device.type, query.dtype)
+    head_dim = max((x.shape[-1] for x in (query, value) if x.dim()), default=0)
+    problem = backends.Problem("attention", query.device.type, query.dtype, (), head_dim)
     return any(not backends.reasons(problem, b) for b in backends.BACKENDS if b != "reference")

@@ -1,6 +1,6 @@
 """The registered ops, without autograd, and what they return for fake tensors."""
 
-from fastattn.ops.attention import attention_backward, attention_forward
+from fastattn.ops.attention import NO_OPTIONS, Options, attention_backward, attention_forward
 from fastattn.ops.linear import (
     linear_relu_backward,
     linear_relu_forward,
@@ -9,6 +9,8 @@ from fastattn.ops.linear import (
 )
 
 __all__ = [
+    "NO_OPTIONS",
+    "Options",
     "attention_backward",
     "attention_forward",
     "linear_relu_backward",

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn import _extension
+from fastattn.ops.triton import library as _  # noqa: F401
+
+
+class Options(NamedTuple):
+    """What some backends do not take: ``backends.reasons`` keeps it from them."""
+
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    max_q: int = 0  # the longest of the packed sequences
+    max_k: int = 0
+
+
+NO_OPTIONS = Options()
 
 
 def attention_forward(
@@ -19,12 +34,24 @@ def attention_forward(
     is_causal: bool,
     scale: float,
     dropout_p: float,
+    slopes: Tensor | None = None,
+    starts_q: Tensor | None = None,
+    starts_k: Tensor | None = None,
+    options: Options = NO_OPTIONS,
+    backend: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """out ``[*, Hq, Sq, Dv]``, LSE ``[*, Hq, Sq]``. attn_mask has query's rank; seed is int64
-    ``[1]``."""
-    return torch.ops.fastattn.attention_forward(
-        query, key, value, attn_mask, seed, is_causal, scale, dropout_p
-    )
+    ``[1]``; slopes is ``[Hq]`` or ``[B, Hq]``. Beside starts_q and starts_k ``[B + 1]`` query is
+    ``[1, Hq, tokens, D]``."""
+    if backend == "cpu":
+        return torch.ops.fastattn.attention_forward(
+            query, key, value, attn_mask, seed, is_causal, scale, dropout_p
+        )
+    left, right, softcap, max_q, max_k = options
+    return torch.ops.fastattn_triton.attention_forward(
+        query, key, value, attn_mask, slopes, seed, starts_q, starts_k, max_q, max_k, is_causal,
+        scale, dropout_p, left, right, softcap,
+    )  # fmt: skip
 
 
 def attention_backward(
@@ -41,39 +68,49 @@ def attention_backward(
     scale: float,
     dropout_p: float,
     needs: Sequence[bool],
+    slopes: Tensor | None = None,
+    starts_q: Tensor | None = None,
+    starts_k: Tensor | None = None,
+    options: Options = NO_OPTIONS,
+    backend: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and the float mask; one that is not needed has shape
     ``[0]``."""
-    return torch.ops.fastattn.attention_backward(
-        grad_out,
-        grad_lse,
-        query,
-        key,
-        value,
-        attn_mask,
-        out,
-        lse,
-        seed,
-        is_causal,
-        scale,
-        dropout_p,
-        needs,
-    )
+    if backend == "cpu":
+        return torch.ops.fastattn.attention_backward(
+            grad_out, grad_lse, query, key, value, attn_mask, out, lse, seed, is_causal, scale,
+            dropout_p, needs,
+        )  # fmt: skip
+    left, right, softcap, max_q, max_k = options
+    return torch.ops.fastattn_triton.attention_backward(
+        grad_out, grad_lse, query, key, value, attn_mask, slopes, out, lse, seed, starts_q,
+        starts_k, max_q, max_k, is_causal, scale, dropout_p, left, right, softcap, needs,
+    )  # fmt: skip
 
 
-if _extension.HAS_NATIVE:
+def _rows(x: Tensor, head_dim: int, packed: bool) -> Tensor:
+    if packed:
+        batch, heads, tokens, _ = x.shape
+        return x.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
+    return x.new_empty((*x.shape[:-1], head_dim))
 
-    @torch.library.register_fake("fastattn::attention_forward")
-    def _(query, key, value, attn_mask, seed, is_causal, scale, dropout_p):
-        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        return out, query.new_empty(query.shape[:-1], dtype=dtype)
 
-    @torch.library.register_fake("fastattn::attention_backward")
-    def _(
-        grad_out, grad_lse, query, key, value, attn_mask, out, lse, seed, causal, scale, p, needs
-    ):
-        like = (query, key, value, attn_mask)
-        return tuple(
-            query.new_empty(x.shape if need else (0,)) for x, need in zip(like, needs, strict=True)
-        )
+def _fake_forward(query, key, value, attn_mask, *rest):
+    packed = len(rest) > 4 and rest[2] is not None  # the Triton op's starts_q
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return _rows(query, value.shape[-1], packed), query.new_empty(query.shape[:-1], dtype=dtype)
+
+
+def _fake_backward(grad_out, grad_lse, query, key, value, attn_mask, *rest):
+    packed, needs = len(rest) > 7 and rest[4] is not None, rest[-1]
+    like = (query, key, value)
+    grads = [
+        _rows(x, x.shape[-1], packed) if need else query.new_empty((0,))
+        for x, need in zip(like, needs[:3], strict=True)
+    ]
+    return (*grads, query.new_empty(attn_mask.shape if needs[3] else (0,)))
+
+
+for _namespace in ["fastattn_triton", *(["fastattn"] if _extension.HAS_NATIVE else [])]:
+    torch.library.register_fake(f"{_namespace}::attention_forward", _fake_forward)
+    torch.library.register_fake(f"{_namespace}::attention_backward", _fake_backward)

@@ -8,19 +8,29 @@ import torch
 from torch import Tensor
 
 from fastattn import _extension
+from fastattn.ops.triton import library as _
 
 
 def linear_relu_forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None
+    input: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """out ``[*, N]`` and its ReLU bit-mask, uint8 ``[M, ceil(N / 8)]`` with M rows of input."""
+    if backend == "triton":
+        return torch.ops.fastattn_triton.linear_relu_forward(input, weight, bias)
     return torch.ops.fastattn.linear_relu_forward(input, weight, bias)
 
 
 def linear_relu_backward(
-    grad_out: Tensor, input: Tensor, weight: Tensor, mask: Tensor, needs: Sequence[bool]
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    needs: Sequence[bool],
+    backend: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; one that is not needed has shape ``[0]``."""
+    if backend == "triton":
+        return torch.ops.fastattn_triton.linear_relu_backward(grad_out, input, weight, mask, needs)
     return torch.ops.fastattn.linear_relu_backward(grad_out, input, weight, mask, needs)
 
 
@@ -41,22 +51,26 @@ def mlp_backward(
     return torch.ops.fastattn.mlp_backward(grad_out, input, weights, hidden, needs)
 
 
+def _fake_forward(input, weight, bias):
+    rows = 1
+    for extent in input.shape[:-1]:
+        rows = rows * extent
+    out = input.new_empty((*input.shape[:-1], weight.shape[0]))
+    return out, input.new_empty((rows, (weight.shape[0] + 7) // 8), dtype=torch.uint8)
+
+
+def _fake_backward(grad_out, input, weight, mask, needs):
+    shapes = (input.shape, weight.shape, (weight.shape[0],))
+    return tuple(
+        input.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True)
+    )
+
+
+for _namespace in ["fastattn_triton", *(["fastattn"] if _extension.HAS_NATIVE else [])]:
+    torch.library.register_fake(f"{_namespace}::linear_relu_forward", _fake_forward)
+    torch.library.register_fake(f"{_namespace}::linear_relu_backward", _fake_backward)
+
 if _extension.HAS_NATIVE:
-
-    @torch.library.register_fake("fastattn::linear_relu_forward")
-    def _(input, weight, bias):
-        rows = 1
-        for extent in input.shape[:-1]:
-            rows = rows * extent
-        out = input.new_empty((*input.shape[:-1], weight.shape[0]))
-        return out, input.new_empty((rows, (weight.shape[0] + 7) // 8), dtype=torch.uint8)
-
-    @torch.library.register_fake("fastattn::linear_relu_backward")
-    def _(grad_out, input, weight, mask, needs):
-        shapes = (input.shape, weight.shape, (weight.shape[0],))
-        return tuple(
-            input.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True)
-        )
 
     @torch.library.register_fake("fastattn::mlp_forward")
     def _(input, weights, biases):

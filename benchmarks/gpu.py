@@ -1,0 +1,387 @@
+"""GPU timings against every backend of torch; README.md beside this file has the protocol.
+
+Writes ``gpu.csv``, ``gpu.md`` and, with matplotlib, ``gpu.png`` into ``--output``. ``--tune`` times
+the attention kernels over tiles instead and writes ``tune.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastattn
+
+L2_BYTES = 64 << 20
+TIMINGS = 20
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+FIELDS = ("case", "pass", "implementation", "ms", "TFLOP/s", "ours is faster by")
+
+
+class Attention(NamedTuple):
+    batch: int
+    heads: int
+    seq: int
+    dim: int
+    dtype: torch.dtype = torch.bfloat16
+    mask: str = "full"  # full, causal, padding, bool, bias
+
+    @property
+    def name(self) -> str:
+        size = f"{self.batch}x{self.heads}x{self.seq}x{self.dim}"
+        return f"attention {size} {str(self.dtype)[6:]} {self.mask}"
+
+    @property
+    def flops(self) -> float:
+        full = 4.0 * self.batch * self.heads * self.seq**2 * self.dim
+        return full / 2 if self.mask == "causal" else full
+
+
+class Linear(NamedTuple):
+    rows: int
+    n_in: int
+    n_out: int
+
+    @property
+    def name(self) -> str:
+        return f"linear+ReLU {self.rows}x{self.n_in}->{self.n_out} bfloat16"
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.rows * self.n_in * self.n_out
+
+
+ATTENTION = [
+    Attention(1, 16, 16384, 128, mask="causal"),
+    Attention(2, 16, 8192, 128, mask="causal"),
+    Attention(8, 16, 2048, 128, mask="causal"),
+    Attention(2, 16, 8192, 128),
+    Attention(2, 32, 8192, 64),
+    Attention(2, 32, 8192, 64, mask="causal"),
+    Attention(16, 12, 512, 64, mask="padding"),
+    Attention(4, 16, 2048, 64, mask="bool"),
+    Attention(4, 16, 2048, 64, mask="bias"),
+    Attention(4, 16, 2048, 128, mask="bias"),
+    Attention(2, 16, 2048, 64, torch.float32),
+    Attention(2, 16, 2048, 64, torch.float32, "causal"),
+]
+LINEAR = [
+    Linear(rows, n_in, n_out)
+    for n_in, n_out in ((784, 128), (768, 3072), (4096, 4096), (4096, 11008))
+    for rows in (64, 1024, 8192)
+]
+
+
+def median_ms(run: Callable[[int], object], rotations: int) -> float:
+    """The median of TIMINGS runs by events, after a warm-up; run(n) uses the n-th set of inputs.
+
+    A sleep on the GPU first lets the CPU run ahead, so that launches are not what is timed.
+    """
+    for n in range(3):
+        run(n % rotations)
+    torch.cuda.synchronize()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(TIMINGS)]
+    torch.cuda._sleep(20_000_000)
+    for n, (start, stop) in enumerate(events):
+        start.record()
+        run(n % rotations)
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in events)
+
+
+def attention_inputs(case: Attention) -> tuple[list[list[Tensor]], Tensor | None]:
+    """Sets of q, k, v that together outgrow L2, and the mask."""
+    shape = (case.batch, case.heads, case.seq, case.dim)
+    size = 3 * torch.empty((), dtype=case.dtype).itemsize * case.flops / 4 / case.seq
+    size *= 2 if case.mask == "causal" else 1
+    sets = max(1, min(8, int(2 * L2_BYTES / size) + 1))
+    inputs = [
+        [torch.randn(shape, dtype=case.dtype, device="cuda", requires_grad=True) for _ in range(3)]
+        for _ in range(sets)
+    ]
+    mask = None
+    if case.mask == "padding":
+        lengths = torch.randint(case.seq // 4, case.seq + 1, (case.batch, 1, 1, 1), device="cuda")
+        mask = torch.arange(case.seq, device="cuda") < lengths
+    elif case.mask == "bool":
+        mask = torch.rand(case.batch, 1, case.seq, case.seq, device="cuda") > 0.3
+    elif case.mask == "bias":
+        mask = torch.randn(1, case.heads, case.seq, case.seq, dtype=case.dtype, device="cuda")
+    return inputs, mask
+
+
+def attention_peers(case: Attention, mask: Tensor | None) -> dict[str, Callable]:
+    causal = case.mask == "causal"
+
+    def sdpa(backend):
+        def run(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+
+        return run
+
+    peers = {name: sdpa(backend) for name, backend in SDPA.items()}
+    if case.mask in ("full", "causal") and case.dtype != torch.float32:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        compiled = torch.compile(flex_attention)
+        block_mask = None
+        if causal:
+            block_mask = create_block_mask(
+                lambda b, h, i, j: i >= j, None, None, case.seq, case.seq, device="cuda"
+            )
+        peers["flex"] = lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
+    return peers
+
+
+def forward_and_backward(function: Callable, inputs: list, flops: float) -> list[tuple]:
+    """(pass, ms, TFLOP/s) of the forward without a graph and of the backward alone."""
+
+    def forward(n):
+        with torch.no_grad():
+            return function(*inputs[n])
+
+    rows = [("forward", median_ms(forward, len(inputs)), flops)]
+    outs = [function(*x) for x in inputs]
+    cotangents = [torch.randn_like(o) for o in outs]
+
+    def backward(n):
+        return torch.autograd.grad(outs[n], inputs[n], cotangents[n], retain_graph=True)
+
+    rows.append(("backward", median_ms(backward, len(inputs)), 2.5 * flops))
+    return [(name, ms, work / ms / 1e9) for name, ms, work in rows]
+
+
+def run_attention(case: Attention) -> list[tuple]:
+    inputs, mask = attention_inputs(case)
+    causal = case.mask == "causal"
+
+    def ours(q, k, v):
+        return fastattn.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+
+    implementations = {"fastattn": ours, **attention_peers(case, mask)}
+    checked, rows = None, []
+    for name, function in implementations.items():
+        try:
+            out = function(*inputs[0])
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0][:60]
+            print(f"    {name} does not take it: {reason}", flush=True)
+            continue
+        if name == "fastattn":
+            checked = out.detach().float()
+        else:
+            worst = (out.detach().float() - checked).abs().max().item()
+            if not worst < (0.05 if case.dtype != torch.float32 else 1e-3):
+                raise AssertionError(f"{case.name}: differs from {name} by {worst}")
+        rows += [(case.name, p, name, *r) for p, *r in forward_and_backward(
+            function, inputs, case.flops)]  # fmt: skip
+    return rows
+
+
+def run_linear(case: Linear, compile_peer: bool) -> list[tuple]:
+    size = 2 * (case.rows * (case.n_in + case.n_out) + case.n_in * case.n_out)
+    sets = max(1, min(16, int(2 * L2_BYTES / size) + 1))
+
+    def tensors():
+        shapes = ((case.rows, case.n_in), (case.n_out, case.n_in), (case.n_out,))
+        return [
+            torch.randn(s, dtype=torch.bfloat16, device="cuda").mul_(s[-1] ** -0.5).requires_grad_()
+            for s in shapes
+        ]
+
+    def eager(x, w, b):
+        return F.relu(F.linear(x, w, b))
+
+    inputs = [tensors() for _ in range(sets)]
+    implementations = {"fastattn": fastattn.linear_relu, "eager": eager}
+    if compile_peer:
+        implementations["compile"] = torch.compile(eager, mode="max-autotune-no-cudagraphs")
+    worst = (fastattn.linear_relu(*inputs[0]) - eager(*inputs[0])).abs().max().item()
+    if not worst < 0.05:
+        raise AssertionError(f"{case.name}: differs from eager by {worst}")
+    rows = []
+    for name, function in implementations.items():
+        cotangent = torch.randn(case.rows, case.n_out, dtype=torch.bfloat16, device="cuda")
+
+        def step(n, function=function, cotangent=cotangent):
+            return torch.autograd.grad(function(*inputs[n]), inputs[n], cotangent)
+
+        def forward(n, function=function):
+            with torch.no_grad():
+                return function(*inputs[n])
+
+        for what, run, work in (("forward", forward, 1), ("forward+backward", step, 3)):
+            ms = median_ms(run, sets)
+            rows.append((case.name, what, name, ms, work * case.flops / ms / 1e9))
+    with torch.no_grad():
+        addmm = median_ms(
+            lambda n: torch._addmm_activation(inputs[n][2], inputs[n][0], inputs[n][1].t()), sets
+        )
+    rows.append((case.name, "forward", "_addmm_activation", addmm, case.flops / addmm / 1e9))
+    return rows
+
+
+def with_ratios(rows: list[tuple]) -> list[tuple]:
+    ours = {row[:2]: row[3] for row in rows if row[2] == "fastattn"}
+    return [(*row, row[3] / ours[row[:2]]) for row in rows]
+
+
+def write(rows: list[tuple], output: Path, title: str) -> None:
+    with (output / "gpu.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(FIELDS)
+        writer.writerows(rows)
+    lines = [title, "", "| " + " | ".join(FIELDS) + " |", "|---" * len(FIELDS) + "|"]
+    for case, what, name, ms, speed, ratio in rows:
+        last = "" if name == "fastattn" else f"{ratio:.2f}x"
+        lines.append(f"| {case} | {what} | {name} | {ms:.3f} | {speed:.0f} | {last} |")
+    (output / "gpu.md").write_text("\n".join(lines) + "\n")
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    cases = [row for row in rows if row[0].startswith("attention")]
+    labels = sorted({row[:2] for row in cases})
+    names = sorted({row[2] for row in cases})
+    figure, axes = pyplot.subplots(figsize=(12, 0.45 * len(labels) + 2))
+    for offset, name in enumerate(names):
+        speed = {row[:2]: row[4] for row in cases if row[2] == name}
+        places = [n + 0.8 * offset / len(names) for n in range(len(labels))]
+        axes.barh(places, [speed.get(x, 0) for x in labels], 0.8 / len(names), label=name)
+    axes.set_yticks(range(len(labels)), [" ".join(x) for x in labels])
+    axes.set_xlabel("TFLOP/s")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(output / "gpu.png", dpi=120)
+
+
+def environment() -> str:
+    def first_line(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return "?"
+
+    import triton
+
+    driver = first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    commit = first_line("git", "rev-parse", "--short", "HEAD") or "?"
+    return (
+        f"{torch.cuda.get_device_name()}, driver {driver}, torch {torch.__version__}, "
+        f"triton {triton.__version__}, Python {sys.version.split()[0]}, fastattn {commit}"
+    )
+
+
+def tune(output: Path, stop: float) -> None:
+    """Every tile for D = 64 and 128, causal, one kernel at a time."""
+    from fastattn.ops.triton import config
+
+    chosen = config.tile
+    tiles = [
+        config.Tile(q, k, warps, stages)
+        for q in (32, 64, 128)
+        for k in (32, 64, 128)
+        for warps in (4, 8)
+        for stages in (2, 3)
+        if q * k >= 2048
+    ]
+    with (output / "tune.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("kernel", "dim", *config.Tile._fields, "ms"))
+        for dim in (128, 64):
+            case = Attention(2, 16 if dim == 128 else 32, 8192, dim, mask="causal")
+            inputs, _ = attention_inputs(case)
+            for kernel in ("forward", "keys", "queries"):
+                for tile in tiles:
+                    if time.monotonic() > stop:
+                        return
+
+                    def override(name, *rest, tile=tile, kernel=kernel):
+                        return tile if name == kernel else chosen(name, *rest)
+
+                    config.tile = override
+                    try:
+                        ms = tuned_ms(kernel, inputs)
+                    except Exception as error:  # too much shared memory, a compiler's failure
+                        print(kernel, dim, tile, type(error).__name__, flush=True)
+                        continue
+                    writer.writerow((kernel, dim, *tile, f"{ms:.4f}"))
+                    file.flush()
+    config.tile = chosen
+
+
+def tuned_ms(kernel: str, inputs: list[list[Tensor]]) -> float:
+    def ours(q, k, v):
+        return fastattn.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    if kernel == "forward":
+        return median_ms(lambda n: ours(*(x.detach() for x in inputs[n])), len(inputs))
+    wanted = slice(0, 1) if kernel == "queries" else slice(1, 3)
+    outs = [ours(*x) for x in inputs]
+    return median_ms(
+        lambda n: torch.autograd.grad(outs[n], inputs[n][wanted], outs[n], retain_graph=True),
+        len(inputs),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("gpu-check"))
+    parser.add_argument("--seconds", type=float, default=240, help="begin no case after this")
+    parser.add_argument("--tune", action="store_true", help="time tiles instead")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU")
+    options.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    stop = time.monotonic() + options.seconds
+    if options.tune:
+        tune(options.output, stop)
+        return 0
+    rows: list[tuple] = []
+    failed = left_out = 0
+    for case in [*ATTENTION, *LINEAR]:
+        remaining = stop - time.monotonic()
+        if remaining < 0:
+            left_out += 1
+            continue
+        print(case.name, flush=True)
+        try:
+            if isinstance(case, Attention):
+                rows += run_attention(case)
+            else:
+                rows += run_linear(case, compile_peer=remaining > 40)
+        except Exception as error:
+            failed += 1
+            print(f"    FAILED: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        torch.cuda.empty_cache()
+    title = environment()
+    rows = with_ratios(rows)
+    write(rows, options.output, title)
+    print((options.output / "gpu.md").read_text())
+    print(f"{failed} cases failed, {left_out} left out for lack of time")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,93 @@
+"""Everything for a machine with a GPU in one command: build, GPU tests, timings. `make gpu-check`.
+
+Uses the Python that runs it, with its torch and Triton. Writes build.log, tests.log and what
+gpu.py writes into ``--output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = [*["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]]
+TESTS = ["test_gpu.py", "test_triton_attention.py", "test_triton_linear.py"]
+
+
+def build(output: Path, environment: dict[str, str], seconds: float) -> bool:
+    """The native library is welcome, but the Triton kernels do without."""
+    with (output / "build.log").open("w") as log:
+        try:
+            result = subprocess.run(
+                [sys.executable, *BUILD],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+    return result.returncode == 0
+
+
+def test(output: Path, environment: dict[str, str], seconds: float) -> bool:
+    """The GPU tests, dealt out to processes: most of their time is compiling."""
+    processes = max(1, min(12, (os.cpu_count() or 2) - 2))
+    files = [str(ROOT / "tests/ops/triton" / name) for name in TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    stop, running = time.monotonic() + seconds, []
+    for shard in range(processes):
+        shards = {"FASTATTN_TEST_SHARD": f"{shard}/{processes}"}
+        log = (output / f"tests-{shard}.log").open("w")
+        running.append(
+            (subprocess.Popen(command, cwd=ROOT, env=environment | shards, stdout=log,
+                              stderr=subprocess.STDOUT), log)
+        )  # fmt: skip
+    good = True
+    for process, log in running:
+        try:
+            good &= process.wait(max(1.0, stop - time.monotonic())) in (0, 5)  # 5: no test
+        except subprocess.TimeoutExpired:
+            process.kill()
+            good = False
+        log.close()
+    logs = [output / f"tests-{shard}.log" for shard in range(processes)]
+    (output / "tests.log").write_text("\n".join(log.read_text() for log in logs))
+    for log in logs:
+        lines = log.read_text().splitlines()
+        print("\n".join(x for x in lines if x.startswith(("FAILED", "ERROR"))) or lines[-1:])
+        log.unlink()
+    return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("gpu-check"))
+    parser.add_argument("--seconds", type=float, default=520, help="for everything")
+    parser.add_argument("--tune", action="store_true", help="time tiles instead of cases")
+    options = parser.parse_args()
+    output = options.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    stop = time.monotonic() + options.seconds
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
+    print(
+        f"native library: {'built' if build(output, environment, 150) else 'not built'}", flush=True
+    )
+    tested = test(output, environment, 0.5 * (stop - time.monotonic()))
+    print(f"tests: {'passed' if tested else 'FAILED'}", flush=True)
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--output", str(output)]
+    # The last case that begins may take half a minute.
+    command += ["--seconds", f"{max(20, stop - time.monotonic() - 30):.0f}"]
+    command += ["--tune"] if options.tune else []
+    timed = subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
+    return 0 if tested and timed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

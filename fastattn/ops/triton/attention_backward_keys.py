@@ -1,0 +1,268 @@
+"""The gradients of keys and values, E6, E7, E9, E10.
+
+Grid: one program for each (block of BLOCK_K keys, key head, batch). It walks the queries that see
+its keys, in every query head of the group, so that nothing is added by two programs; its tiles are
+transposed, ``[BLOCK_K, BLOCK_Q]``.
+"""
+
+import triton
+import triton.language as tl
+
+from fastattn.ops.triton import primitives
+from fastattn.ops.triton.attention_backward import load_statistics, weights_and_gradient
+from fastattn.ops.triton.primitives import (
+    ALIBI,
+    BOOL_MASK,
+    DROPOUT,
+    MASKED,
+    MAY_BE_EMPTY,
+    SOFTCAP,
+    VARLEN,
+    WINDOW_LEFT,
+    WINDOW_RIGHT,
+)
+
+
+@triton.jit
+def _keys_step(
+    dk,  # [BLOCK_K, BLOCK_D]
+    dv,  # [BLOCK_K, BLOCK_DV]
+    k,
+    v,
+    i_first,
+    j_first,
+    i_b,
+    i_h,
+    p_q,
+    p_do,
+    p_lse,
+    p_delta,
+    p_mask,
+    stride_q,
+    stride_do,
+    mask_strides,
+    seq_q,
+    seq_k,
+    left,
+    right,
+    scale,
+    cap_scale,
+    cap,
+    slope,
+    keep_scale,
+    seed,
+    threshold,
+    SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
+    ACC: tl.constexpr,
+    EDGE: tl.constexpr,
+    FLAGS: tl.constexpr,
+):
+    """One block of queries: E6, E7, E9, E10."""
+    HEAD_DIM: tl.constexpr = SHAPE[0]
+    HEAD_DIM_V: tl.constexpr = SHAPE[1]
+    BLOCK_D: tl.constexpr = SHAPE[2]
+    BLOCK_DV: tl.constexpr = SHAPE[3]
+    BLOCK_Q: tl.constexpr = SHAPE[4]
+    BLOCK_K: tl.constexpr = SHAPE[5]
+    o_q = i_first + tl.arange(0, BLOCK_Q)
+    o_k = j_first + tl.arange(0, BLOCK_K)
+    q = primitives.load_rows(p_q, o_q, stride_q, seq_q, HEAD_DIM, BLOCK_D, True, FLAGS)
+    do = primitives.load_rows(p_do, o_q, stride_do, seq_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
+    lse, delta = load_statistics(p_lse, p_delta, o_q, seq_q, FLAGS)
+    if MAY_BE_EMPTY & FLAGS:
+        q = primitives.clear_rows(q, lse != float("inf"))
+        do = primitives.clear_rows(do, lse != float("inf"))
+    qk = primitives.dot(k, tl.trans(q), ACC, FLAGS)  # [BLOCK_K, BLOCK_Q]
+    dp = primitives.dot(v, tl.trans(do), ACC, FLAGS)
+    keep = True
+    if DROPOUT & FLAGS:
+        keep = tl.trans(primitives.dropout_keep(seed, i_b, i_h, o_q, j_first, threshold, BLOCK_K))
+    p, ds, derivative, _ = weights_and_gradient(
+        qk,
+        dp,
+        lse[None, :],
+        delta[None, :],
+        keep,
+        o_q[None, :],
+        o_k[:, None],
+        seq_q,
+        seq_k,
+        left,
+        right,
+        scale,
+        cap_scale,
+        cap,
+        slope,
+        keep_scale,
+        p_mask,
+        mask_strides,
+        EDGE,
+        FLAGS,
+    )
+    if DROPOUT & FLAGS:
+        p = tl.where(keep, p, 0.0)
+    dv += primitives.dot(p.to(do.dtype), do, ACC, FLAGS)  # E10
+    if SOFTCAP & FLAGS:
+        ds *= derivative
+    dk += primitives.dot(ds.to(q.dtype), q, ACC, FLAGS)  # E9
+    return dk, dv
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads", "batch_heads", "section", "tokens_q", "tokens_k",
+        "seq_q", "seq_k", "left", "right", "threshold",
+    ]
+)  # fmt: skip
+def attention_backward_keys_kernel(
+    p_q,  # [B, Hq, Sq, D]
+    p_k,  # [B, Hk, Sk, D]
+    p_v,  # [B, Hk, Sk, Dv]
+    p_do,  # [B, Hq, Sq, Dv]
+    p_lse,  # [B, Hq, Sq]
+    p_delta,  # [B, Hq, Sq]
+    p_dk,
+    p_dv,
+    p_mask,
+    p_lists,  # [..., 2, query blocks]
+    p_counts,  # [..., 2]
+    p_slopes,
+    p_seed,
+    p_starts_q,
+    p_starts_k,
+    q_strides,
+    k_strides,
+    v_strides,
+    do_strides,
+    lse_strides,
+    delta_strides,
+    dk_strides,
+    dv_strides,
+    mask_strides,
+    list_strides,  # of batch, head, key block
+    heads,  # key heads
+    batch_heads,
+    group,
+    section,
+    tokens_q,
+    tokens_k,
+    seq_q,
+    seq_k,
+    left,
+    right,
+    threshold,
+    scale: "fp64",
+    cap_scale: "fp64",
+    cap: "fp64",
+    keep_scale: "fp64",
+    out_scale: "fp64",
+    SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
+    FLAGS: tl.constexpr,
+):
+    # ids
+    HEAD_DIM: tl.constexpr = SHAPE[0]
+    HEAD_DIM_V: tl.constexpr = SHAPE[1]
+    BLOCK_D: tl.constexpr = SHAPE[2]
+    BLOCK_DV: tl.constexpr = SHAPE[3]
+    BLOCK_Q: tl.constexpr = SHAPE[4]
+    BLOCK_K: tl.constexpr = SHAPE[5]
+    ACC: tl.constexpr = p_lse.dtype.element_ty
+    blocks = tl.cdiv(seq_k, BLOCK_K)
+    query_blocks = tl.cdiv(seq_q, BLOCK_Q)
+    # Under a causal mask the first keys are seen by the most queries.
+    i_block, i_hk, i_b = primitives.scheduled_block(blocks, heads, batch_heads, section, False)
+    i_b64, i_hk64 = i_b.to(tl.int64), i_hk.to(tl.int64)
+    start_q, seq_q = primitives.sequence(p_starts_q, i_b, tokens_q, seq_q, FLAGS)
+    start_k, seq_k = primitives.sequence(p_starts_k, i_b, tokens_k, seq_k, FLAGS)
+    j_first = i_block * BLOCK_K
+    if VARLEN & FLAGS:
+        if j_first >= seq_k:
+            return
+        i_b64 = i_b64 * 0
+    o_k = j_first + tl.arange(0, BLOCK_K)
+
+    # this program's tensors
+    p_q += i_b64 * q_strides[0] + start_q * q_strides[2]
+    p_k += i_b64 * k_strides[0] + i_hk64 * k_strides[1] + start_k * k_strides[2]
+    p_v += i_b64 * v_strides[0] + i_hk64 * v_strides[1] + start_k * v_strides[2]
+    p_do += i_b64 * do_strides[0] + start_q * do_strides[2]
+    p_lse += i_b64 * lse_strides[0] + start_q
+    p_delta += i_b64 * delta_strides[0] + start_q
+    p_dk += i_b64 * dk_strides[0] + i_hk64 * dk_strides[1] + start_k * dk_strides[2]
+    p_dv += i_b64 * dv_strides[0] + i_hk64 * dv_strides[1] + start_k * dv_strides[2]
+    scale = primitives.scalar(scale, ACC)
+    cap_scale = primitives.scalar(cap_scale, ACC)
+    cap = primitives.scalar(cap, ACC)
+    keep_scale = primitives.scalar(keep_scale, ACC)
+    seed = 0
+    if DROPOUT & FLAGS:
+        seed = tl.load(p_seed)
+
+    # prologue
+    k = primitives.load_rows(p_k, o_k, k_strides[2], seq_k, HEAD_DIM, BLOCK_D, True, FLAGS)
+    v = primitives.load_rows(p_v, o_k, v_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
+    dk = tl.zeros((BLOCK_K, BLOCK_D), ACC)
+    dv = tl.zeros((BLOCK_K, BLOCK_DV), ACC)
+
+    # main loops
+    for i_group in range(0, group):
+        i_h = i_hk * group + i_group
+        i_h64 = i_h.to(tl.int64)
+        slope = 0.0
+        if ALIBI & FLAGS:
+            slope = tl.load(p_slopes + i_b * (heads * group) + i_h)
+        args = (
+            j_first,
+            i_b,
+            i_h,
+            p_q + i_h64 * q_strides[1],
+            p_do + i_h64 * do_strides[1],
+            p_lse + i_h64 * lse_strides[1],
+            p_delta + i_h64 * delta_strides[1],
+            p_mask + i_b64 * mask_strides[0] + i_h64 * mask_strides[1],
+            q_strides[2],
+            do_strides[2],
+            mask_strides,
+            seq_q,
+            seq_k,
+            left,
+            right,
+            scale,
+            cap_scale,
+            cap,
+            slope,
+            keep_scale,
+            seed,
+            threshold,
+        )
+        if MASKED & FLAGS:
+            i_list = i_b64 * list_strides[0] + i_h64 * list_strides[1] + i_block * list_strides[2]
+            p_count = p_counts + i_list * 2
+            p_list = p_lists + i_list * 2 * query_blocks
+            for n in range(0, tl.load(p_count)):
+                i_first = tl.load(p_list + n) * BLOCK_Q
+                dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, True, FLAGS)
+            if BOOL_MASK & FLAGS:
+                for n in range(0, tl.load(p_count + 1)):
+                    i_first = tl.load(p_list + query_blocks + n) * BLOCK_Q
+                    dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, False, FLAGS)
+        else:
+            lo, full_lo, full_hi, hi = primitives.query_range(
+                j_first, seq_q, seq_k, left, right, BLOCK_Q, BLOCK_K, FLAGS
+            )
+            if WINDOW_RIGHT & FLAGS:
+                for i_first in range(lo, full_lo, BLOCK_Q):
+                    dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, True, FLAGS)
+            for i_first in range(full_lo, full_hi, BLOCK_Q):
+                i_first = tl.multiple_of(i_first, BLOCK_Q)
+                dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, False, FLAGS)
+            if WINDOW_LEFT & FLAGS:
+                for i_first in range(full_hi, hi, BLOCK_Q):
+                    dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, True, FLAGS)
+
+    # epilogue
+    dk *= primitives.scalar(out_scale, ACC)
+    if DROPOUT & FLAGS:
+        dv *= keep_scale
+    primitives.store_rows(p_dk, o_k, dk, dk_strides[2], seq_k, HEAD_DIM, BLOCK_D, FLAGS)
+    primitives.store_rows(p_dv, o_k, dv, dv_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, FLAGS)

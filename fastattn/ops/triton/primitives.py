@@ -1,0 +1,286 @@
+"""What the attention kernels share: tile loads, block ranges, scores, dropout, the schedule.
+
+i is a query position and j a key position, shaped to broadcast against the tile: ``[Q, 1]`` and
+``[1, K]``, or, where a kernel works on the transposed tile, ``[1, Q]`` and ``[K, 1]``. Inside the
+kernels scores, running maxima and LSEs are in units of ln 2 (the log2 domain), but natural beside a
+float mask: its numbers may be so large (finfo.min) that the change of base would overflow.
+"""
+
+import triton
+import triton.language as tl
+
+# The bits of FLAGS, a kernel's compile-time options.
+WINDOW_LEFT = tl.constexpr(1)
+WINDOW_RIGHT = tl.constexpr(2)  # is_causal is a right bound of 0
+BOOL_MASK = tl.constexpr(4)
+FLOAT_MASK = tl.constexpr(8)
+SOFTCAP = tl.constexpr(16)
+ALIBI = tl.constexpr(32)
+DROPOUT = tl.constexpr(64)
+NEGATIVE_SCALE = tl.constexpr(128)
+VARLEN = tl.constexpr(256)
+WIDE = tl.constexpr(512)  # a head's offsets pass 2^31
+UPCAST = tl.constexpr(1024)  # the interpreter multiplies bfloat16 as integers
+TF32 = tl.constexpr(2048)
+LSE_GRADIENT = tl.constexpr(4096)
+
+MASKED = tl.constexpr(4 + 8)
+WINDOWED = tl.constexpr(1 + 2)
+MAY_BE_EMPTY = tl.constexpr(1 + 4 + 8)  # a right bound alone leaves key 0 to every row
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def scalar(x, DTYPE: tl.constexpr):
+    """A kernel's fp64 argument in the accumulator's type; the interpreter passes Python floats."""
+    return tl.full((), x, DTYPE)
+
+
+@triton.jit
+def dot(a, b, ACC: tl.constexpr, FLAGS: tl.constexpr):
+    """a @ b: tensor cores for 16 bits, IEEE for fp32 unless TF32 is allowed, fp64 for fp64."""
+    if UPCAST & FLAGS:
+        a = a.to(ACC)
+        b = b.to(ACC)
+    if TF32 & FLAGS:
+        return tl.dot(a, b, input_precision="tf32", out_dtype=ACC)
+    return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def power(x, FLAGS: tl.constexpr):
+    """2^x, or e^x beside a float mask."""
+    if FLOAT_MASK & FLAGS:
+        return tl.exp2(x * LOG2_E)
+    return tl.exp2(x)
+
+
+@triton.jit
+def tanh(x):
+    """Near 0 by a continued fraction: 1 - 2 / (e^2x + 1) cancels there."""
+    far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
+    near = tl.where(tl.abs(x) < 0.5, x, 0.0)
+    y = near * near
+    top = 34459425.0 + y * (4729725.0 + y * (135135.0 + y * (990.0 + y)))
+    bottom = 34459425.0 + y * (16216200.0 + y * (945945.0 + y * (13860.0 + y * 45.0)))
+    return tl.where(tl.abs(x) < 0.5, near * top / bottom, far)
+
+
+# --- tiles ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_rows(
+    p_x,
+    o_rows,
+    stride,
+    rows,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECK: tl.constexpr,
+    FLAGS: tl.constexpr,
+):
+    """Rows o_rows of a head as ``[rows, BLOCK_D]``; zeros beyond the head's extents."""
+    o_d = tl.arange(0, BLOCK_D)
+    if WIDE & FLAGS:
+        o_rows64 = o_rows.to(tl.int64)
+        p_tile = p_x + o_rows64[:, None] * stride + o_d[None, :]
+    else:
+        p_tile = p_x + o_rows[:, None] * stride + o_d[None, :]
+    if CHECK and DIM != BLOCK_D:
+        return tl.load(p_tile, mask=(o_rows < rows)[:, None] & (o_d < DIM)[None, :], other=0.0)
+    if CHECK:
+        return tl.load(p_tile, mask=(o_rows < rows)[:, None], other=0.0)
+    if DIM != BLOCK_D:
+        return tl.load(p_tile, mask=(o_d < DIM)[None, :], other=0.0)
+    return tl.load(p_tile)
+
+
+@triton.jit
+def store_rows(
+    p_x, o_rows, tile, stride, rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr, FLAGS: tl.constexpr
+):
+    """The inverse of load_rows."""
+    o_d = tl.arange(0, BLOCK_D)
+    if WIDE & FLAGS:
+        o_rows64 = o_rows.to(tl.int64)
+        p_tile = p_x + o_rows64[:, None] * stride + o_d[None, :]
+    else:
+        p_tile = p_x + o_rows[:, None] * stride + o_d[None, :]
+    m_tile = (o_rows < rows)[:, None] & (o_d < DIM)[None, :]
+    tl.store(p_tile, tile.to(p_x.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def clear_rows(tile, used):
+    """Zeros where used is false, so that a NaN there meets no sum: 0 * NaN is NaN."""
+    return tl.where(used[:, None], tile, tl.zeros((), tile.dtype))
+
+
+# --- schedule -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def scheduled_block(blocks, heads, batch_heads, section, LAST_FIRST: tl.constexpr):
+    """This program's block, head and batch. Sections of heads whose operands fit in L2 run one
+    after the other; within a section all heads run their longest block first."""
+    pid = tl.program_id(0)
+    first = pid // (section * blocks) * section
+    here = tl.minimum(section, batch_heads - first)
+    rest = pid - first * blocks
+    i_block = rest // here
+    if LAST_FIRST:
+        i_block = blocks - 1 - i_block
+    i_bh = first + rest % here
+    return i_block, i_bh % heads, i_bh // heads
+
+
+@triton.jit
+def sequence(p_starts, i_b, tokens, longest, FLAGS: tl.constexpr):
+    """Where batch element i_b's rows begin, and how many it has; inside the tensor whatever
+    p_starts holds."""
+    start = i_b.to(tl.int64) * 0
+    length = longest
+    if VARLEN & FLAGS:
+        start = tl.minimum(tl.maximum(tl.load(p_starts + i_b).to(tl.int64), 0), tokens)
+        stop = tl.minimum(tl.load(p_starts + i_b + 1).to(tl.int64), tokens)
+        length = tl.minimum(tl.maximum(stop - start, 0), longest).to(tl.int32)
+    return start, length
+
+
+@triton.jit
+def key_range(
+    i_first, seq_q, seq_k, left, right, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FLAGS
+):
+    """Bounds lo <= full_lo <= full_hi <= hi of the keys that rows [i_first, i_first + BLOCK_Q)
+    see; in [full_lo, full_hi) every row sees every key. All but hi are multiples of BLOCK_K."""
+    i_last = tl.minimum(i_first + BLOCK_Q, seq_q) - 1
+    lo = i_first * 0
+    full_lo = lo
+    hi = lo + seq_k
+    full_hi = hi
+    if WINDOW_LEFT & FLAGS:
+        lo = tl.maximum(i_first - left, 0) // BLOCK_K * BLOCK_K
+        full_lo = tl.cdiv(tl.maximum(i_last - left, 0), BLOCK_K) * BLOCK_K
+    if WINDOW_RIGHT & FLAGS:
+        hi = tl.minimum(hi, i_last + right + 1)
+        full_hi = tl.minimum(full_hi, i_first + right + 1)
+    full_lo = tl.minimum(full_lo, tl.maximum(tl.cdiv(hi, BLOCK_K) * BLOCK_K, lo))
+    full_hi = tl.maximum(full_hi // BLOCK_K * BLOCK_K, full_lo)
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def query_range(
+    j_first, seq_q, seq_k, left, right, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FLAGS
+):
+    """key_range of the transposed problem: the rows that see keys [j_first, j_first + BLOCK_K).
+    Without a left bound the last rows are full, those beyond seq_q included: their LSE is +inf."""
+    j_last = tl.minimum(j_first + BLOCK_K, seq_k) - 1
+    lo = j_first * 0
+    full_lo = lo
+    hi = lo + seq_q
+    full_hi = tl.cdiv(hi, BLOCK_Q) * BLOCK_Q
+    if WINDOW_RIGHT & FLAGS:
+        lo = tl.maximum(j_first - right, 0) // BLOCK_Q * BLOCK_Q
+        full_lo = tl.cdiv(tl.maximum(j_last - right, 0), BLOCK_Q) * BLOCK_Q
+    if WINDOW_LEFT & FLAGS:
+        hi = tl.minimum(hi, j_last + left + 1)
+        full_hi = tl.minimum(seq_q, j_first + left + 1)
+    full_lo = tl.minimum(full_lo, tl.maximum(tl.cdiv(hi, BLOCK_Q) * BLOCK_Q, lo))
+    full_hi = tl.maximum(full_hi // BLOCK_Q * BLOCK_Q, full_lo)
+    return lo, full_lo, full_hi, hi
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def visible_keys(i, j, seq_k, left, right, p_mask, mask_strides, seq_q, FLAGS: tl.constexpr):
+    """Which elements of a tile are visible, and the float mask's (0 where there is none)."""
+    visible = (i >= 0) & (j < seq_k)
+    bias = 0.0
+    if WINDOW_LEFT & FLAGS:
+        visible = visible & (j >= i - left)
+    if WINDOW_RIGHT & FLAGS:
+        visible = visible & (j <= i + right)
+    if MASKED & FLAGS:
+        if WIDE & FLAGS:
+            p_tile = p_mask + i.to(tl.int64) * mask_strides[2] + j.to(tl.int64) * mask_strides[3]
+        else:
+            p_tile = p_mask + i * mask_strides[2] + j * mask_strides[3]
+        m_tile = (i < seq_q) & (j < seq_k)
+        if BOOL_MASK & FLAGS:
+            visible = visible & (tl.load(p_tile, mask=m_tile, other=0) != 0)
+        else:
+            bias = tl.load(p_tile, mask=m_tile, other=float("-inf"))
+            visible = visible & (bias != float("-inf"))
+    return visible, bias
+
+
+@triton.jit
+def scores(
+    qk,
+    i,
+    j,
+    seq_q,
+    seq_k,
+    left,
+    right,
+    scale,
+    cap_scale,
+    cap,
+    slope,
+    p_mask,
+    mask_strides,
+    EDGE: tl.constexpr,
+    FLAGS: tl.constexpr,
+):
+    """E1: the scores of a tile of Q Kᵀ, the softcap's derivative and which elements are visible;
+    scores are -inf where hidden. Without EDGE every element is visible and there is no mask."""
+    derivative = 1.0
+    if SOFTCAP & FLAGS:
+        capped = tanh(qk * cap_scale)
+        derivative = 1.0 - capped * capped
+        s = capped * cap  # E1
+    else:
+        s = qk * scale  # E1
+    if ALIBI & FLAGS:
+        s -= slope * tl.abs(i - j).to(qk.dtype)  # E1
+    visible = j < seq_k
+    if EDGE:
+        visible, bias = visible_keys(i, j, seq_k, left, right, p_mask, mask_strides, seq_q, FLAGS)
+        visible = visible & (i < seq_q)
+        if FLOAT_MASK & FLAGS:
+            s += bias.to(qk.dtype)  # E1
+        s = tl.where(visible, s, float("-inf"))
+    return s, derivative, visible
+
+
+@triton.jit
+def used_keys(visible, o_k, i_first, seq_q, seq_k, left, right, BLOCK_Q: tl.constexpr, FLAGS):
+    """Which keys of a tile with visible ``[Q, K]`` any of its rows sees."""
+    if MASKED & FLAGS:
+        return tl.max(visible.to(tl.int32), 0) != 0
+    used = o_k < seq_k
+    if WINDOW_LEFT & FLAGS:
+        used = used & (o_k >= i_first - left)
+    if WINDOW_RIGHT & FLAGS:
+        used = used & (o_k <= tl.minimum(i_first + BLOCK_Q, seq_q) - 1 + right)
+    return used
+
+
+@triton.jit
+def dropout_keep(seed, i_b, i_h, o_q, j_first, threshold, BLOCK_K: tl.constexpr):
+    """The keep-mask ``[Q, BLOCK_K]``: word j % 4 of Philox at (j / 4, i, head, batch)."""
+    o_k4 = j_first // 4 + tl.arange(0, BLOCK_K // 4)
+    w0, w1, w2, w3 = tl.philox(seed, o_k4[None, :], o_q[:, None], i_h, i_b)
+    least = tl.full((), threshold, tl.uint32)
+    even = tl.interleave((w0 >= least).to(tl.int8), (w2 >= least).to(tl.int8))
+    odd = tl.interleave((w1 >= least).to(tl.int8), (w3 >= least).to(tl.int8))
+    return tl.interleave(even, odd) != 0

@@ -1,0 +1,222 @@
+"""An attention call as the Triton kernels see it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fastattn.ops.triton import MAX_HEAD_DIM, capability, config, interpreting, primitives
+
+_LOG2_E = 1 / math.log(2)
+FLAG = {
+    name: getattr(primitives, name).value
+    for name in (
+        "WINDOW_LEFT", "WINDOW_RIGHT", "BOOL_MASK", "FLOAT_MASK", "SOFTCAP", "ALIBI", "DROPOUT",
+        "NEGATIVE_SCALE", "VARLEN", "WIDE", "UPCAST", "TF32", "LSE_GRADIENT", "MASKED",
+    )
+}  # fmt: skip
+_L2_BYTES = 24 << 20  # what a section of heads may keep in a cache of 40 or 50 MB
+
+
+def require(good: bool, argument: str, expected: str, got: object) -> None:
+    if not good:
+        raise RuntimeError(f"{argument}: expected {expected}, got {got}")
+
+
+def _check(query, key, value, attn_mask, slopes, seed, starts_q, starts_k, scale, p) -> None:
+    """What a direct call of the op must satisfy; the user's functions have checked more."""
+    require(query.dim() >= 3, "query", "[*, heads, seq, dim]", tuple(query.shape))
+    batch = query.shape[:-3]
+    for name, x in (("key", key), ("value", value)):
+        require(x.dtype == query.dtype, name, f"dtype {query.dtype}", x.dtype)
+        require(x.device == query.device, name, f"device {query.device}", x.device)
+        require(x.shape[:-3] == batch, name, f"batch {tuple(batch)}", tuple(x.shape))
+    require(query.dtype in _DTYPES, "query", "a floating dtype", query.dtype)
+    require(key.shape[-1] == query.shape[-1], "key", f"D = {query.shape[-1]}", tuple(key.shape))
+    require(key.shape[:-1] == value.shape[:-1], "value", f"{tuple(key.shape[:-1])} x Dv",
+             tuple(value.shape))  # fmt: skip
+    heads_q, heads_k = query.shape[-3], key.shape[-3]
+    require(heads_k > 0 and heads_q % heads_k == 0 if heads_q else True, "key",
+             f"heads that divide {heads_q}", heads_k)  # fmt: skip
+    for name, x in (("query", query), ("value", value)):
+        require(x.shape[-1] <= MAX_HEAD_DIM, name, f"head dim <= {MAX_HEAD_DIM}", x.shape[-1])
+    if attn_mask is not None:
+        full = (*query.shape[:-1], key.shape[-2])
+        require(attn_mask.dim() == query.dim(), "attn_mask", f"{query.dim()} dimensions",
+                 attn_mask.dim())  # fmt: skip
+        fits = all(m in (1, n) for m, n in zip(attn_mask.shape, full, strict=True))
+        require(fits, "attn_mask", f"a shape that broadcasts to {full}", tuple(attn_mask.shape))
+        require(attn_mask.dtype in (torch.bool, query.dtype), "attn_mask",
+                 f"bool or {query.dtype}", attn_mask.dtype)  # fmt: skip
+    require(math.isfinite(scale), "scale", "a finite number", scale)
+    require(0 <= p < 1, "dropout_p", "a probability in [0, 1)", p)
+    if p > 0:
+        good = seed is not None and seed.dtype == torch.int64 and seed.numel() == 1
+        require(good, "seed", "an int64 tensor of 1 element", seed)
+    if slopes is not None:
+        good = slopes.shape[-1:] == query.shape[-3:-2] and slopes.dim() in (1, 2)
+        require(good, "alibi_slopes", f"[{heads_q}] or [B, {heads_q}]", tuple(slopes.shape))
+    if starts_q is not None:
+        good = starts_k is not None and starts_k.shape == starts_q.shape and starts_q.dim() == 1
+        require(good, "starts_k", f"{tuple(starts_q.shape)} as starts_q", starts_k)
+        require(query.dim() == 4 and query.shape[0] == 1, "query", "[1, heads, tokens, dim]",
+                 tuple(query.shape))  # fmt: skip
+        require(attn_mask is None, "attn_mask", "none beside packed sequences", attn_mask)
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def four_dims(x: Tensor) -> Tensor:
+    """``[B, H, S, D]`` with a unit last stride, a view wherever one exists."""
+    x = x[None] if x.dim() == 3 else x.flatten(0, -4) if x.dim() > 4 else x
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def row_strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride()[:3]
+
+
+@dataclass
+class Problem:
+    """A call as the kernels see it: 4 dimensions, one scale for everything, FLAGS."""
+
+    q: Tensor  # [B, Hq, Sq, D]
+    k: Tensor  # [B, Hk, Sk, D]
+    v: Tensor  # [B, Hk, Sk, Dv]
+    mask: Tensor | None  # [B, Hq, Sq, Sk], each extent possibly 1
+    slopes: Tensor | None  # [B, Hq]
+    seed: Tensor | None
+    starts_q: Tensor | None
+    starts_k: Tensor | None
+    seq_q: int
+    seq_k: int
+    left: int
+    right: int
+    scale: float
+    softcap: float
+    dropout_p: float
+
+    def __post_init__(self) -> None:
+        q = self.q
+        if self.seq_q == 0 or self.seq_k == 0:
+            self.mask = None  # there is nothing to mask
+        self.batch = q.shape[0] if self.starts_q is None else self.starts_q.shape[0] - 1
+        self.heads_q, self.heads_k = q.shape[1], self.k.shape[1]
+        self.group = self.heads_q // max(1, self.heads_k)
+        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        flags = {
+            "WINDOW_LEFT": self.left >= 0,
+            "WINDOW_RIGHT": self.right >= 0,
+            "BOOL_MASK": self.mask is not None and self.mask.dtype == torch.bool,
+            "FLOAT_MASK": self.mask is not None and self.mask.dtype != torch.bool,
+            "SOFTCAP": self.softcap > 0,
+            "ALIBI": self.slopes is not None,
+            "DROPOUT": self.dropout_p > 0,
+            "NEGATIVE_SCALE": self.scale < 0,
+            "VARLEN": self.starts_q is not None,
+            "WIDE": any(_extent(x) >= 2**31 for x in (q, self.k, self.v, self.mask)),
+            "UPCAST": interpreting() and q.dtype == torch.bfloat16,
+            "TF32": q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest",
+        }
+        self.flags = sum(FLAG[name] for name, on in flags.items() if on)
+        unit = 1.0 if flags["FLOAT_MASK"] else _LOG2_E
+        cap = self.softcap
+        self.numbers = {
+            "scale": self.scale * unit,
+            "cap_scale": self.scale / cap if cap > 0 else 0.0,
+            "cap": cap * unit,
+            "keep_scale": 1.0 / (1.0 - self.dropout_p),
+        }
+        if self.slopes is not None:
+            slopes = self.slopes.to(self.dtype) * unit
+            self.slopes = slopes.expand(self.batch, self.heads_q).contiguous()
+        if flags["BOOL_MASK"]:
+            self.mask = self.mask.view(torch.uint8)
+
+    def pointer(self, x: Tensor | None) -> Tensor:
+        """x, or some tensor where a kernel's flags keep it from looking."""
+        return self.q if x is None else x
+
+    def tile(self, kernel: str) -> config.Tile:
+        if interpreting():
+            return config.INTERPRETED
+        head_dim = max(self.blocks_d)
+        size = self.q.element_size()
+        return config.tile(kernel, capability(self.q.device.index), size, head_dim)
+
+    @property
+    def blocks_d(self) -> tuple[int, int]:
+        dims = (self.q.shape[-1], self.v.shape[-1])
+        return tuple(max(16, triton.next_power_of_2(d)) for d in dims)
+
+    def section(self, rows: int, heads: int) -> int:
+        """How many heads' worth of ``rows`` rows of D + Dv stay in L2."""
+        row = (self.q.shape[-1] + self.v.shape[-1]) * self.q.element_size()
+        return max(1, min(self.batch * heads, _L2_BYTES // max(1, rows * row)))
+
+    def common(self, tile: config.Tile) -> dict:
+        """The keyword arguments of every kernel."""
+        block_d, block_dv = self.blocks_d
+        return {
+            "seq_q": self.seq_q,
+            "seq_k": self.seq_k,
+            "left": self.left,
+            "right": self.right,
+            "threshold": math.floor(self.dropout_p * 2**32),
+            **self.numbers,
+            "SHAPE": (self.q.shape[-1], self.v.shape[-1], block_d, block_dv, *tile[:2]),
+            "FLAGS": self.flags,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            "device": self.q.device,
+        }
+
+    def mask_strides(self) -> tuple[int, int, int, int]:
+        if self.mask is None:
+            return (0, 0, 0, 0)
+        return tuple(
+            0 if n == 1 else s for n, s in zip(self.mask.shape, self.mask.stride(), strict=True)
+        )
+
+
+def _extent(x: Tensor | None) -> int:
+    """The largest offset inside one head, and a tile beyond it."""
+    if x is None:
+        return 0
+    return (x.shape[-2] + 256) * abs(x.stride(-2)) + (x.shape[-1] + 256) * abs(x.stride(-1))
+
+
+def make_problem(
+    query, key, value, attn_mask, slopes, seed, starts_q, starts_k, max_q, max_k, is_causal, scale,
+    dropout_p, left, right, softcap,
+) -> Problem:  # fmt: skip
+    _check(query, key, value, attn_mask, slopes, seed, starts_q, starts_k, scale, dropout_p)
+    q, k, v = four_dims(query), four_dims(key), four_dims(value)
+    mask = attn_mask
+    if mask is not None:
+        batch = query.shape[:-3] if math.prod(mask.shape[:-3]) > 1 else mask.shape[:-3]
+        mask = mask.expand(*batch, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+    if slopes is not None and slopes.dim() == 2 and query.dim() > 4:
+        # One row for each element of the first batch dimension.
+        slopes = slopes.repeat_interleave(q.shape[0] // max(1, slopes.shape[0]), 0)
+    if is_causal:
+        right = 0
+    return Problem(
+        q, k, v, mask, slopes, seed, starts_q, starts_k,
+        q.shape[2] if starts_q is None else max_q,
+        k.shape[2] if starts_k is None else max_k,
+        left, right, scale, softcap, dropout_p,
+    )  # fmt: skip
+
+
+def like_rows(x: Tensor, head_dim: int, varlen: bool) -> Tensor:
+    """Uninitialised ``[B, H, S, head_dim]``; tokens outermost where sequences are packed."""
+    batch, heads, rows, _ = x.shape
+    if varlen:
+        return x.new_empty((batch, rows, heads, head_dim)).transpose(1, 2)
+    return x.new_empty((batch, heads, rows, head_dim))

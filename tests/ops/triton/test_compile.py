@@ -1,0 +1,164 @@
+"""Every configuration of the Triton kernels compiled for GPUs that need not be here: shared memory
+within the limit, no spills in the tuned tiles, Hopper's matrix instructions."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from fastattn.ops import triton
+from fastattn.ops.triton import config
+
+pytestmark = pytest.mark.skipif(
+    triton.interpreting() or triton.why_not() is not None, reason="needs Triton's compiler"
+)
+
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+class Compiled(NamedTuple):
+    kernel: str
+    shared: int
+    stack: int  # bytes a thread, of spilled registers
+    ptx: str
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """Makes launches compile for the architecture that it is called with; returns what they do."""
+    import triton as compiler_package
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from fastattn.ops.triton import attention, linear_relu, problem
+
+    class Driver:
+        architecture = 90
+
+        def get_current_device(self):
+            return self.architecture  # the kernels' caches go by device
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", self.architecture, 32)
+
+    fake, compiled = Driver(), []
+    cuobjdump = Path(compiler_package.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+    def launch(kernel, grid, *args, device, **options):
+        built = kernel.warmup(*args, grid=grid, **options)
+        cubin = tmp_path / f"{len(compiled)}.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        usage = subprocess.run(
+            [str(cuobjdump), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+        stack = int(re.search(r"STACK:(\d+)", usage)[1])
+        compiled.append(Compiled(kernel.__name__, built.metadata.shared, stack, built.asm["ptx"]))
+
+    def set_architecture(architecture: int) -> list[Compiled]:
+        fake.architecture = architecture
+        for module in (problem, linear_relu):
+            monkeypatch.setattr(module, "capability", lambda _: architecture)
+        for module in (attention, linear_relu):
+            monkeypatch.setattr(module, "launch", launch)
+        return compiled
+
+    driver.set_active(fake)
+    yield set_architecture
+    if torch.cuda.is_available():
+        driver.reset_active()
+
+
+def attend(dtype, head_dim, mask=None, **options) -> None:
+    """A forward and a backward with everything asked for; nothing runs."""
+    from fastattn.ops.triton import attention
+
+    q = torch.empty(1, 4, 256, head_dim, dtype=dtype)
+    k = torch.empty(1, options.pop("heads_k", 4), 256, head_dim, dtype=dtype)
+    seed, slopes = torch.zeros(1, dtype=torch.int64), options.pop("slopes", None)
+    p, causal = options.pop("dropout_p", 0.0), options.pop("is_causal", False)
+    window, softcap = options.pop("window", (-1, -1)), options.pop("softcap", 0.0)
+    packed = (None, None, 0, 0)
+    more = (causal, 0.1, p, *window, softcap)
+    out, lse = attention.attention_forward(q, k, k, mask, slopes, seed, *packed, *more)
+    needs = [True] * 3 + [mask is not None and mask.dtype != torch.bool]
+    attention.attention_backward(
+        out, lse, q, k, k, mask, slopes, out, lse, seed, *packed, *more, needs
+    )
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", SHARED_BYTES)
+def test_attention(architecture, dtype, head_dim, compiler):
+    if config.why_not(architecture, DTYPES[dtype].itemsize, head_dim):
+        pytest.skip(config.why_not(architecture, DTYPES[dtype].itemsize, head_dim))
+    compiled = compiler(architecture)
+    attend(DTYPES[dtype], head_dim, is_causal=True)
+    assert len(compiled) == 4
+    for kernel in compiled:
+        assert kernel.shared <= SHARED_BYTES[architecture], kernel[:3]
+        if dtype == "bf16" and head_dim <= 128:
+            assert kernel.stack == 0, kernel[:3]
+        if dtype == "bf16" and architecture == 90 and "delta" not in kernel.kernel:
+            assert "wgmma.mma_async" in kernel.ptx, kernel.kernel
+
+
+@pytest.mark.parametrize(
+    "architecture, head_dim, mask",
+    [
+        *itertools.product([90], [64, 128, 256], ["none", "bool", "float"]),
+        (80, 128, "float"),
+        (86, 256, "bool"),
+        (100, 128, "float"),
+    ],
+)
+def test_attention_with_every_option(architecture, head_dim, mask, compiler):
+    compiled = compiler(architecture)
+    dtype = torch.bool if mask == "bool" else torch.bfloat16
+    tensor = None if mask == "none" else torch.empty(1, 1, 256, 256, dtype=dtype)
+    attend(
+        torch.bfloat16,
+        head_dim,
+        tensor,
+        is_causal=True,
+        window=(100, 5),
+        softcap=2.0,
+        dropout_p=0.1,
+        slopes=torch.empty(4),
+        heads_k=2,
+    )
+    kernels = {kernel.kernel for kernel in compiled}
+    assert ("mask_list_kernel" in kernels) == (mask != "none")
+    assert ("attention_mask_gradient_kernel" in kernels) == (mask == "float")
+    assert all(kernel.shared <= SHARED_BYTES[architecture] for kernel in compiled)
+
+
+@pytest.mark.parametrize(
+    "dtype, fused", [("bf16", True), ("bf16", False), ("fp32", False), ("fp64", False)]
+)
+@pytest.mark.parametrize("architecture", SHARED_BYTES)
+def test_linear_relu(architecture, dtype, fused, compiler, monkeypatch):
+    from fastattn.ops.triton import linear_relu
+
+    monkeypatch.setattr(config, "fused_product", lambda *_: fused)
+    compiled = compiler(architecture)
+    x, w = (torch.empty(rows, 784, dtype=DTYPES[dtype]) for rows in (64, 128))
+    out, bits = linear_relu.linear_relu_forward(x, w, w[:, 0])
+    linear_relu.linear_relu_backward(out, x, w, bits, [True] * 3)
+    assert len(compiled) == (3 if fused else 2)
+    for kernel in compiled:
+        assert kernel.shared <= SHARED_BYTES[architecture], kernel[:3]
+        if dtype == "bf16":
+            assert kernel.stack == 0, kernel[:3]
+        if dtype == "bf16" and fused and architecture == 90:
+            assert "wgmma.mma_async" in kernel.ptx, kernel.kernel
