@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = [*["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]]
+BUILD = ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
 TESTS = ["test_gpu.py", "test_triton_attention.py", "test_triton_linear.py"]
 
 
