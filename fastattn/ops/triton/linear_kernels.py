@@ -176,7 +176,10 @@ def relu_bits_kernel(
     m_tile = (o_m < m)[:, None] & (o_n < n)[None, :]
     p_tile = p_y + o_m.to(tl.int64)[:, None] * n + o_n[None, :]
     y = tl.load(p_tile, mask=m_tile, other=0.0)
-    passes = (y != y) | (y > 0.0)
+    wide = y
+    if y.dtype == tl.bfloat16:
+        wide = y.to(tl.float32)  # the interpreter compares bfloat16 as integers
+    passes = (wide != wide) | (wide > 0.0)
     tl.store(p_tile, tl.where(passes, y, tl.zeros((), y.dtype)), mask=m_tile)
     store_bits(p_bits, o_m, i_n, passes, m, n, BLOCK_M, BLOCK_N)
 
