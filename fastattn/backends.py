@@ -86,7 +86,7 @@ def _triton_reasons(problem: Problem) -> list[str]:
         found.append(f"the inputs are on {problem.device}")
     elif triton.why_not() is not None:
         found.append(triton.why_not())
-    elif problem.device == "cuda":
+    elif problem.device == "cuda" and not torch.compiler.is_compiling():
         capability = triton.capability(torch.cuda.current_device())
         against = why_not(capability, problem.dtype.itemsize, problem.head_dim)
         found += [against] if against is not None else []
@@ -160,7 +160,7 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
         max(tensors[0].shape[-1], tensors[min(2, len(tensors) - 1)].shape[-1])
         if op in ("attention", "varlen_attn")
         else 0,
-        slopes is not None and slopes.requires_grad,
+        needs_gradient(slopes),
     )
     against = {name: reasons(problem, name) for name in BACKENDS}
     with warnings.catch_warnings():
@@ -176,6 +176,11 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
 
 
 _EXTRAS = ("window_size", "softcap", "alibi_slopes")
+
+
+def needs_gradient(x: Tensor | None) -> bool:
+    """Whether autograd will ask for x's gradient."""
+    return x is not None and x.requires_grad and torch.is_grad_enabled()
 
 
 def active_options(

@@ -52,6 +52,8 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         query, key, value, attn_mask, seed, ctx.is_causal, ctx.scale, ctx.dropout_p, *more = inputs
+        defaults = (None, None, None, ops.NO_OPTIONS, "cpu")
+        more = (*more, *defaults[len(more) :])
         alibi_slopes, starts_q, starts_k, ctx.options, ctx.backend = more
         ctx.set_materialize_grads(False)
         extra = (alibi_slopes, starts_q, starts_k)
@@ -159,7 +161,7 @@ def scaled_dot_product_attention(
         query.dtype,
         backends.active_options(window_size, softcap, alibi_slopes),
         max(query.shape[-1], value.shape[-1]),
-        alibi_slopes is not None and alibi_slopes.requires_grad,
+        backends.needs_gradient(alibi_slopes),
     )
     chosen = backends.select(problem, backend)
     seed = None

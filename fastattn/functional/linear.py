@@ -21,7 +21,8 @@ class LinearReLUFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        input, weight, _, ctx.backend = inputs
+        input, weight, _, *backend = inputs
+        ctx.backend = backend[0] if backend else "cpu"
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, output[1])

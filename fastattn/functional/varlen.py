@@ -71,7 +71,7 @@ def varlen_attn(
         query.dtype,
         backends.active_options(window_size, softcap, alibi_slopes),
         max(query.shape[-1], value.shape[-1]),
-        alibi_slopes is not None and alibi_slopes.requires_grad,
+        backends.needs_gradient(alibi_slopes),
     )
     chosen = backends.select(problem, backend)
     if not query.is_cuda:

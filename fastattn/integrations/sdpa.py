@@ -72,6 +72,8 @@ def _served(query: object, key: object, value: object, attn_mask: object) -> boo
         return False
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
-    head_dim = max((x.shape[-1] for x in (query, value) if x.dim()), default=0)
+    if not (query.dim() and value.dim()):
+        return False
+    head_dim = max(query.shape[-1], value.shape[-1])
     problem = backends.Problem("attention", query.device.type, query.dtype, (), head_dim)
     return any(not backends.reasons(problem, b) for b in backends.BACKENDS if b != "reference")

@@ -158,6 +158,19 @@ def test_compile_a_call_that_repeats_a_tensor():
 
 
 @NATIVE
+def test_the_functions_by_themselves():
+    q, k, v = inputs()
+    out, _ = fastattn.functional.AttentionFunction.apply(q, k, v, None, None, True, 0.5, 0.0)
+    expected = reference.attention(q, k, v, is_causal=True, scale=0.5)[0]
+    w = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    y, _ = fastattn.functional.LinearReLUFunction.apply(out, w, None)
+    wanted = reference.linear_relu(expected, w)
+    torch.testing.assert_close(y, wanted)
+    grads, expected = (torch.autograd.grad(x.square().sum(), (q, k, v, w)) for x in (y, wanted))
+    torch.testing.assert_close(grads, expected)
+
+
+@NATIVE
 def test_opcheck():
     q, k, v = (x.detach() for x in inputs(heads_k=2, dim_v=5))
     mask = torch.randn(1, 4, 1, 6, dtype=torch.float64)

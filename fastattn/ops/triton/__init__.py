@@ -37,11 +37,6 @@ def capability(device: int) -> int:
     return 10 * major + minor
 
 
-def available() -> bool:
-    """Whether Triton 3.6 or newer can be imported."""
-    return why_not() is None
-
-
 def interpreting() -> bool:
     """Whether the kernels run in Triton's interpreter, and hence on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"

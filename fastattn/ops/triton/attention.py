@@ -229,7 +229,7 @@ def _delta(p: Problem, do: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | 
         strides = grad_lse.stride()
     launch(
         attention_delta_kernel,
-        (triton.cdiv(rows, _DELTA_ROWS), batch * heads),
+        (triton.cdiv(rows, _DELTA_ROWS) * batch * heads,),
         out,
         do,
         lse,

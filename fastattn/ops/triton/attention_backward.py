@@ -98,9 +98,10 @@ def attention_delta_kernel(
     FLAGS: tl.constexpr,
 ):
     ACC: tl.constexpr = p_delta.dtype.element_ty
-    i_bh = tl.program_id(1)
+    blocks = tl.cdiv(seq_q, BLOCK_Q)
+    i_bh = tl.program_id(0) // blocks
     i_b64, i_h64 = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
-    o_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_q = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m_q = o_q < seq_q
     p_o += i_b64 * o_strides[0] + i_h64 * o_strides[1]
     p_do += i_b64 * do_strides[0] + i_h64 * do_strides[1]
