@@ -298,11 +298,12 @@ def tune(output: Path, stop: float) -> None:
 
     chosen = config.tile
     tiles = [
-        config.Tile(q, k, warps, stages)
+        config.Tile(q, k, warps, stages, tma)
         for q in (32, 64, 128)
         for k in (32, 64, 128)
         for warps in (4, 8)
         for stages in (2, 3)
+        for tma in (True, False)
         if q * k >= 2048
     ]
     with (output / "tune.csv").open("w", newline="") as file:

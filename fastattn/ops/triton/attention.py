@@ -63,14 +63,15 @@ def attention_forward(
     )  # fmt: skip
     out = like_rows(p.q, value.shape[-1], starts_q is not None)
     lse = torch.empty(p.q.shape[:3], dtype=p.dtype, device=query.device)
-    tile = p.tile("forward")
+    tile = p.tile("forward", p.k, p.v)
+    k, v = p.walked(tile, tile.block_k, p.k, p.v)
     lists, counts, list_strides = _mask_lists(p, tile, by_key=False)
     launch(
         attention_forward_kernel,
         (triton.cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
         p.q,
-        p.k,
-        p.v,
+        k,
+        v,
         out,
         lse,
         p.pointer(p.mask),
@@ -146,14 +147,15 @@ def attention_backward(
     strides = (*map(row_strides, (p.q, p.k, p.v, do)), lse.stride()[:2], delta.stride()[:2])
     if needs[0]:
         dq = like_rows(p.q, query.shape[-1], varlen)
-        tile = p.tile("queries")
+        tile = p.tile("queries", p.k, p.v)
+        k, v = p.walked(tile, tile.block_k, p.k, p.v)
         lists, counts, list_strides = _mask_lists(p, tile, by_key=False)
         launch(
             attention_backward_queries_kernel,
             (triton.cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
             p.q,
-            p.k,
-            p.v,
+            k,
+            v,
             do,
             lse,
             delta,
@@ -179,15 +181,16 @@ def attention_backward(
     if needs[1] or needs[2]:
         dk = like_rows(p.k, query.shape[-1], varlen)
         dv = like_rows(p.v, value.shape[-1], varlen)
-        tile = p.tile("keys")
+        tile = p.tile("keys", p.q, do)
+        q, d_out = p.walked(tile, tile.block_q, p.q, do)
         lists, counts, list_strides = _mask_lists(p, tile, by_key=True)
         launch(
             attention_backward_keys_kernel,
             (triton.cdiv(p.seq_k, tile.block_k) * p.batch * p.heads_k,),
-            p.q,
+            q,
             p.k,
             p.v,
-            do,
+            d_out,
             lse,
             delta,
             dk,

@@ -66,8 +66,12 @@ def _keys_step(
     BLOCK_K: tl.constexpr = SHAPE[5]
     o_q = i_first + tl.arange(0, BLOCK_Q)
     o_k = j_first + tl.arange(0, BLOCK_K)
-    q = primitives.load_rows(p_q, o_q, stride_q, seq_q, HEAD_DIM, BLOCK_D, True, FLAGS)
-    do = primitives.load_rows(p_do, o_q, stride_do, seq_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
+    q = primitives.load_block(
+        p_q, i_b, i_h, i_first, o_q, stride_q, seq_q, HEAD_DIM, BLOCK_Q, BLOCK_D, True, FLAGS
+    )
+    do = primitives.load_block(
+        p_do, i_b, i_h, i_first, o_q, stride_do, seq_q, HEAD_DIM_V, BLOCK_Q, BLOCK_DV, True, FLAGS
+    )
     lse, delta = load_statistics(p_lse, p_delta, o_q, seq_q, FLAGS)
     if MAY_BE_EMPTY & FLAGS:
         q = primitives.clear_rows(q, lse != float("inf"))
@@ -115,10 +119,10 @@ def _keys_step(
     ]
 )  # fmt: skip
 def attention_backward_keys_kernel(
-    p_q,  # [B, Hq, Sq, D]
+    p_q,  # [B, Hq, Sq, D]; with TMA the tensor's descriptor
     p_k,  # [B, Hk, Sk, D]
     p_v,  # [B, Hk, Sk, Dv]
-    p_do,  # [B, Hq, Sq, Dv]
+    p_do,  # [B, Hq, Sq, Dv]; the same
     p_lse,  # [B, Hq, Sq]
     p_delta,  # [B, Hq, Sq]
     p_dk,
@@ -182,10 +186,8 @@ def attention_backward_keys_kernel(
     o_k = j_first + tl.arange(0, BLOCK_K)
 
     # this program's tensors
-    p_q += i_b64 * q_strides[0] + start_q * q_strides[2]
     p_k += i_b64 * k_strides[0] + i_hk64 * k_strides[1] + start_k * k_strides[2]
     p_v += i_b64 * v_strides[0] + i_hk64 * v_strides[1] + start_k * v_strides[2]
-    p_do += i_b64 * do_strides[0] + start_q * do_strides[2]
     p_lse += i_b64 * lse_strides[0] + start_q
     p_delta += i_b64 * delta_strides[0] + start_q
     p_dk += i_b64 * dk_strides[0] + i_hk64 * dk_strides[1] + start_k * dk_strides[2]
@@ -215,8 +217,8 @@ def attention_backward_keys_kernel(
             j_first,
             i_b,
             i_h,
-            p_q + i_h64 * q_strides[1],
-            p_do + i_h64 * do_strides[1],
+            primitives.head_pointer(p_q, i_b64, i_h64, start_q, q_strides, FLAGS),
+            primitives.head_pointer(p_do, i_b64, i_h64, start_q, do_strides, FLAGS),
             p_lse + i_h64 * lse_strides[1],
             p_delta + i_h64 * delta_strides[1],
             p_mask + i_b64 * mask_strides[0] + i_h64 * mask_strides[1],

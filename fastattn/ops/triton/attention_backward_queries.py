@@ -33,6 +33,7 @@ def _queries_step(
     i_first,
     i_b,
     i_h,
+    i_hk,
     p_k,
     p_v,
     p_mask,
@@ -64,8 +65,12 @@ def _queries_step(
     BLOCK_K: tl.constexpr = SHAPE[5]
     o_q = i_first + tl.arange(0, BLOCK_Q)
     o_k = j_first + tl.arange(0, BLOCK_K)
-    k = primitives.load_rows(p_k, o_k, stride_k, seq_k, HEAD_DIM, BLOCK_D, EDGE, FLAGS)
-    v = primitives.load_rows(p_v, o_k, stride_v, seq_k, HEAD_DIM_V, BLOCK_DV, EDGE, FLAGS)
+    k = primitives.load_block(
+        p_k, i_b, i_hk, j_first, o_k, stride_k, seq_k, HEAD_DIM, BLOCK_K, BLOCK_D, EDGE, FLAGS
+    )
+    v = primitives.load_block(
+        p_v, i_b, i_hk, j_first, o_k, stride_v, seq_k, HEAD_DIM_V, BLOCK_K, BLOCK_DV, EDGE, FLAGS
+    )
     qk = primitives.dot(q, tl.trans(k), ACC, FLAGS)  # [BLOCK_Q, BLOCK_K]
     dp = primitives.dot(do, tl.trans(v), ACC, FLAGS)
     keep = True
@@ -112,8 +117,8 @@ def _queries_step(
 )  # fmt: skip
 def attention_backward_queries_kernel(
     p_q,  # [B, Hq, Sq, D]
-    p_k,  # [B, Hk, Sk, D]
-    p_v,  # [B, Hk, Sk, Dv]
+    p_k,  # [B, Hk, Sk, D]; with TMA the tensor's descriptor
+    p_v,  # [B, Hk, Sk, Dv]; the same
     p_do,  # [B, Hq, Sq, Dv]
     p_lse,  # [B, Hq, Sq]
     p_delta,  # [B, Hq, Sq]
@@ -176,8 +181,8 @@ def attention_backward_queries_kernel(
 
     # this program's tensors
     p_q += i_b64 * q_strides[0] + i_h64 * q_strides[1] + start_q * q_strides[2]
-    p_k += i_b64 * k_strides[0] + i_hk64 * k_strides[1] + start_k * k_strides[2]
-    p_v += i_b64 * v_strides[0] + i_hk64 * v_strides[1] + start_k * v_strides[2]
+    p_k = primitives.head_pointer(p_k, i_b64, i_hk64, start_k, k_strides, FLAGS)
+    p_v = primitives.head_pointer(p_v, i_b64, i_hk64, start_k, v_strides, FLAGS)
     p_do += i_b64 * do_strides[0] + i_h64 * do_strides[1] + start_q * do_strides[2]
     p_dq += i_b64 * dq_strides[0] + i_h64 * dq_strides[1] + start_q * dq_strides[2]
     p_lse += i_b64 * lse_strides[0] + i_h64 * lse_strides[1] + start_q
@@ -209,6 +214,7 @@ def attention_backward_queries_kernel(
         i_first,
         i_b,
         i_h,
+        i_h // group,
         p_k,
         p_v,
         p_mask,

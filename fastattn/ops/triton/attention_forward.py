@@ -36,6 +36,7 @@ def _forward_step(
     i_first,
     i_b,
     i_h,
+    i_hk,
     p_k,
     p_v,
     p_mask,
@@ -66,9 +67,13 @@ def _forward_step(
     BLOCK_K: tl.constexpr = SHAPE[5]
     o_q = i_first + tl.arange(0, BLOCK_Q)
     o_k = j_first + tl.arange(0, BLOCK_K)
-    k = primitives.load_rows(p_k, o_k, stride_k, seq_k, HEAD_DIM, BLOCK_D, EDGE, FLAGS)
+    k = primitives.load_block(
+        p_k, i_b, i_hk, j_first, o_k, stride_k, seq_k, HEAD_DIM, BLOCK_K, BLOCK_D, EDGE, FLAGS
+    )
     qk = primitives.dot(q, tl.trans(k), ACC, FLAGS)  # [BLOCK_Q, BLOCK_K]
-    v = primitives.load_rows(p_v, o_k, stride_v, seq_k, HEAD_DIM_V, BLOCK_DV, EDGE, FLAGS)
+    v = primitives.load_block(
+        p_v, i_b, i_hk, j_first, o_k, stride_v, seq_k, HEAD_DIM_V, BLOCK_K, BLOCK_DV, EDGE, FLAGS
+    )
     if EDGE or ((SOFTCAP | ALIBI | NEGATIVE_SCALE) & FLAGS):
         s, _, visible = primitives.scores(
             qk,
@@ -122,8 +127,8 @@ def _forward_step(
 )  # fmt: skip
 def attention_forward_kernel(
     p_q,  # [B, Hq, Sq, D]
-    p_k,  # [B, Hk, Sk, D]
-    p_v,  # [B, Hk, Sk, Dv]
+    p_k,  # [B, Hk, Sk, D]; with TMA the tensor's descriptor
+    p_v,  # [B, Hk, Sk, Dv]; the same
     p_o,  # [B, Hq, Sq, Dv]
     p_lse,  # [B, Hq, Sq], natural log
     p_mask,  # [B, Hq, Sq, Sk]: bytes or floats
@@ -181,8 +186,8 @@ def attention_forward_kernel(
 
     # this program's tensors
     p_q += i_b64 * q_strides[0] + i_h64 * q_strides[1] + start_q * q_strides[2]
-    p_k += i_b64 * k_strides[0] + i_hk64 * k_strides[1] + start_k * k_strides[2]
-    p_v += i_b64 * v_strides[0] + i_hk64 * v_strides[1] + start_k * v_strides[2]
+    p_k = primitives.head_pointer(p_k, i_b64, i_hk64, start_k, k_strides, FLAGS)
+    p_v = primitives.head_pointer(p_v, i_b64, i_hk64, start_k, v_strides, FLAGS)
     p_o += i_b64 * o_strides[0] + i_h64 * o_strides[1] + start_q * o_strides[2]
     p_lse += i_b64 * lse_strides[0] + i_h64 * lse_strides[1] + start_q
     scale = primitives.scalar(scale, ACC)
@@ -209,6 +214,7 @@ def attention_forward_kernel(
         i_first,
         i_b,
         i_h,
+        i_h // group,
         p_k,
         p_v,
         p_mask,

@@ -19,6 +19,7 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    tma: bool = False  # tensor descriptors for the operands that a program walks
 
 
 INTERPRETED = Tile(16, 16, 1, 1)  # small: every odd shape has edges everywhere
@@ -71,6 +72,14 @@ _ATTENTION: dict[str, dict[int, dict[int, dict[int, Tile]]]] = {
     },
 }
 
+# The same where the TMA unit loads the operands that a program walks: 16 bits, rows of a multiple
+# of 16 bytes. It needs no registers for addresses, which larger tiles make use of.
+_TMA: dict[str, dict[int, dict[int, Tile]]] = {
+    "forward": {90: {64: Tile(128, 128, 8, 3, True), 128: Tile(128, 128, 8, 2, True)}},
+    "keys": {90: {64: Tile(64, 128, 8, 2, True), 128: Tile(32, 128, 8, 3, True)}},
+    "queries": {90: {64: Tile(128, 128, 8, 2, True), 128: Tile(128, 64, 8, 2, True)}},
+}
+
 
 def _newest(table: dict[int, object], capability: int) -> object:
     """The entry of the newest architecture that is not newer than the GPU."""
@@ -90,9 +99,16 @@ def why_not(capability: int, element_bytes: int, head_dim: int) -> str | None:
     return None
 
 
-def tile(kernel: str, capability: int, element_bytes: int, head_dim: int) -> Tile:
-    """The tile of an attention kernel of KERNELS; capability is 10 x major + minor."""
+def tile(
+    kernel: str, capability: int, element_bytes: int, head_dim: int, tma: bool = False
+) -> Tile:
+    """The tile of an attention kernel of KERNELS; capability is 10 x major + minor; tma says
+    whether the operands allow it."""
     capability = 80 if _has_small_shared_memory(capability) else capability
+    if tma and element_bytes == 2 and capability >= 90 and kernel in _TMA:
+        row = _newest(_TMA[kernel], capability)
+        if head_dim <= max(row):
+            return next(t for limit, t in sorted(row.items()) if head_dim <= limit)
     table = _ATTENTION[kernel]
     row = _newest({a: r[element_bytes] for a, r in table.items() if element_bytes in r}, capability)
     return next(t for limit, t in sorted(row.items()) if head_dim <= limit)

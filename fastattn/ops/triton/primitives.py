@@ -23,6 +23,7 @@ WIDE = tl.constexpr(512)  # a head's offsets pass 2^31
 UPCAST = tl.constexpr(1024)  # the interpreter multiplies bfloat16 as integers
 TF32 = tl.constexpr(2048)
 LSE_GRADIENT = tl.constexpr(4096)
+TMA = tl.constexpr(8192)  # the streamed operands are tensor descriptors
 
 MASKED = tl.constexpr(4 + 8)
 WINDOWED = tl.constexpr(1 + 2)
@@ -99,6 +100,38 @@ def load_rows(
     if DIM != BLOCK_D:
         return tl.load(p_tile, mask=(o_d < DIM)[None, :], other=0.0)
     return tl.load(p_tile)
+
+
+@triton.jit
+def load_block(
+    x,
+    i_b,
+    i_h,
+    first,
+    o_rows,
+    stride,
+    rows,
+    DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECK: tl.constexpr,
+    FLAGS: tl.constexpr,
+):
+    """load_rows of consecutive rows. ``x`` is a pointer to the head, or the descriptor of all of
+    ``[B, H, S, D]``, whose loads are zeros beyond every extent."""
+    if TMA & FLAGS:
+        return tl.reshape(x.load([i_b, i_h, first, 0]), (BLOCK_ROWS, BLOCK_D))
+    else:
+        return load_rows(x, o_rows, stride, rows, DIM, BLOCK_D, CHECK, FLAGS)
+
+
+@triton.jit
+def head_pointer(p_x, i_b64, i_h64, start, strides, FLAGS: tl.constexpr):
+    """A streamed operand at its head and first row; a descriptor stays as it is."""
+    if TMA & FLAGS:
+        return p_x
+    else:
+        return p_x + i_b64 * strides[0] + i_h64 * strides[1] + start * strides[2]
 
 
 @triton.jit

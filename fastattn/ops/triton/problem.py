@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.ops.triton import MAX_HEAD_DIM, capability, config, interpreting, primitives
 
@@ -16,7 +17,7 @@ FLAG = {
     name: getattr(primitives, name).value
     for name in (
         "WINDOW_LEFT", "WINDOW_RIGHT", "BOOL_MASK", "FLOAT_MASK", "SOFTCAP", "ALIBI", "DROPOUT",
-        "NEGATIVE_SCALE", "VARLEN", "WIDE", "UPCAST", "TF32", "LSE_GRADIENT", "MASKED",
+        "NEGATIVE_SCALE", "VARLEN", "WIDE", "UPCAST", "TF32", "LSE_GRADIENT", "MASKED", "TMA",
     )
 }  # fmt: skip
 _L2_BYTES = 24 << 20  # what a section of heads may keep in a cache of 40 or 50 MB
@@ -142,12 +143,13 @@ class Problem:
         """x, or some tensor where a kernel's flags keep it from looking."""
         return self.q if x is None else x
 
-    def tile(self, kernel: str) -> config.Tile:
+    def tile(self, kernel: str, *walked: Tensor) -> config.Tile:
+        """The tile of a kernel whose programs walk the ``[B, H, S, D]`` operands given."""
+        tma = bool(walked) and self.starts_q is None and all(map(_tma_can_load, walked))
         if interpreting():
-            return config.INTERPRETED
-        head_dim = max(self.blocks_d)
+            return config.INTERPRETED._replace(tma=tma and config.INTERPRETED.tma)
         size = self.q.element_size()
-        return config.tile(kernel, capability(self.q.device.index), size, head_dim)
+        return config.tile(kernel, capability(self.q.device.index), size, max(self.blocks_d), tma)
 
     @property
     def blocks_d(self) -> tuple[int, int]:
@@ -169,12 +171,29 @@ class Problem:
             "right": self.right,
             "threshold": math.floor(self.dropout_p * 2**32),
             **self.numbers,
-            "SHAPE": (self.q.shape[-1], self.v.shape[-1], block_d, block_dv, *tile[:2]),
-            "FLAGS": self.flags,
+            "SHAPE": (
+                self.q.shape[-1],
+                self.v.shape[-1],
+                block_d,
+                block_dv,
+                tile.block_q,
+                tile.block_k,
+            ),
+            "FLAGS": self.flags | (FLAG["TMA"] if tile.tma else 0),
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
             "device": self.q.device,
         }
+
+    def walked(self, tile: config.Tile, rows: int, *operands: Tensor) -> list:
+        """Operands as a kernel takes them that walks them ``rows`` at a time."""
+        if not tile.tma:
+            return list(operands)
+        dims = (max(16, triton.next_power_of_2(x.shape[-1])) for x in operands)
+        return [
+            TensorDescriptor.from_tensor(x, [1, 1, rows, dim])
+            for x, dim in zip(operands, dims, strict=True)
+        ]
 
     def mask_strides(self) -> tuple[int, int, int, int]:
         if self.mask is None:
@@ -182,6 +201,17 @@ class Problem:
         return tuple(
             0 if n == 1 else s for n, s in zip(self.mask.shape, self.mask.stride(), strict=True)
         )
+
+
+def _tma_can_load(x: Tensor) -> bool:
+    """16-byte aligned rows, heads and batch elements, none of them empty or broadcast."""
+    size = x.element_size()
+    return (
+        x.numel() > 0
+        and x.data_ptr() % 16 == 0
+        and x.stride(-1) == 1
+        and all(s > 0 and s * size % 16 == 0 for s in x.stride()[:-1])
+    )
 
 
 def _extent(x: Tensor | None) -> int:

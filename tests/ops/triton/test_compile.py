@@ -107,6 +107,24 @@ def test_attention(architecture, dtype, head_dim, compiler):
         pytest.skip(config.why_not(architecture, DTYPES[dtype].itemsize, head_dim))
     compiled = compiler(architecture)
     attend(DTYPES[dtype], head_dim, is_causal=True)
+    check_attention(compiled, architecture, dtype, head_dim)
+    tma = dtype == "bf16" and architecture >= 90 and head_dim <= 128
+    loads = {k.kernel for k in compiled if "cp.async.bulk.tensor" in k.ptx}
+    assert len(loads) == (3 if tma else 0)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("architecture", [90, 100])
+def test_attention_without_tensor_descriptors(architecture, head_dim, compiler, monkeypatch):
+    from fastattn.ops.triton import problem
+
+    monkeypatch.setattr(problem, "_tma_can_load", lambda _: False)
+    compiled = compiler(architecture)
+    attend(torch.bfloat16, head_dim, is_causal=True)
+    check_attention(compiled, architecture, "bf16", head_dim)
+
+
+def check_attention(compiled: list[Compiled], architecture: int, dtype: str, head_dim: int) -> None:
     assert len(compiled) == 4
     for kernel in compiled:
         assert kernel.shared <= SHARED_BYTES[architecture], kernel[:3]

@@ -12,6 +12,7 @@ from torch import Tensor
 import fastattn
 from fastattn import ops, reference
 from fastattn.ops import triton
+from fastattn.ops.triton import config
 
 pytestmark = pytest.mark.triton
 
@@ -82,10 +83,11 @@ def check(name: str, actual: Tensor, expected: Tensor, limit: Tensor | float) ->
     assert bool((error <= limit).all()), f"{name}: worst error {error.max()}, limit {limit}"
 
 
-def run_and_check(shape, options, mask_kind, dtype, device) -> None:
+def run_and_check(shape, options, mask_kind, dtype, device, aligned=False) -> None:
     batch, heads_q, heads_k, seq_q, seq_k, dim, dim_v = shape
-    q = torch.randn(batch, seq_q, heads_q, dim + 3, dtype=dtype, device=device)
-    q = q[..., 2 : dim + 2].transpose(1, 2)
+    pad = 0 if aligned else 3
+    q = torch.randn(batch, seq_q, heads_q, dim + pad, dtype=dtype, device=device)
+    q = q[..., pad : dim + pad].transpose(1, 2)
     k = torch.randn(batch, seq_k, heads_k, dim, dtype=dtype, device=device).transpose(1, 2)
     v = torch.randn(batch, heads_k, seq_k, dim_v, dtype=dtype, device=device)
     mask = make_mask(mask_kind, (batch, heads_q, seq_q, seq_k), dtype, device)
@@ -146,6 +148,39 @@ def test_dtypes(options, mask, dtype, device):
 @pytest.mark.parametrize("dims", [(1, 1), (128, 16), (40, 256)], ids=str)
 def test_head_dims(dims, device):
     run_and_check((1, 1, 1, 18, 21, *dims), {"is_causal": True}, "none", torch.float32, device)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("options", ["plain", "window", "everything"])
+@pytest.mark.parametrize("shape", ["grouped, long", "square"])
+def test_tensor_descriptors(shape, options, mask, device, monkeypatch):
+    """16-bit operands of aligned rows on Hopper; the interpreter takes any that are aligned."""
+    from fastattn.ops.triton import problem
+
+    monkeypatch.setattr(config, "INTERPRETED", config.INTERPRETED._replace(tma=True))
+    used = []
+    make = problem.TensorDescriptor.from_tensor
+    monkeypatch.setattr(
+        problem.TensorDescriptor, "from_tensor", lambda *a: used.append(a) or make(*a)
+    )
+    dtype = torch.float32 if triton.interpreting() else torch.bfloat16
+    run_and_check(SHAPES[shape], OPTIONS[options], mask, dtype, device, aligned=True)
+    hopper = triton.interpreting() or torch.cuda.get_device_capability()[0] in (9, 10)
+    assert len(used) == (6 if hopper else 0)
+
+
+@pytest.mark.parametrize("change", ["offset", "odd rows", "broadcast"])
+def test_what_tensor_descriptors_cannot_do_goes_by_pointers(change, device, monkeypatch):
+    monkeypatch.setattr(config, "INTERPRETED", config.INTERPRETED._replace(tma=True))
+    q, k, wide = (torch.randn(1, 2, 20, n, device=device).half() for n in (16, 16, 24))
+    v = {
+        "offset": wide[..., 2:18],
+        "odd rows": wide[..., :17].contiguous()[..., :16],
+        "broadcast": wide[:, :1, :, :16].expand(1, 2, 20, 16),
+    }[change]
+    out, _ = ops.attention_forward(q, k, v, None, None, True, 0.3, 0.0, backend="triton")
+    expected, _ = reference.attention(q.double(), k.double(), v.double(), is_causal=True, scale=0.3)
+    check("out", out, expected, bound(v.dtype, v.abs().max().cpu(), 2))
 
 
 @pytest.mark.skipif(not triton.interpreting(), reason="compares with the CPU kernels")
