@@ -1,8 +1,7 @@
 """Which backend serves a call, and why the others do not.
 
 A backend's limits are the reasons it gives against a problem; the first backend without one is
-taken. An explicit
-backend is obeyed or raises with its reasons.
+taken. An explicit backend is obeyed or raises with its reasons.
 """
 
 from __future__ import annotations
@@ -143,8 +142,7 @@ def available() -> list[str]:
 
 def explain(op: str, *args: Tensor, backend: str | None = None, **options: object) -> Explanation:
     """Which backend serves ``op`` (one of ``attention``, ``varlen_attn``, ``linear_relu``,
-    ``mlp``) with these
-    arguments, and why not the others. Nothing is computed."""
+    ``mlp``) with these arguments, and why not the others. Nothing is computed."""
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
     tensors = [a for a in args if isinstance(a, Tensor)]

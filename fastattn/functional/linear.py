@@ -43,8 +43,7 @@ class LinearReLUFunction(torch.autograd.Function):
 
 class MLPFunction(torch.autograd.Function):
     """A whole Linear-ReLU-...-Linear stack as one node: (out, hidden activations...). Saves x, the
-    weights and the
-    hidden activations, from which the ReLUs are read."""
+    weights and the hidden activations, from which the ReLUs are read."""
 
     @staticmethod
     def forward(input, layers, *parameters):
