@@ -3,16 +3,15 @@
 
 STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def(
-      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, "
-      "bool is_causal, "
-      "float scale, float dropout_p) -> (Tensor out, Tensor lse)");
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? "
+      "slopes, Tensor? seed, Tensor? starts_q, Tensor? starts_k, bool is_causal, float scale, "
+      "float dropout_p, int left, int right, float softcap) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
-      "value, "
-      "Tensor? attn_mask, Tensor out, Tensor lse, Tensor? seed, bool is_causal, float scale, float "
-      "dropout_p, "
-      "bool[4] needs) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor "
-      "grad_mask)");
+      "value, Tensor? attn_mask, Tensor? slopes, Tensor out, Tensor lse, Tensor? seed, Tensor? "
+      "starts_q, Tensor? starts_k, bool is_causal, float scale, float dropout_p, int left, int "
+      "right, float softcap, bool[4] needs) -> (Tensor grad_query, Tensor grad_key, Tensor "
+      "grad_value, Tensor grad_mask)");
   m.def(
       "linear_relu_forward(Tensor input, Tensor weight, Tensor? bias) -> (Tensor out, Tensor "
       "mask)");

@@ -36,7 +36,6 @@ class Problem(NamedTuple):
     op: str
     device: str
     dtype: torch.dtype
-    options: tuple[str, ...] = ()  # the extras in use: window_size, softcap, alibi_slopes
     head_dim: int = 0  # the larger of D and Dv
     slopes_gradient: bool = False
 
@@ -75,7 +74,8 @@ def _cpu_reasons(problem: Problem) -> list[str]:
         found.append(f"the inputs are on {problem.device}")
     if problem.dtype not in _DTYPES:
         found.append(f"{problem.dtype} is not one of float32, float64, bfloat16, float16")
-    found += [f"the cpu kernels do not take {option} yet" for option in problem.options]
+    if problem.slopes_gradient:
+        found.append("the cpu kernels give alibi_slopes no gradient")
     return found
 
 
@@ -148,13 +148,11 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
     tensors = [a for a in args if isinstance(a, Tensor)]
     if not tensors:
         raise TypeError("args: expected the op's tensors, got none")
-    extras = active_options(**{k: v for k, v in options.items() if k in _EXTRAS})
     slopes = options.get("alibi_slopes")
     problem = Problem(
         op,
         tensors[0].device.type,
         tensors[0].dtype,
-        extras,
         max(tensors[0].shape[-1], tensors[min(2, len(tensors) - 1)].shape[-1])
         if op in ("attention", "varlen_attn")
         else 0,
@@ -173,25 +171,6 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
     return Explanation(op, chosen, against, detail)
 
 
-_EXTRAS = ("window_size", "softcap", "alibi_slopes")
-
-
 def needs_gradient(x: Tensor | None) -> bool:
     """Whether autograd will ask for x's gradient."""
     return x is not None and x.requires_grad and torch.is_grad_enabled()
-
-
-def active_options(
-    window_size: tuple[int, int] | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-) -> tuple[str, ...]:
-    """The names of the extras that a call makes use of."""
-    active = ()
-    if window_size is not None and tuple(window_size) != (-1, -1):
-        active += ("window_size",)
-    if softcap:
-        active += ("softcap",)
-    if alibi_slopes is not None:
-        active += ("alibi_slopes",)
-    return active

@@ -10,6 +10,7 @@ enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr int kDtypes = 4;
 
 constexpr int kMaxBatchDims = 6;
+constexpr int64_t kUnbounded = int64_t{1} << 60;
 
 // A [*batch, heads, rows, cols] view.
 struct TensorView {
@@ -29,22 +30,33 @@ struct AttentionProblem {
   int64_t batch = 1;  // product of batch_sizes
   int64_t heads_q = 0, heads_k = 0, seq_q = 0, seq_k = 0, head_dim = 0, head_dim_v = 0;
 
+  // Packed sequences: batch element b is rows [starts_q[b], starts_q[b + 1]) of q and out, and rows
+  // [starts_k[b], starts_k[b + 1]) of k and v; seq_q and seq_k are the longest ones' lengths.
+  const int64_t* starts_q = nullptr;  // [batch + 1]
+  const int64_t* starts_k = nullptr;
+  int64_t tokens_q = 0;  // of all sequences
+
   TensorView q, k, v;  // [*batch, heads, seq, dim], unit last stride
   MaskKind mask_kind = MaskKind::kNone;
   TensorView mask;  // [*batch, heads_q, seq_q, seq_k], stride 0 where it broadcasts
-  bool is_causal = false;
+  // Query i sees keys [i - left, i + right]; a causal mask is a right of 0.
+  int64_t left = kUnbounded, right = kUnbounded;
   double scale = 1.0;
+  double softcap = 0.0;          // 0: none
+  const void* slopes = nullptr;  // ALiBi: [slope_batches, heads_q], lse's dtype; may be absent
+  int64_t slope_batches = 1;     // divides batch
   double dropout_p = 0.0;
   uint64_t seed = 0;
 
   TensorView out;       // [*batch, heads_q, seq_q, head_dim_v]
-  void* lse = nullptr;  // [batch, heads_q, seq_q] contiguous, fp32 (fp64 for fp64)
+  void* lse = nullptr;  // [batch, heads_q, seq_q] or packed [heads_q, tokens_q], contiguous, fp32
+                        // (fp64 for fp64)
 };
 
 struct AttentionBackwardProblem {
   AttentionProblem forward;
   TensorView grad_out;             // [*batch, heads_q, seq_q, head_dim_v], unit last stride
-  const void* grad_lse = nullptr;  // [batch, heads_q, seq_q] contiguous, lse's dtype; may be absent
+  const void* grad_lse = nullptr;  // as lse; may be absent
   TensorView grad_q, grad_k, grad_v;
   bool needs_q = false, needs_k = false, needs_v = false, needs_mask = false;
 

@@ -83,15 +83,26 @@ inline TensorView view_of(const Tensor& t, bool broadcast = false) {
   return view;
 }
 
+// The options of an attention op, as its schema has them.
+struct AttentionOptions {
+  const std::optional<Tensor>& slopes;
+  const std::optional<Tensor>& seed;
+  const std::optional<Tensor>& starts_q;
+  const std::optional<Tensor>& starts_k;
+  bool is_causal;
+  double scale, dropout_p;
+  int64_t left, right;
+  double softcap;
+};
+
 // Inputs of an attention op, kept alive and with a unit last stride.
 struct AttentionInputs {
   Tensor query, key, value;
-  std::optional<Tensor> mask;
+  std::optional<Tensor> mask, slopes;
+  std::vector<int64_t> starts_q, starts_k;  // empty unless the sequences are packed
   AttentionProblem problem;
 
-  Shape batch_shape() const {
-    return {problem.batch_sizes, problem.batch_sizes + problem.batch_dims};
-  }
+  Shape batch_shape() const { return {query.sizes().begin(), query.sizes().end() - 3}; }
   Shape shape(int64_t heads, int64_t rows) const {
     Shape s = batch_shape();
     s.insert(s.end(), {heads, rows});
@@ -102,13 +113,47 @@ struct AttentionInputs {
     s.push_back(cols);
     return s;
   }
+  Shape lse_shape() const { return {query.sizes().begin(), query.sizes().end() - 1}; }
+  Shape out_shape() const {
+    Shape s = lse_shape();
+    s.push_back(problem.head_dim_v);
+    return s;
+  }
 };
+
+// Starts of packed sequences: [B + 1] integers from 0 to `tokens` that never fall.
+inline std::vector<int64_t> sequence_starts(const char* op, const char* argument, const Tensor& t,
+                                            int64_t tokens) {
+  const bool wide = t.scalar_type() == ScalarType::Long;
+  FASTATTN_CHECK(wide || t.scalar_type() == ScalarType::Int, op, argument, "int32 or int64",
+                 torch::headeronly::toString(t.scalar_type()));
+  FASTATTN_CHECK(t.is_cpu(), op, argument, "a tensor on the CPU", "another device");
+  FASTATTN_CHECK(t.dim() == 1 && t.size(0) > 0, op, argument, "shape [B + 1]", text(shape_of(t)));
+  const Tensor contiguous = torch::stable::contiguous(t);
+  std::vector<int64_t> starts;
+  for (int64_t b = 0; b < t.size(0); ++b) {
+    starts.push_back(wide ? static_cast<const int64_t*>(contiguous.data_ptr())[b]
+                          : static_cast<const int32_t*>(contiguous.data_ptr())[b]);
+  }
+  FASTATTN_CHECK(starts.front() == 0 && starts.back() == tokens &&
+                     std::is_sorted(starts.begin(), starts.end()),
+                 op, argument, "starts from 0 to " + std::to_string(tokens) + " that never fall",
+                 text(starts));
+  return starts;
+}
+
+inline int64_t longest(const std::vector<int64_t>& starts) {
+  int64_t length = 0;
+  for (size_t b = 1; b < starts.size(); ++b) length = std::max(length, starts[b] - starts[b - 1]);
+  return length;
+}
 
 inline AttentionInputs validate_attention(const char* op, const Tensor& query, const Tensor& key,
                                           const Tensor& value, const std::optional<Tensor>& mask,
-                                          const std::optional<Tensor>& seed, bool is_causal,
-                                          double scale, double dropout_p) {
-  AttentionInputs in;
+                                          const AttentionOptions& options) {
+  const double scale = options.scale, dropout_p = options.dropout_p;
+  const std::optional<Tensor>& seed = options.seed;
+  AttentionInputs in{.query = query, .key = key, .value = value};
   AttentionProblem& p = in.problem;
   p.dtype = dtype_of(op, "query", query);
   const int64_t rank = query.dim();
@@ -143,7 +188,16 @@ inline AttentionInputs validate_attention(const char* op, const Tensor& query, c
                  dropout_p);
   FASTATTN_CHECK(dropout_p == 0.0 || seed.has_value(), op, "seed",
                  "an int64 tensor, as dropout_p > 0", "None");
-  p.is_causal = is_causal;
+  FASTATTN_CHECK(std::isfinite(options.softcap) && options.softcap >= 0.0, op, "softcap",
+                 "0 or a positive number", options.softcap);
+  for (const int64_t bound : {options.left, options.right}) {
+    FASTATTN_CHECK(bound >= -1 && bound < kUnbounded, op, "window_size",
+                   "two numbers >= 0, or -1 for unbounded", bound);
+  }
+  p.left = options.left < 0 ? kUnbounded : options.left;
+  p.right = options.right < 0 ? kUnbounded : options.right;
+  if (options.is_causal) p.right = 0;
+  p.softcap = options.softcap;
   p.scale = scale;
   p.dropout_p = dropout_p;
   if (dropout_p > 0.0) {
@@ -169,9 +223,41 @@ inline AttentionInputs validate_attention(const char* op, const Tensor& query, c
       broadcasts = mask->size(d) == 1 || mask->size(d) == full[d];
     FASTATTN_CHECK(broadcasts, op, "attn_mask",
                    "the rank of query and extents of 1 or of " + text(full), text(shape_of(*mask)));
+    FASTATTN_CHECK(!options.starts_q.has_value(), op, "attn_mask", "None beside packed sequences",
+                   text(shape_of(*mask)));
     in.mask = mask;
     p.mask_kind = is_bool ? MaskKind::kBool : MaskKind::kFloat;
     p.mask = view_of(*mask, true);
+  }
+  FASTATTN_CHECK(options.starts_q.has_value() == options.starts_k.has_value(), op, "starts_k",
+                 options.starts_q.has_value() ? "a tensor as starts_q" : "None as starts_q",
+                 options.starts_k.has_value() ? "a tensor" : "None");
+  if (options.starts_q.has_value()) {
+    FASTATTN_CHECK(rank == 4 && query.size(0) == 1, op, "query", "[1, heads, tokens, dim]",
+                   text(shape_of(query)));
+    in.starts_q = sequence_starts(op, "starts_q", *options.starts_q, p.seq_q);
+    in.starts_k = sequence_starts(op, "starts_k", *options.starts_k, p.seq_k);
+    FASTATTN_CHECK(in.starts_k.size() == in.starts_q.size(), op, "starts_k",
+                   std::to_string(in.starts_q.size()) + " entries as starts_q", in.starts_k.size());
+    p.batch = static_cast<int64_t>(in.starts_q.size()) - 1;
+    p.starts_q = in.starts_q.data();
+    p.starts_k = in.starts_k.data();
+    p.tokens_q = p.seq_q;
+    p.seq_q = longest(in.starts_q);
+    p.seq_k = longest(in.starts_k);
+  }
+  if (options.slopes.has_value()) {
+    const Tensor& slopes = *options.slopes;
+    check_like(op, "alibi_slopes", slopes, accumulator_type(query.scalar_type()), query);
+    const int64_t first = p.starts_q != nullptr || rank == 3 ? p.batch : query.size(0);
+    if (slopes.dim() == 2) {
+      check_shape(op, "alibi_slopes", slopes, {first, p.heads_q});
+      p.slope_batches = std::max<int64_t>(1, first);
+    } else {
+      check_shape(op, "alibi_slopes", slopes, {p.heads_q});
+    }
+    in.slopes = torch::stable::contiguous(slopes);
+    p.slopes = in.slopes->data_ptr();
   }
   return in;
 }

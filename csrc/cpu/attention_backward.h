@@ -52,15 +52,17 @@ class AttentionBackward {
         const A* part = sum + range * dq_elements;
         for (int64_t e = 0; e < p_.seq_q * dim_padded_; ++e) sum[e] += part[e];
       }
-      write_rows(head_data<T>(p_, b_.grad_q, h / p_.heads_q, h % p_.heads_q), b_.grad_q.row_stride,
-                 sum, dim_padded_, p_.seq_q, p_.head_dim, static_cast<A>(p_.scale));
+      const int64_t batch = h / p_.heads_q;
+      write_rows(query_rows<T>(p_, b_.grad_q, batch, h % p_.heads_q), b_.grad_q.row_stride, sum,
+                 dim_padded_, Band(p_, batch).seq_q, p_.head_dim, static_cast<A>(p_.scale));
     });
   }
 
  private:
   void keys_of_one_head(int64_t batch, int64_t head_k, int64_t range) const {
+    const Band band(p_, batch);
     const int64_t first = range * range_keys_,
-                  count = max64(0, min64(range_keys_, p_.seq_k - first));
+                  count = max64(0, min64(range_keys_, band.seq_k - first));
     const int64_t sharing = p_.heads_q / p_.heads_k, padded = round_up(count, kBlockK);
     const int64_t dq_elements = p_.seq_q * dim_padded_;
     const int64_t key_elements = round_up(KeyRange<T>::elements(p_, count), 16);
@@ -77,9 +79,9 @@ class AttentionBackward {
     if (!clear_hidden_) keys.pack(p_, batch, head_k, first, count, nullptr);
 
     for (int64_t head = head_k * sharing; head < (head_k + 1) * sharing; ++head) {
-      const HeadMask<T> mask = head_mask<T>(p_, batch, head);
-      if (clear_hidden_) keys.pack(p_, batch, head_k, first, count, &mask);
-      const QueryRows<T> queries(b_, batch, head, 0, p_.seq_q, query_scratch);
+      const ScoreTerms<T> terms(p_, batch, head);
+      if (clear_hidden_) keys.pack(p_, batch, head_k, first, count, &terms.mask);
+      const QueryRows<T> queries(b_, batch, head, 0, band.seq_q, query_scratch);
       A* dq = own_dq;
       if (partial_dq_ != nullptr) {
         dq = partial_dq_ + ((range * p_.batch + batch) * p_.heads_q + head) * dq_elements;
@@ -88,67 +90,65 @@ class AttentionBackward {
         for (int64_t e = 0; e < dq_elements; ++e) dq[e] = A(0);
       }
       for (int64_t j = 0; j < count; j += kBlockK) {
-        key_block(batch, head, mask, first, j, min64(kBlockK, count - j), keys, queries, tile, dq,
-                  dk, dv);
+        key_block(batch, head, band, terms, first, j, min64(kBlockK, count - j), keys, queries,
+                  tile, dq, dk, dv);
       }
       if (b_.needs_q && partial_dq_ == nullptr) {
-        write_rows(head_data<T>(p_, b_.grad_q, batch, head), b_.grad_q.row_stride, dq, dim_padded_,
-                   p_.seq_q, p_.head_dim, static_cast<A>(p_.scale));
+        write_rows(query_rows<T>(p_, b_.grad_q, batch, head), b_.grad_q.row_stride, dq, dim_padded_,
+                   band.seq_q, p_.head_dim, static_cast<A>(p_.scale));
       }
     }
     if (b_.needs_k) {
-      write_rows(head_data<T>(p_, b_.grad_k, batch, head_k) + first * b_.grad_k.row_stride,
+      write_rows(key_rows<T>(p_, b_.grad_k, batch, head_k) + first * b_.grad_k.row_stride,
                  b_.grad_k.row_stride, dk, dim_padded_, count, p_.head_dim,
                  static_cast<A>(p_.scale));
     }
     if (b_.needs_v) {
-      write_rows(head_data<T>(p_, b_.grad_v, batch, head_k) + first * b_.grad_v.row_stride,
+      write_rows(key_rows<T>(p_, b_.grad_v, batch, head_k) + first * b_.grad_v.row_stride,
                  b_.grad_v.row_stride, dv, dim_v_padded_, count, p_.head_dim_v, A(1));
     }
   }
 
   // Keys [first + j, first + j + count) against every query that may see them.
-  void key_block(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t first, int64_t j,
-                 int64_t count, const KeyRange<T>& keys, const QueryRows<T>& queries,
-                 const ScoreTile<T>& tile, A* dq, A* dk, A* dv) const {
-    const int64_t j0 = first + j;
-    for (int64_t i0 = p_.is_causal ? j0 / kBlockQ * kBlockQ : 0; i0 < p_.seq_q; i0 += kBlockQ) {
-      const int64_t rows = min64(kBlockQ, p_.seq_q - i0);
-      const int64_t seen = min64(count, key_limit(p_, i0 + rows - 1) - j0);
-      if (seen <= 0 || !any_attends(mask, i0, i0 + rows, j0, j0 + seen)) continue;
+  void key_block(int64_t batch, int64_t head, const Band& band, const ScoreTerms<T>& terms,
+                 int64_t first, int64_t j, int64_t count, const KeyRange<T>& keys,
+                 const QueryRows<T>& queries, const ScoreTile<T>& tile, A* dq, A* dk, A* dv) const {
+    const int64_t j0 = first + j, i_end = band.end_query(j0 + count - 1);
+    for (int64_t i0 = band.first_query(j0) / kBlockQ * kBlockQ; i0 < i_end; i0 += kBlockQ) {
+      const int64_t rows = min64(kBlockQ, i_end - i0);
+      const typename ScoreTile<T>::Block block{batch, head, band, terms, i0, rows, j0, count};
+      if (block.empty()) continue;
       const A* q = queries.q + i0 * dim_padded_;
       const A* grad_out = queries.grad_out + i0 * dim_v_padded_;
-      tile.compute(batch, head, mask, i0, rows, j0, seen, q, dim_padded_, grad_out, dim_v_padded_,
-                   keys.k_panels + j * p_.head_dim, keys.v_panels + j * p_.head_dim_v,
-                   queries.lse + i0, queries.delta + i0);
+      tile.compute(block, q, dim_padded_, grad_out, dim_v_padded_, keys.k_panels + j * p_.head_dim,
+                   keys.v_panels + j * p_.head_dim_v, queries.lse + i0, queries.delta + i0);
       if (b_.needs_q) {
         for (int64_t strip = 0; strip < rows; strip += kRows) {
           const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
-          const int64_t depth = min64(seen, key_limit(p_, i0 + strip + strip_rows - 1) - j0);
-          if (depth <= 0) continue;
+          const int64_t from = block.from(strip), to = block.to(strip + strip_rows - 1);
+          if (from >= to) continue;
           micro_kernel_wide<Start::kAdd>(
-              strip_rows, dim_padded_, depth,
-              Strided<A>{tile.dscores + strip * tile.kStride, tile.kStride, 1},  // E8
-              keys.k_rows + j * dim_padded_, dim_padded_, dq + (i0 + strip) * dim_padded_,
+              strip_rows, dim_padded_, to - from,
+              Strided<A>{tile.dscores + strip * tile.kStride + from, tile.kStride, 1},  // E8
+              keys.k_rows + (j + from) * dim_padded_, dim_padded_, dq + (i0 + strip) * dim_padded_,
               dim_padded_);
         }
       }
       if (!b_.needs_k && !b_.needs_v) continue;
-      for (int64_t strip = 0; strip < seen; strip += kRows) {
-        const int strip_rows = static_cast<int>(min64(kRows, seen - strip));
-        const int64_t from =
-            p_.is_causal ? max64(0, j0 + strip - i0) : 0;  // the first query that sees these keys
-        if (from >= rows) break;
+      for (int64_t strip = 0; strip < count; strip += kRows) {
+        const int strip_rows = static_cast<int>(min64(kRows, count - strip));
+        const int64_t from = block.first_row(strip), to = block.end_row(strip + strip_rows - 1);
+        if (from >= to) continue;
         if (b_.needs_v) {
           micro_kernel_wide<Start::kAdd>(
-              strip_rows, dim_v_padded_, rows - from,  // E10
+              strip_rows, dim_v_padded_, to - from,  // E10
               Strided<A>{tile.probs + from * tile.kStride + strip, 1, tile.kStride},
               grad_out + from * dim_v_padded_, dim_v_padded_, dv + (j + strip) * dim_v_padded_,
               dim_v_padded_);
         }
         if (b_.needs_k) {
           micro_kernel_wide<Start::kAdd>(
-              strip_rows, dim_padded_, rows - from,  // E9
+              strip_rows, dim_padded_, to - from,  // E9
               Strided<A>{tile.dscores + from * tile.kStride + strip, 1, tile.kStride},
               q + from * dim_padded_, dim_padded_, dk + (j + strip) * dim_padded_, dim_padded_);
         }

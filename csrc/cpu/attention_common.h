@@ -21,10 +21,40 @@ FASTATTN_INLINE T* head_data(const AttentionProblem& p, const TensorView& view, 
   return reinterpret_cast<T*>(view.data) + offset;
 }
 
-// Keys that query row i may see without regard to the mask: [0, limit).
-FASTATTN_INLINE int64_t key_limit(const AttentionProblem& p, int64_t i) {
-  return p.is_causal ? min64(p.seq_k, i + 1) : p.seq_k;
+// The rows of one batch element in q, out and their gradients, and in k, v and theirs.
+template <class T>
+FASTATTN_INLINE T* query_rows(const AttentionProblem& p, const TensorView& view, int64_t batch,
+                              int64_t head) {
+  if (p.starts_q == nullptr) return head_data<T>(p, view, batch, head);
+  return head_data<T>(p, view, 0, head) + p.starts_q[batch] * view.row_stride;
 }
+template <class T>
+FASTATTN_INLINE T* key_rows(const AttentionProblem& p, const TensorView& view, int64_t batch,
+                            int64_t head) {
+  if (p.starts_k == nullptr) return head_data<T>(p, view, batch, head);
+  return head_data<T>(p, view, 0, head) + p.starts_k[batch] * view.row_stride;
+}
+FASTATTN_INLINE int64_t lse_offset(const AttentionProblem& p, int64_t batch, int64_t head) {
+  if (p.starts_q != nullptr) return head * p.tokens_q + p.starts_q[batch];
+  return (batch * p.heads_q + head) * p.seq_q;
+}
+
+// Which keys a query of one batch element sees without regard to the mask, and the reverse. A range
+// may be empty, with its end before its begin.
+struct Band {
+  int64_t seq_q, seq_k, left, right;
+
+  Band(const AttentionProblem& p, int64_t batch)
+      : seq_q(p.starts_q ? p.starts_q[batch + 1] - p.starts_q[batch] : p.seq_q),
+        seq_k(p.starts_k ? p.starts_k[batch + 1] - p.starts_k[batch] : p.seq_k),
+        left(p.left),
+        right(p.right) {}
+
+  FASTATTN_INLINE int64_t first_key(int64_t i) const { return max64(0, i - left); }
+  FASTATTN_INLINE int64_t end_key(int64_t i) const { return min64(seq_k, i + right + 1); }
+  FASTATTN_INLINE int64_t first_query(int64_t j) const { return max64(0, j - right); }
+  FASTATTN_INLINE int64_t end_query(int64_t j) const { return min64(seq_q, j + left + 1); }
+};
 
 // --- masks
 // ------------------------------------------------------------------------------------------------------
@@ -77,39 +107,80 @@ bool any_attends(const HeadMask<T>& mask, int64_t i0, int64_t i1, int64_t j0, in
   return false;
 }
 
-// s[0, n) = scale * s + M[i, j0 ...]; -inf where the mask rules out, whatever s holds there (NaN
-// included).  // E1
+// From products of one head to its scores: scale, softcap, ALiBi, mask.  // E1
 template <class T>
-FASTATTN_INLINE void scale_and_mask(const HeadMask<T>& mask, Acc<T>* s, Acc<T> scale, int64_t i,
-                                    int64_t j0, int64_t n) {
+struct ScoreTerms {
   using A = Acc<T>;
-  const int64_t offset = i * mask.row_stride + j0 * mask.col_stride;
-  if (mask.kind == MaskKind::kBool) {
-    const uint8_t* m = mask.bits + offset;
-    if (mask.col_stride == 1) {
-      for (int64_t j = 0; j < n; ++j) s[j] = m[j] ? s[j] * scale : -kInf<A>;
-    } else {
-      for (int64_t j = 0; j < n; ++j) s[j] = m[j * mask.col_stride] ? s[j] * scale : -kInf<A>;
-    }
-  } else if (mask.kind == MaskKind::kFloat) {
-    const T* m = mask.values + offset;
-    constexpr int64_t kChunk = 64;
-    A values[kChunk];
-    for (int64_t j = 0; j < n; j += kChunk) {
-      const int64_t count = min64(kChunk, n - j);
-      if (mask.col_stride == 1) {
-        convert(values, m + j, count);
-      } else {
-        for (int64_t c = 0; c < count; ++c) values[c] = to_acc(m[(j + c) * mask.col_stride]);
-      }
-      for (int64_t c = 0; c < count; ++c) {
-        s[j + c] = values[c] == -kInf<A> ? -kInf<A> : s[j + c] * scale + values[c];
-      }
-    }
-  } else {
-    for (int64_t j = 0; j < n; ++j) s[j] *= scale;
+  HeadMask<T> mask;
+  A scale, softcap, slope;
+
+  ScoreTerms(const AttentionProblem& p, int64_t batch, int64_t head)
+      : mask(head_mask<T>(p, batch, head)),
+        scale(static_cast<A>(p.scale)),
+        softcap(static_cast<A>(p.softcap)),
+        slope(p.slopes == nullptr
+                  ? A(0)
+                  : static_cast<const A*>(
+                        p.slopes)[batch / (p.batch / p.slope_batches) * p.heads_q + head]) {}
+
+  bool only_scale() const {
+    return mask.kind == MaskKind::kNone && softcap == A(0) && slope == A(0);
   }
-}
+
+  // s[0, n) = the scores of row i, keys [j0, j0 + n); s is read and written up to a whole vector.
+  // -inf where the mask rules out, whatever s holds there (NaN included). derivative[0, n), if
+  // asked for, is the softcap's.
+  FASTATTN_INLINE void apply(A* s, int64_t i, int64_t j0, int64_t n, A* derivative) const {
+    A factor = scale;
+    if (softcap != A(0)) {
+      const Vec<A> cap = broadcast(softcap), inner = broadcast(factor / softcap);
+      for (int64_t j = 0; j < n; j += kWidth<A>) {
+        const Vec<A> t = tanh(load(s + j) * inner);
+        store(s + j, t * cap);
+        if (derivative != nullptr) store(derivative + j, broadcast(A(1)) - t * t);
+      }
+      factor = A(1);
+    }
+    if (slope != A(0)) {
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t distance = i - j0 - j;
+        s[j] = s[j] * factor - slope * static_cast<A>(distance < 0 ? -distance : distance);
+      }
+      factor = A(1);
+    }
+    scale_and_mask(s, factor, i, j0, n);
+  }
+
+ private:
+  FASTATTN_INLINE void scale_and_mask(A* s, A factor, int64_t i, int64_t j0, int64_t n) const {
+    const int64_t offset = i * mask.row_stride + j0 * mask.col_stride;
+    if (mask.kind == MaskKind::kBool) {
+      const uint8_t* m = mask.bits + offset;
+      if (mask.col_stride == 1) {
+        for (int64_t j = 0; j < n; ++j) s[j] = m[j] ? s[j] * factor : -kInf<A>;
+      } else {
+        for (int64_t j = 0; j < n; ++j) s[j] = m[j * mask.col_stride] ? s[j] * factor : -kInf<A>;
+      }
+    } else if (mask.kind == MaskKind::kFloat) {
+      const T* m = mask.values + offset;
+      constexpr int64_t kChunk = 64;
+      A values[kChunk];
+      for (int64_t j = 0; j < n; j += kChunk) {
+        const int64_t count = min64(kChunk, n - j);
+        if (mask.col_stride == 1) {
+          convert(values, m + j, count);
+        } else {
+          for (int64_t c = 0; c < count; ++c) values[c] = to_acc(m[(j + c) * mask.col_stride]);
+        }
+        for (int64_t c = 0; c < count; ++c) {
+          s[j + c] = values[c] == -kInf<A> ? -kInf<A> : s[j + c] * factor + values[c];
+        }
+      }
+    } else if (factor != A(1)) {
+      for (int64_t j = 0; j < n; ++j) s[j] *= factor;
+    }
+  }
+};
 
 // --- dropout
 // ----------------------------------------------------------------------------------------------------
@@ -207,8 +278,8 @@ bool must_clear_hidden_keys(const AttentionProblem& p, const Parallel& parallel)
 }
 
 template <class T>
-bool key_is_hidden(const AttentionProblem& p, const HeadMask<T>& mask, int64_t j) {
-  for (int64_t i = p.is_causal ? j : 0; i < p.seq_q; ++i) {
+bool key_is_hidden(const Band& band, const HeadMask<T>& mask, int64_t j) {
+  for (int64_t i = band.first_query(j); i < band.end_query(j); ++i) {
     if (mask.attends(i, j)) return false;
   }
   return true;

@@ -53,9 +53,10 @@ class AttentionForward {
       A* packed = thread_scratch<A>(0, unit_elements_);
       pack_unit(unit, packed);
       for (int64_t h = 0; h < heads_per_unit_; ++h) {
-        for (int64_t i0 = 0; i0 < p_.seq_q; i0 += kBlockQ)
-          query_block(unit / units_per_batch_, unit % units_per_batch_ * heads_per_unit_ + h, i0,
-                      packed);
+        const int64_t batch = unit / units_per_batch_;
+        const int64_t rows = Band(p_, batch).seq_q;
+        for (int64_t i0 = 0; i0 < rows; i0 += kBlockQ)
+          query_block(batch, unit % units_per_batch_ * heads_per_unit_ + h, i0, packed);
       }
     });
   }
@@ -88,25 +89,28 @@ class AttentionForward {
   void pack_unit(int64_t unit, A* dst) const {
     const int64_t batch = unit / units_per_batch_, head = unit % units_per_batch_ * heads_per_unit_;
     const int64_t head_k = head / (p_.heads_q / p_.heads_k);
+    const Band band(p_, batch);
     A* staging = thread_scratch<A>(1, kPanelKeys * p_.head_dim);
-    pack_key_panels(dst, head_data<T>(p_, p_.k, batch, head_k), p_.k.row_stride, p_.seq_k,
+    pack_key_panels(dst, key_rows<T>(p_, p_.k, batch, head_k), p_.k.row_stride, band.seq_k,
                     p_.head_dim, staging);
     A* v = dst + k_elements_;
     for (int64_t d = 0; d < p_.head_dim_v; d += kPanelKeys) {
-      pack_rows(v + d * p_.seq_k, kPanelKeys, head_data<T>(p_, p_.v, batch, head_k) + d,
-                p_.v.row_stride, p_.seq_k, min64(kPanelKeys, p_.head_dim_v - d));
+      pack_rows(v + d * p_.seq_k, kPanelKeys, key_rows<T>(p_, p_.v, batch, head_k) + d,
+                p_.v.row_stride, band.seq_k, min64(kPanelKeys, p_.head_dim_v - d));
     }
     if (!clear_hidden_) return;
     const HeadMask<T> mask = head_mask<T>(p_, batch, head);
     for (int64_t j = 0; j < p_.seq_k; ++j) {
-      if (!key_is_hidden(p_, mask, j)) continue;
+      if (!key_is_hidden(band, mask, j)) continue;
       for (int64_t d = 0; d < v_panels_ * kPanelKeys; ++d)
         v[(d / kPanelKeys * p_.seq_k + j) * kPanelKeys + d % kPanelKeys] = A(0);
     }
   }
 
   void query_block(int64_t batch, int64_t head, int64_t i0, const A* packed) const {
-    const int64_t rows = min64(kBlockQ, p_.seq_q - i0), dim = p_.head_dim;
+    const Band band(p_, batch);
+    const int64_t rows = min64(kBlockQ, band.seq_q - i0), dim = p_.head_dim;
+    if (rows <= 0) return;  // a shorter one of the packed sequences
     A* q = thread_scratch<A>(2, round_up(rows * dim, 16) + kBlockQ * (dim_v_padded_ + 3) +
                                     kTileRows * kStep + kStep + 64);
     A* o = q + round_up(rows * dim, 16);  // [rows, Dv padded]
@@ -115,7 +119,7 @@ class AttentionForward {
     A* rescale = l + kBlockQ;             // [kTileRows] of the current step
     A* s = rescale + kBlockQ;             // [kTileRows, kStep]
     A* z = s + kTileRows * kStep;         // [kStep] dropout multipliers of one row
-    const T* q_rows = head_data<T>(p_, p_.q, batch, head) + i0 * p_.q.row_stride;
+    const T* q_rows = query_rows<T>(p_, p_.q, batch, head) + i0 * p_.q.row_stride;
     for (int64_t i = 0; i < rows; ++i) {
       convert(q + i * dim, q_rows + i * p_.q.row_stride, dim);
       m[i] = -kInf<A>;
@@ -123,28 +127,28 @@ class AttentionForward {
     }
     for (int64_t j = 0; j < rows * dim_v_padded_; ++j) o[j] = A(0);
 
-    const HeadMask<T> mask = head_mask<T>(p_, batch, head);
-    const int64_t last_panel = ceil_div(key_limit(p_, i0 + rows - 1), kPanelKeys);
-    for (int64_t panel = 0; panel < last_panel;) {
+    const ScoreTerms<T> terms(p_, batch, head);
+    const int64_t last_panel = ceil_div(max64(0, band.end_key(i0 + rows - 1)), kPanelKeys);
+    for (int64_t panel = band.first_key(i0) / kPanelKeys; panel < last_panel;) {
       // The next run of up to kPanelsPerStep panels that some row attends to.
       int64_t run = 0;
       while (run < kPanelsPerStep && panel + run < last_panel &&
-             any_attends(mask, i0, i0 + rows, (panel + run) * kPanelKeys,
-                         min64((panel + run + 1) * kPanelKeys, p_.seq_k))) {
+             any_attends(terms.mask, i0, i0 + rows, (panel + run) * kPanelKeys,
+                         min64((panel + run + 1) * kPanelKeys, band.seq_k))) {
         ++run;
       }
       if (run == 0) {
         ++panel;
         continue;
       }
-      const int64_t j0 = panel * kPanelKeys, keys = min64(run * kPanelKeys, p_.seq_k - j0);
+      const int64_t j0 = panel * kPanelKeys, keys = min64(run * kPanelKeys, band.seq_k - j0);
       panel += run;
 
       for (int64_t tile = 0; tile < rows; tile += kTileRows) {
         const int64_t tile_rows = min64(kTileRows, rows - tile);
         const SoftmaxState state{m + tile, l + tile, rescale};
-        step(batch, head, mask, i0 + tile, tile_rows, j0, keys, q + tile * dim, packed, s, z, state,
-             o + tile * dim_v_padded_);
+        step(Where{batch, head, band, terms, j0, keys}, i0 + tile, tile_rows, q + tile * dim,
+             packed, s, z, state, o + tile * dim_v_padded_);
       }
     }
     write_block(batch, head, i0, rows, o, m, l);
@@ -156,17 +160,27 @@ class AttentionForward {
     A* rescale;  // [rows] of the current step
   };
 
-  // One online-softmax step of query rows [i, i + rows) over keys [j0, j0 + keys).
-  void step(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i, int64_t rows,
-            int64_t j0, int64_t keys, const A* q, const A* packed, A* s, A* z,
+  // The keys of one online-softmax step, as the rows of one head see them.
+  struct Where {
+    int64_t batch, head;
+    const Band& band;
+    const ScoreTerms<T>& terms;
+    int64_t j0, keys;
+
+    // Row i sees of these keys [from(i), to(i)), without regard to the mask.
+    FASTATTN_INLINE int64_t from(int64_t i) const { return max64(0, band.first_key(i) - j0); }
+    FASTATTN_INLINE int64_t to(int64_t i) const { return min64(keys, band.end_key(i) - j0); }
+  };
+
+  // One online-softmax step of query rows [i, i + rows).
+  void step(const Where& where, int64_t i, int64_t rows, const A* q, const A* packed, A* s, A* z,
             const SoftmaxState& state, A* o) const {
-    const int64_t dim = p_.head_dim;
-    for (int64_t c = 0; c < keys; c += kPanelKeys) {  // E1
+    const int64_t dim = p_.head_dim, j0 = where.j0;
+    for (int64_t c = 0; c < where.keys; c += kPanelKeys) {  // E1
       for (int64_t strip = 0; strip < rows; strip += kRows) {
         const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
-        const int64_t seen =
-            min64(kPanelKeys, keys_seen(i + strip + strip_rows - 1, j0 + c, keys - c));
-        if (seen <= 0) continue;
+        const int64_t seen = min64(kPanelKeys, where.to(i + strip + strip_rows - 1) - c);
+        if (seen <= 0 || where.from(i + strip) >= c + kPanelKeys) continue;
         micro_kernel<Start::kZero>(strip_rows, static_cast<int>(ceil_div(seen, kWidth<A>)), dim,
                                    Strided<A>{q + strip * dim, dim, 1}, packed + (j0 + c) * dim,
                                    kPanelKeys, s + strip * kStep + c, kStep);
@@ -174,10 +188,10 @@ class AttentionForward {
     }
     for (int64_t strip = 0; strip < rows; strip += kRows) {
       const int64_t strip_rows = min64(kRows, rows - strip);
-      const int64_t seen = keys_seen(i + strip + strip_rows - 1, j0, keys);
-      for (int64_t r = strip; seen > 0 && r < strip + strip_rows; ++r) {
-        softmax_row(batch, head, mask, i + r, j0, keys, seen, s + r * kStep, state.m[r], state.l[r],
-                    state.rescale[r], z);
+      const int64_t from = where.from(i + strip), to = where.to(i + strip + strip_rows - 1);
+      for (int64_t r = strip; from < to && r < strip + strip_rows; ++r) {
+        softmax_row(where, i + r, from, to, s + r * kStep, state.m[r], state.l[r], state.rescale[r],
+                    z);
       }
     }
     for (int64_t d = 0; d < p_.head_dim_v; d += kPanelKeys) {  // E4
@@ -185,59 +199,62 @@ class AttentionForward {
       const int vecs = static_cast<int>(ceil_div(min64(kPanelKeys, p_.head_dim_v - d), kWidth<A>));
       for (int64_t strip = 0; strip < rows; strip += kRows) {
         const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
-        const int64_t seen = keys_seen(i + strip + strip_rows - 1, j0, keys);
-        if (seen <= 0) continue;
-        micro_kernel<Start::kScale>(strip_rows, vecs, seen, Strided<A>{s + strip * kStep, kStep, 1},
-                                    v, kPanelKeys, o + strip * dim_v_padded_ + d, dim_v_padded_,
-                                    state.rescale + strip);
+        const int64_t from = where.from(i + strip), to = where.to(i + strip + strip_rows - 1);
+        if (from >= to) continue;
+        micro_kernel<Start::kScale>(
+            strip_rows, vecs, to - from, Strided<A>{s + strip * kStep + from, kStep, 1},
+            v + from * kPanelKeys, kPanelKeys, o + strip * dim_v_padded_ + d, dim_v_padded_,
+            state.rescale + strip);
       }
     }
   }
 
-  // How many of the keys [j0, j0 + keys) row i may see without regard to the mask; <= 0 for none.
-  FASTATTN_INLINE int64_t keys_seen(int64_t i, int64_t j0, int64_t keys) const {
-    return min64(keys, key_limit(p_, i) - j0);
+  // Exponents are kept in base 2, one multiplication less a score, unless a float mask may hold
+  // numbers so large that the change of base would overflow or cost digits (finfo.min, -1e9), or
+  // the scores need more than a factor.
+  bool in_base_2() const {
+    return p_.mask_kind != MaskKind::kFloat && p_.scale > 0 && p_.softcap == 0 &&
+           p_.slopes == nullptr;
   }
 
-  // Exponents are kept in base 2, one multiplication less a score, unless a float mask may hold
-  // numbers so large that the change of base would overflow or cost digits (finfo.min, -1e9).
-  bool in_base_2() const { return p_.mask_kind != MaskKind::kFloat && p_.scale > 0; }
-
-  // Scores of row i -> probabilities relative to the running maximum; columns up to `width` are
-  // set.
-  FASTATTN_INLINE void softmax_row(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i,
-                                   int64_t j0, int64_t keys, int64_t width, A* row, A& m, A& l,
-                                   A& rescale, A* z) const {
-    const int64_t seen = max64(0, keys_seen(i, j0, keys)), padded = round_up(seen, kWidth<A>);
+  // Scores of row i -> probabilities relative to the running maximum, in columns [from, to).
+  FASTATTN_INLINE void softmax_row(const Where& where, int64_t i, int64_t from, int64_t to, A* row,
+                                   A& m, A& l, A& rescale, A* z) const {
+    const int64_t seen_from = min64(to, max64(from, where.from(i)));
+    const int64_t seen_to = max64(seen_from, where.to(i));
+    // Whole vectors around what the row sees.
+    const int64_t begin = seen_from / kWidth<A> * kWidth<A>, end = round_up(seen_to, kWidth<A>);
     const bool base_2 = in_base_2();
     A factor = static_cast<A>(base_2 ? p_.scale * kLog2E : p_.scale);
-    if (mask.kind != MaskKind::kNone || factor <= A(0)) {
-      scale_and_mask(mask, row, factor, i, j0, seen);
-      factor = A(1);
+    if (!base_2 || where.terms.mask.kind != MaskKind::kNone) {
+      where.terms.apply(row + begin, i, where.j0 + begin, seen_to - begin, nullptr);
+      factor = static_cast<A>(base_2 ? kLog2E : 1.0);
     }
-    for (int64_t j = seen; j < padded; ++j) row[j] = -kInf<A>;
-    const A block_max = row_max(row, padded) * factor;
+    for (int64_t j = begin; j < seen_from; ++j) row[j] = -kInf<A>;
+    for (int64_t j = seen_to; j < end; ++j) row[j] = -kInf<A>;
+    const A block_max = row_max(row + begin, end - begin) * factor;
     const A previous = m, updated = previous > block_max ? previous : block_max;  // E2
     const A shift = updated == -kInf<A> ? A(0) : updated;  // nothing seen yet: every power is 0
     if (base_2) {
       rescale = updated == previous ? A(1) : power_of_2(previous - shift);
-      l = l * rescale + row_exp2(row, padded, factor, shift);  // E3
+      l = l * rescale + row_exp2(row + begin, end - begin, factor, shift);  // E3
     } else {
       rescale = updated == previous ? A(1) : exponential(previous - shift);
-      l = l * rescale + row_exp(row, padded, factor, shift);
+      l = l * rescale + row_exp(row + begin, end - begin, factor, shift);
     }
     m = updated;
-    for (int64_t j = padded; j < width; ++j) row[j] = A(0);
+    for (int64_t j = from; j < begin; ++j) row[j] = A(0);
+    for (int64_t j = end; j < to; ++j) row[j] = A(0);
     if (dropout_.active) {
-      dropout_.fill(z, batch, head, i, j0, padded);
-      row_multiply(row, z, padded);
+      dropout_.fill(z, where.batch, where.head, i, where.j0 + begin, end - begin);
+      row_multiply(row + begin, z, end - begin);
     }
   }
 
   void write_block(int64_t batch, int64_t head, int64_t i0, int64_t rows, A* o, const A* m,
                    const A* l) const {
-    T* out = head_data<T>(p_, p_.out, batch, head) + i0 * p_.out.row_stride;
-    A* lse = static_cast<A*>(p_.lse) + (batch * p_.heads_q + head) * p_.seq_q + i0;
+    T* out = query_rows<T>(p_, p_.out, batch, head) + i0 * p_.out.row_stride;
+    A* lse = static_cast<A*>(p_.lse) + lse_offset(p_, batch, head) + i0;
     for (int64_t i = 0; i < rows; ++i) {  // E5; a row with nothing to attend to: output 0, LSE -inf
       A* row = o + i * dim_v_padded_;
       const bool empty = l[i] == A(0);

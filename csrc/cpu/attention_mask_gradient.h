@@ -54,7 +54,8 @@ class AttentionMaskGradient {
     A* scratch = thread_scratch<A>(2, ScoreTile<T>::elements() + key_elements +
                                           round_up(QueryRows<T>::elements(p_, kBlockQ), 16) +
                                           kMaskRows * kBlockK);
-    const ScoreTile<T> tile(p_, dropout_, scratch);
+    ScoreTile<T> tile(p_, dropout_, scratch);
+    tile.before_softcap = false;  // the mask is added behind it
     KeyRange<T> keys(p_, kBlockK, scratch + ScoreTile<T>::elements());
     A* query_scratch = scratch + ScoreTile<T>::elements() + key_elements;
     A* sum =
@@ -63,30 +64,31 @@ class AttentionMaskGradient {
 
     for (int64_t batch = 0; batch < p_.batch; ++batch) {
       if (mask_batch_of(batch) != mask_batch) continue;
+      const Band band(p_, batch);
       const int64_t head_begin = b_.mask_heads == 1 ? 0 : mask_head;
       const int64_t head_end = b_.mask_heads == 1 ? p_.heads_q : mask_head + 1;
       for (int64_t head = head_begin; head < head_end; ++head) {
-        const HeadMask<T> mask = head_mask<T>(p_, batch, head);
+        const ScoreTerms<T> terms(p_, batch, head);
         for (int64_t j0 = j_begin; j0 < j_end; j0 += kBlockK) {
           const int64_t count = min64(kBlockK, j_end - j0);
           keys.pack(p_, batch, head / (p_.heads_q / p_.heads_k), j0, count,
-                    clear_hidden_ ? &mask : nullptr);
+                    clear_hidden_ ? &terms.mask : nullptr);
           for (int64_t i0 = i_begin; i0 < i_end; i0 += kBlockQ) {
             const int64_t rows = min64(kBlockQ, i_end - i0);
-            const int64_t seen = min64(count, key_limit(p_, i0 + rows - 1) - j0);
-            if (seen <= 0 || !any_attends(mask, i0, i0 + rows, j0, j0 + seen)) continue;
+            const typename ScoreTile<T>::Block block{batch, head, band, terms, i0, rows, j0, count};
+            if (block.empty()) continue;
             const QueryRows<T> queries(b_, batch, head, i0, rows, query_scratch);
-            tile.compute(batch, head, mask, i0, rows, j0, seen, queries.q, queries.dim_padded,
-                         queries.grad_out, queries.dim_v_padded, keys.k_panels, keys.v_panels,
-                         queries.lse, queries.delta);
+            tile.compute(block, queries.q, queries.dim_padded, queries.grad_out,
+                         queries.dim_v_padded, keys.k_panels, keys.v_panels, queries.lse,
+                         queries.delta);
             for (int64_t r = 0; r < rows; ++r) {  // E11
               const A* ds = tile.dscores + r * tile.kStride;
               A* row = sum + (per_row ? i0 - i_begin + r : 0) * kBlockK;
               if (per_col) {
-                for (int64_t j = 0; j < seen; ++j) row[j] += ds[j];
+                for (int64_t j = 0; j < count; ++j) row[j] += ds[j];
               } else {
                 A total = A(0);
-                for (int64_t j = 0; j < seen; ++j) total += ds[j];
+                for (int64_t j = 0; j < count; ++j) total += ds[j];
                 row[0] += total;
               }
             }

@@ -19,31 +19,59 @@ struct ScoreTile {
 
   const AttentionProblem& p;
   const Dropout& dropout;
-  A* probs;    // [kBlockQ, kStride] Z * P
-  A* dscores;  // [kBlockQ, kStride] dS
-  A* z;        // [kBlockK]
+  A* probs;       // [kBlockQ, kStride] Z * P
+  A* dscores;     // [kBlockQ, kStride] dS, of the products unless `before_softcap` is false
+  A* z;           // [kBlockK]
+  A* derivative;  // [kBlockK] the softcap's
+  bool before_softcap = true;
 
-  static int64_t elements() { return 2 * kBlockQ * kStride + kBlockK + 64; }
+  static int64_t elements() { return 2 * kBlockQ * kStride + 2 * (kBlockK + 64); }
   ScoreTile(const AttentionProblem& problem, const Dropout& drop, A* scratch)
       : p(problem),
         dropout(drop),
         probs(scratch),
         dscores(probs + kBlockQ * kStride),
-        z(dscores + kBlockQ * kStride) {}
+        z(dscores + kBlockQ * kStride),
+        derivative(z + kBlockK + 64) {}
 
-  // Rows [i0, i0 + rows), keys [j0, j0 + keys). q [rows, q_stride], grad_out [rows, go_stride] and
-  // the panels are packed.
-  void compute(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i0, int64_t rows,
-               int64_t j0, int64_t keys, const A* q, int64_t q_stride, const A* grad_out,
+  // A block of scores: rows [i0, i0 + rows), keys [j0, j0 + keys) of one head.
+  struct Block {
+    int64_t batch, head;
+    const Band& band;
+    const ScoreTerms<T>& terms;
+    int64_t i0, rows, j0, keys;
+
+    // Row i of the block sees of its keys [from(i), to(i)), without regard to the mask.
+    FASTATTN_INLINE int64_t from(int64_t i) const {
+      return min64(keys, max64(0, band.first_key(i0 + i) - j0));
+    }
+    FASTATTN_INLINE int64_t to(int64_t i) const {
+      return max64(0, min64(keys, band.end_key(i0 + i) - j0));
+    }
+    // Key j of the block is seen by its rows [first_row(j), end_row(j)).
+    FASTATTN_INLINE int64_t first_row(int64_t j) const {
+      return max64(0, band.first_query(j0 + j) - i0);
+    }
+    FASTATTN_INLINE int64_t end_row(int64_t j) const {
+      return min64(rows, band.end_query(j0 + j) - i0);
+    }
+    bool empty() const {
+      return from(0) >= to(rows - 1) ||
+             !any_attends(terms.mask, i0, i0 + rows, j0 + from(0), j0 + to(rows - 1));
+    }
+  };
+
+  // q [rows, q_stride], grad_out [rows, go_stride] and the panels are packed.
+  void compute(const Block& block, const A* q, int64_t q_stride, const A* grad_out,
                int64_t go_stride, const A* k_panels, const A* v_panels, const A* lse,
                const A* delta) const {
-    for (int64_t strip = 0; strip < rows; strip += kRows) {
-      const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
+    for (int64_t strip = 0; strip < block.rows; strip += kRows) {
+      const int strip_rows = static_cast<int>(min64(kRows, block.rows - strip));
       A* strip_probs = probs + strip * kStride;
       A* strip_dscores = dscores + strip * kStride;
-      const int64_t seen = max64(0, min64(keys, key_limit(p, i0 + strip + strip_rows - 1) - j0));
-      for (int64_t c = 0; c < seen; c += kPanelKeys) {
-        const int vecs = static_cast<int>(ceil_div(min64(kPanelKeys, seen - c), kWidth<A>));
+      const int64_t from = block.from(strip), to = block.to(strip + strip_rows - 1);
+      for (int64_t c = from / kPanelKeys * kPanelKeys; c < to; c += kPanelKeys) {
+        const int vecs = static_cast<int>(ceil_div(min64(kPanelKeys, to - c), kWidth<A>));
         micro_kernel<Start::kZero>(strip_rows, vecs, p.head_dim,
                                    Strided<A>{q + strip * q_stride, q_stride, 1},  // E1
                                    k_panels + c * p.head_dim, kPanelKeys, strip_probs + c, kStride);
@@ -54,37 +82,41 @@ struct ScoreTile {
       }
       for (int r = 0; r < strip_rows; ++r) {
         const int64_t i = strip + r;
-        row(batch, head, mask, i0 + i, j0, keys, lse[i], delta[i], strip_probs + r * kStride,
-            strip_dscores + r * kStride);
+        row(block, i, lse[i], delta[i], strip_probs + r * kStride, strip_dscores + r * kStride);
       }
     }
   }
 
  private:
-  FASTATTN_INLINE void row(int64_t batch, int64_t head, const HeadMask<T>& mask, int64_t i,
-                           int64_t j0, int64_t keys, A lse, A delta, A* s, A* ds) const {
-    int64_t seen = max64(0, min64(keys, key_limit(p, i) - j0));
-    if (lse == -kInf<A>) seen = 0;  // nothing to attend to: every gradient is 0
-    const int64_t padded = round_up(seen, kWidth<A>);
+  FASTATTN_INLINE void row(const Block& block, int64_t i, A lse, A delta, A* s, A* ds) const {
+    const int64_t from = block.from(i);
+    int64_t to = max64(from, block.to(i));
+    if (lse == -kInf<A>) to = from;  // nothing to attend to: every gradient is 0
+    // Whole vectors around what the row sees.
+    const int64_t begin = from / kWidth<A> * kWidth<A>, end = round_up(to, kWidth<A>);
     A factor = static_cast<A>(p.scale);
-    if (mask.kind != MaskKind::kNone) {
-      scale_and_mask(mask, s, factor, i, j0, seen);
+    const bool capped = before_softcap && p.softcap != 0;
+    if (!block.terms.only_scale()) {
+      block.terms.apply(s + begin, block.i0 + i, block.j0 + begin, to - begin,
+                        capped ? derivative : nullptr);
       factor = A(1);
     }
-    row_exp(s, padded, factor, lse);  // E6
+    row_exp(s + begin, end - begin, factor, lse);  // E6
     const Vec<A> shift = broadcast(delta);
     if (dropout.active) {
-      dropout.fill(z, batch, head, i, j0, padded);
-      for (int64_t j = 0; j < padded; j += kWidth<A>) {  // E7
-        const Vec<A> prob = load(s + j), keep = load(z + j);
+      dropout.fill(z, block.batch, block.head, block.i0 + i, block.j0 + begin, end - begin);
+      for (int64_t j = begin; j < end; j += kWidth<A>) {  // E7
+        const Vec<A> prob = load(s + j), keep = load(z + j - begin);
         store(ds + j, prob * (keep * load(ds + j) - shift));
         store(s + j, prob * keep);
       }
     } else {
-      for (int64_t j = 0; j < padded; j += kWidth<A>)
+      for (int64_t j = begin; j < end; j += kWidth<A>)
         store(ds + j, load(s + j) * (load(ds + j) - shift));  // E7
     }
-    for (int64_t j = seen; j < kBlockK; ++j) s[j] = ds[j] = A(0);
+    if (capped) row_multiply(ds + begin, derivative, end - begin);
+    for (int64_t j = 0; j < from; ++j) s[j] = ds[j] = A(0);
+    for (int64_t j = to; j < kBlockK; ++j) s[j] = ds[j] = A(0);
   }
 };
 
@@ -110,16 +142,16 @@ struct QueryRows {
     q = scratch;
     grad_out = q + count * dim_padded;
     delta = grad_out + count * dim_v_padded;
-    const int64_t lse_offset = (batch * p.heads_q + head) * p.seq_q + first;
-    lse = static_cast<const A*>(p.lse) + lse_offset;
+    const int64_t offset = lse_offset(p, batch, head) + first;
+    lse = static_cast<const A*>(p.lse) + offset;
     const A* grad_lse =
-        b.grad_lse == nullptr ? nullptr : static_cast<const A*>(b.grad_lse) + lse_offset;
-    pack_rows(q, dim_padded, head_data<T>(p, p.q, batch, head) + first * p.q.row_stride,
+        b.grad_lse == nullptr ? nullptr : static_cast<const A*>(b.grad_lse) + offset;
+    pack_rows(q, dim_padded, query_rows<T>(p, p.q, batch, head) + first * p.q.row_stride,
               p.q.row_stride, count, p.head_dim);
     pack_rows(grad_out, dim_v_padded,
-              head_data<T>(p, b.grad_out, batch, head) + first * b.grad_out.row_stride,
+              query_rows<T>(p, b.grad_out, batch, head) + first * b.grad_out.row_stride,
               b.grad_out.row_stride, count, p.head_dim_v);
-    const T* out = head_data<T>(p, p.out, batch, head) + first * p.out.row_stride;
+    const T* out = query_rows<T>(p, p.out, batch, head) + first * p.out.row_stride;
     for (int64_t i = 0; i < count; ++i) {
       A* go = grad_out + i * dim_v_padded;
       if (lse[i] == -kInf<A>) {
@@ -160,14 +192,14 @@ struct KeyRange {
   void pack(const AttentionProblem& p, int64_t batch, int64_t head_k, int64_t first, int64_t count,
             const HeadMask<T>* hidden_from) {
     A* staging = thread_scratch<A>(1, kPanel<A> * max64(p.head_dim, p.head_dim_v));
-    const T* k = head_data<T>(p, p.k, batch, head_k) + first * p.k.row_stride;
-    const T* v = head_data<T>(p, p.v, batch, head_k) + first * p.v.row_stride;
+    const T* k = key_rows<T>(p, p.k, batch, head_k) + first * p.k.row_stride;
+    const T* v = key_rows<T>(p, p.v, batch, head_k) + first * p.v.row_stride;
     pack_key_panels(k_panels, k, p.k.row_stride, count, p.head_dim, staging);
     pack_key_panels(v_panels, v, p.v.row_stride, count, p.head_dim_v, staging);
     pack_rows(k_rows, dim_padded, k, p.k.row_stride, count, p.head_dim);
     if (hidden_from == nullptr) return;
     for (int64_t j = 0; j < count; ++j) {
-      if (!key_is_hidden(p, *hidden_from, first + j)) continue;
+      if (!key_is_hidden(Band(p, batch), *hidden_from, first + j)) continue;
       const int64_t panel = j / kPanel<A> * kPanel<A>, lane = j % kPanel<A>;
       for (int64_t d = 0; d < p.head_dim; ++d)
         k_panels[panel * p.head_dim + d * kPanel<A> + lane] = A(0);

@@ -27,17 +27,25 @@ Parallel parallel() { return {static_cast<int>(torch::stable::get_num_threads())
 
 Tensor absent(const Tensor& like) { return empty_like_device(like, {0}, like.scalar_type()); }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key,
-                                             const Tensor& value, const OptionalTensor& attn_mask,
-                                             const OptionalTensor& seed, bool is_causal,
-                                             double scale, double dropout_p) {
-  AttentionInputs in = validate_attention("attention_forward", query, key, value, attn_mask, seed,
-                                          is_causal, scale, dropout_p);
+// A gradient of x, or the output beside q: packed tokens keep the layout [tokens, heads, dim].
+Tensor empty_rows(const Tensor& like, const Shape& shape, bool packed) {
+  if (!packed) return empty_like_device(like, shape, like.scalar_type());
+  const Tensor tokens =
+      empty_like_device(like, {shape[0], shape[2], shape[1], shape[3]}, like.scalar_type());
+  return torch::stable::transpose(tokens, 1, 2);
+}
+
+std::tuple<Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& starts_q,
+    const OptionalTensor& starts_k, bool is_causal, double scale, double dropout_p, int64_t left,
+    int64_t right, double softcap) {
+  AttentionInputs in = validate_attention(
+      "attention_forward", query, key, value, attn_mask,
+      {slopes, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap});
   AttentionProblem& p = in.problem;
-  Tensor out =
-      empty_like_device(query, in.shape(p.heads_q, p.seq_q, p.head_dim_v), query.scalar_type());
-  Tensor lse =
-      empty_like_device(query, in.shape(p.heads_q, p.seq_q), accumulator_type(query.scalar_type()));
+  Tensor out = empty_rows(query, in.out_shape(), starts_q.has_value());
+  Tensor lse = empty_like_device(query, in.lse_shape(), accumulator_type(query.scalar_type()));
   p.out = view_of(out);
   p.lse = lse.data_ptr();
   kernels().attention_forward(p, parallel());
@@ -46,31 +54,31 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const OptionalTensor& attn_mask, const Tensor& out, const Tensor& lse,
-    const OptionalTensor& seed, bool is_causal, double scale, double dropout_p,
-    const std::vector<bool>& needs) {
+    const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& slopes,
+    const Tensor& out, const Tensor& lse, const OptionalTensor& seed,
+    const OptionalTensor& starts_q, const OptionalTensor& starts_k, bool is_causal, double scale,
+    double dropout_p, int64_t left, int64_t right, double softcap, const std::vector<bool>& needs) {
   const char* op = "attention_backward";
-  AttentionInputs in =
-      validate_attention(op, query, key, value, attn_mask, seed, is_causal, scale, dropout_p);
+  AttentionInputs in = validate_attention(
+      op, query, key, value, attn_mask,
+      {slopes, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap});
   FASTATTN_CHECK(needs.size() == 4, op, "needs", "4 flags (query, key, value, attn_mask)",
                  needs.size());
   AttentionBackwardProblem b;
   AttentionProblem& p = in.problem;
   const ScalarType dtype = query.scalar_type(), accumulator = accumulator_type(dtype);
-  const Shape out_shape = in.shape(p.heads_q, p.seq_q, p.head_dim_v),
-              lse_shape = in.shape(p.heads_q, p.seq_q);
   check_like(op, "grad_out", grad_out, dtype, query);
-  check_shape(op, "grad_out", grad_out, out_shape);
+  check_shape(op, "grad_out", grad_out, in.out_shape());
   check_like(op, "out", out, dtype, query);
-  check_shape(op, "out", out, out_shape);
+  check_shape(op, "out", out, in.out_shape());
   check_like(op, "lse", lse, accumulator, query);
-  check_shape(op, "lse", lse, lse_shape);
+  check_shape(op, "lse", lse, in.lse_shape());
   const Tensor go = unit_last_stride(grad_out), o = unit_last_stride(out),
                l = torch::stable::contiguous(lse);
   OptionalTensor gl;
   if (grad_lse.has_value()) {
     check_like(op, "grad_lse", *grad_lse, accumulator, query);
-    check_shape(op, "grad_lse", *grad_lse, lse_shape);
+    check_shape(op, "grad_lse", *grad_lse, in.lse_shape());
     gl = torch::stable::contiguous(*grad_lse);
     b.grad_lse = gl->data_ptr();
   }
@@ -80,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
 
   const auto gradient = [&](bool needed, const Tensor& like, TensorView& view) {
     if (!needed) return absent(query);
-    Tensor grad = empty_like_device(query, shape_of(like), dtype);
+    Tensor grad = empty_rows(like, shape_of(like), starts_q.has_value());
     view = view_of(grad);
     return grad;
   };

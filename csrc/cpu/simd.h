@@ -178,6 +178,30 @@ FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   return p * (Vec<double>)((Bits)shifted << 52);
 }
 
+// --- tanh
+// -------------------------------------------------------------------------------------------------------
+
+// Relative error 2e-7: x + x^3 P(x^2), minimax, up to 5/8, where the quotient of exponentials would
+// cancel.
+FASTATTN_INLINE Vec<float> tanh(Vec<float> x) {
+  const Vec<float> zero{}, magnitude = x < zero ? -x : x, z = x * x;
+  Vec<float> p = broadcast(-5.704985466e-03f);
+  p = p * z + broadcast(2.063908614e-02f);
+  p = p * z + broadcast(-5.373971537e-02f);
+  p = p * z + broadcast(1.333144158e-01f);
+  p = p * z + broadcast(-3.333328068e-01f);
+  const Vec<float> small = x + x * z * p;
+  const Vec<float> t = exp2(magnitude * broadcast(-2.885390082f)), one = broadcast(1.0f);
+  const Vec<float> large = (one - t) / (one + t);
+  return magnitude < broadcast(0.625f) ? small : (x < zero ? -large : large);
+}
+FASTATTN_INLINE Vec<double> tanh(Vec<double> x) {
+  double lanes[kWidth<double>];
+  store(lanes, x);
+  for (double& lane : lanes) lane = __builtin_tanh(lane);
+  return load(lanes);
+}
+
 // --- 16-bit types
 // -----------------------------------------------------------------------------------------------
 

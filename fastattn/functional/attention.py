@@ -159,7 +159,6 @@ def scaled_dot_product_attention(
         "attention",
         query.device.type,
         query.dtype,
-        backends.active_options(window_size, softcap, alibi_slopes),
         max(query.shape[-1], value.shape[-1]),
         backends.needs_gradient(alibi_slopes),
     )

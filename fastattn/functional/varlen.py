@@ -69,7 +69,6 @@ def varlen_attn(
         "varlen_attn",
         query.device.type,
         query.dtype,
-        backends.active_options(window_size, softcap, alibi_slopes),
         max(query.shape[-1], value.shape[-1]),
         backends.needs_gradient(alibi_slopes),
     )
@@ -77,7 +76,7 @@ def varlen_attn(
     if not query.is_cuda:
         starts_q = _checked_starts("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
         starts_k = _checked_starts("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
-    if chosen == "triton":
+    if chosen != "reference":
         query, key, value = autocast(query, key, value)
         per_head = [x.transpose(0, 1) for x in (query, key, value)]  # [heads, tokens, dim]
         _validate.attention(*per_head, enable_gqa=True)

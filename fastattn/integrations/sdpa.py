@@ -75,5 +75,5 @@ def _served(query: object, key: object, value: object, attn_mask: object) -> boo
     if not (query.dim() and value.dim()):
         return False
     head_dim = max(query.shape[-1], value.shape[-1])
-    problem = backends.Problem("attention", query.device.type, query.dtype, (), head_dim)
+    problem = backends.Problem("attention", query.device.type, query.dtype, head_dim)
     return any(not backends.reasons(problem, b) for b in backends.BACKENDS if b != "reference")

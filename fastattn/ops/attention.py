@@ -13,7 +13,7 @@ from fastattn.ops.triton import library as _  # noqa: F401
 
 
 class Options(NamedTuple):
-    """What some backends do not take: ``backends.reasons`` keeps it from them."""
+    """The numbers among an attention call's extras."""
 
     window_left: int = -1
     window_right: int = -1
@@ -43,11 +43,12 @@ def attention_forward(
     """out ``[*, Hq, Sq, Dv]``, LSE ``[*, Hq, Sq]``. attn_mask has query's rank; seed is int64
     ``[1]``; slopes is ``[Hq]`` or ``[B, Hq]``. Beside starts_q and starts_k ``[B + 1]`` query is
     ``[1, Hq, tokens, D]``."""
+    left, right, softcap, max_q, max_k = options
     if backend == "cpu":
         return torch.ops.fastattn.attention_forward(
-            query, key, value, attn_mask, seed, is_causal, scale, dropout_p
-        )
-    left, right, softcap, max_q, max_k = options
+            query, key, value, attn_mask, _in_lse_dtype(slopes, query), seed, starts_q, starts_k,
+            is_causal, scale, dropout_p, left, right, softcap,
+        )  # fmt: skip
     return torch.ops.fastattn_triton.attention_forward(
         query, key, value, attn_mask, slopes, seed, starts_q, starts_k, max_q, max_k, is_causal,
         scale, dropout_p, left, right, softcap,
@@ -76,16 +77,22 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and the float mask; one that is not needed has shape
     ``[0]``."""
+    left, right, softcap, max_q, max_k = options
     if backend == "cpu":
         return torch.ops.fastattn.attention_backward(
-            grad_out, grad_lse, query, key, value, attn_mask, out, lse, seed, is_causal, scale,
-            dropout_p, needs,
+            grad_out, grad_lse, query, key, value, attn_mask, _in_lse_dtype(slopes, query), out,
+            lse, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap, needs,
         )  # fmt: skip
-    left, right, softcap, max_q, max_k = options
     return torch.ops.fastattn_triton.attention_backward(
         grad_out, grad_lse, query, key, value, attn_mask, slopes, out, lse, seed, starts_q,
         starts_k, max_q, max_k, is_causal, scale, dropout_p, left, right, softcap, needs,
     )  # fmt: skip
+
+
+def _in_lse_dtype(slopes: Tensor | None, query: Tensor) -> Tensor | None:
+    if slopes is None:
+        return None
+    return slopes.detach().to(torch.float64 if query.dtype == torch.float64 else torch.float32)
 
 
 def _rows(x: Tensor, head_dim: int, packed: bool) -> Tensor:
@@ -95,15 +102,16 @@ def _rows(x: Tensor, head_dim: int, packed: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], head_dim))
 
 
-def _fake_forward(query, key, value, attn_mask, *rest):
-    packed = len(rest) > 4 and rest[2] is not None  # the Triton op's starts_q
+def _fake_forward(query, key, value, attn_mask, slopes, seed, starts_q, *rest):
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return _rows(query, value.shape[-1], packed), query.new_empty(query.shape[:-1], dtype=dtype)
+    out = _rows(query, value.shape[-1], starts_q is not None)
+    return out, query.new_empty(query.shape[:-1], dtype=dtype)
 
 
-def _fake_backward(grad_out, grad_lse, query, key, value, attn_mask, *rest):
-    packed, needs = len(rest) > 7 and rest[4] is not None, rest[-1]
-    like = (query, key, value)
+def _fake_backward(
+    grad_out, grad_lse, query, key, value, attn_mask, slopes, out, lse, seed, starts_q, *rest
+):
+    packed, needs, like = starts_q is not None, rest[-1], (query, key, value)
     grads = [
         _rows(x, x.shape[-1], packed) if need else query.new_empty((0,))
         for x, need in zip(like, needs[:3], strict=True)

@@ -85,5 +85,8 @@ def test_explain_names_the_backend_and_the_reasons():
     text = str(fastattn.backends.explain("attention", Q, Q, Q))
     assert text.startswith("attention: cpu")
     assert "cuda" in text
-    assert fastattn.backends.explain("attention", Q, Q, Q, softcap=2.0).backend == "reference"
+    slopes = torch.ones(Q.shape[-3], requires_grad=True)
+    explanation = fastattn.backends.explain("attention", Q, Q, Q, alibi_slopes=slopes)
+    assert explanation.backend == "reference"
+    assert "alibi_slopes" in str(explanation)
     assert fastattn.backends.available() == ["cpu", "reference"]

@@ -26,7 +26,9 @@ def inputs(heads_k: int = 4, dim_v: int = 3, seq_q: int = 5, seq_k: int = 6):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("extra", ["plain", "gqa", "dim_v", "dropout", "lse"])
+@pytest.mark.parametrize(
+    "extra", ["plain", "gqa", "dim_v", "dropout", "lse", "window", "softcap", "alibi"]
+)
 @pytest.mark.parametrize("mask", ["none", "causal", "bool", "float", "broadcast float"])
 def test_attention(mask, extra, backend):
     q, k, v = inputs(heads_k=2 if extra == "gqa" else 4, dim_v=5 if extra == "dim_v" else 3)
@@ -49,6 +51,9 @@ def test_attention(mask, extra, backend):
             dropout_p=0.3 if extra == "dropout" else 0.0,
             is_causal=mask == "causal",
             enable_gqa=True,
+            window_size=(2, 1) if extra == "window" else None,
+            softcap=0.7 if extra == "softcap" else 0.0,
+            alibi_slopes=torch.tensor([0.5, 0.1, 0.2, 0.3]) if extra == "alibi" else None,
             return_lse=extra == "lse",
             backend=backend,
         )
@@ -175,10 +180,20 @@ def test_opcheck():
     q, k, v = (x.detach() for x in inputs(heads_k=2, dim_v=5))
     mask = torch.randn(1, 4, 1, 6, dtype=torch.float64)
     seed = torch.tensor([1])
-    arguments = (q, k, v, mask, seed, True, 0.5, 0.1)
+    slopes, extras = torch.rand(4, dtype=torch.float64), (True, 0.5, 0.1, 4, -1, 0.7)
+    arguments = (q, k, v, mask, slopes, seed, None, None, *extras)
     torch.library.opcheck(torch.ops.fastattn.attention_forward.default, arguments)
     out, lse = torch.ops.fastattn.attention_forward(*arguments)
-    arguments = (out, lse, q, k, v, mask, out, lse, seed, True, 0.5, 0.1, [True] * 4)
+    needs = [True] * 4
+    arguments = (out, lse, q, k, v, mask, slopes, out, lse, seed, None, None, *extras, needs)
+    torch.library.opcheck(torch.ops.fastattn.attention_backward.default, arguments)
+    starts = [torch.tensor([0, 2, 3])] * 2
+    packed = [x[:1, :, :3] for x in (q, k, v)]
+    arguments = (*packed, None, slopes, seed, *starts, *extras)
+    torch.library.opcheck(torch.ops.fastattn.attention_forward.default, arguments)
+    out, lse = torch.ops.fastattn.attention_forward(*arguments)
+    arguments = (out, lse, *packed, None, slopes, out, lse, seed, *starts, *extras)
+    arguments += ([True, True, True, False],)
     torch.library.opcheck(torch.ops.fastattn.attention_backward.default, arguments)
     w = torch.randn(9, 3)
     x = torch.randn(2, 4, 3)
@@ -232,20 +247,14 @@ def test_varlen_is_the_sequences_one_by_one():
     assert lengths_k == cu_k.diff().tolist()
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        dict(window_size=(2, 1)),
-        dict(softcap=1.5),
-        dict(alibi_slopes=torch.tensor([0.5, 0.1, 0.2, 0.3])),
-    ],
-    ids=["window", "softcap", "alibi"],
-)
-def test_what_the_kernels_do_not_take_goes_to_the_reference_with_a_warning(extra, monkeypatch):
+def test_what_the_kernels_do_not_take_goes_to_the_reference_with_a_warning(monkeypatch):
     monkeypatch.setattr(fastattn.backends, "_warned", set())
     q, k, v = inputs()
-    with pytest.warns(fastattn.FastAttnWarning, match=next(iter(extra))):
-        out = fastattn.scaled_dot_product_attention(q, k, v, **extra)
-    torch.testing.assert_close(out, reference.attention(q, k, v, **extra)[0])
-    with pytest.raises(RuntimeError, match=next(iter(extra))):
-        fastattn.scaled_dot_product_attention(q, k, v, **extra, backend="cpu")
+    slopes = torch.tensor([0.5, 0.1, 0.2, 0.3], dtype=q.dtype, requires_grad=True)
+    with pytest.warns(fastattn.FastAttnWarning, match="alibi_slopes"):
+        out = fastattn.scaled_dot_product_attention(q, k, v, alibi_slopes=slopes)
+    torch.testing.assert_close(out, reference.attention(q, k, v, alibi_slopes=slopes)[0])
+    (grad,) = torch.autograd.grad(out.sum(), slopes)
+    assert grad.any()
+    with pytest.raises(RuntimeError, match="alibi_slopes no gradient"):
+        fastattn.scaled_dot_product_attention(q, k, v, alibi_slopes=slopes, backend="cpu")

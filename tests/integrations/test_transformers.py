@@ -217,7 +217,6 @@ def test_position_bias_and_encoder_decoder():
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore::fastattn.FastAttnWarning")
 def test_softcap_and_sliding_window():
     config = tiny("gemma2", sliding_window=4, attn_logit_softcapping=2.0)
     stock, ours = pair("Gemma2ForCausalLM", config)

@@ -25,6 +25,22 @@ SHAPES = [
     (1, 2, 2, 400, 270, 256, 7),
 ]
 MASKS = ("none", "padding", "bool", "float", "bias", "empty rows")
+# Windows narrower and wider than a block of 96 queries, of 192 or 256 keys.
+OPTIONS = {
+    "window": {"window_size": (100, 30)},
+    "narrow window": {"window_size": (3, 0)},
+    "left window, causal": {"window_size": (200, -1), "is_causal": True},
+    "right window": {"window_size": (-1, 7)},
+    "softcap": {"softcap": 0.9},
+    "alibi": {"alibi_slopes": True},
+    "everything": {
+        "is_causal": True,
+        "window_size": (150, 2),
+        "softcap": 1.1,
+        "alibi_slopes": True,
+        "dropout_p": 0.4,
+    },
+}
 
 
 def make_mask(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
@@ -60,32 +76,35 @@ def check(name: str, actual: Tensor, expected: Tensor, bound: Tensor | float) ->
     assert not bad.any(), f"{name}: {int(bad.sum())} elements off, worst {worst}"
 
 
-@pytest.mark.parametrize("mask_kind", MASKS)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward_and_backward(dtype, shape, causal, mask_kind):
+def run_and_check(dtype, shape, mask_kind, options) -> None:
     batch, heads_q, heads_k, seq_q, seq_k, dim, dim_v = shape
     # Strided views: heads and sequence swapped, an offset, a slice of a wider buffer.
     q = torch.randn(batch, seq_q, heads_q, dim + 3, dtype=dtype)[..., 2 : dim + 2].transpose(1, 2)
     k = torch.randn(batch, seq_k, heads_k, dim, dtype=dtype).transpose(1, 2)
     v = torch.randn(batch, heads_k, seq_k, dim_v, dtype=dtype)
     mask = make_mask(mask_kind, (batch, heads_q, seq_q, seq_k), dtype)
-    options = dict(is_causal=causal, scale=dim**-0.5)
+    options = dict(options)
+    if options.get("alibi_slopes"):
+        options["alibi_slopes"] = torch.rand(batch, heads_q) / 4
+    causal, p = options.get("is_causal", False), options.get("dropout_p", 0.0)
+    seed = torch.tensor([2**40 + 17]) if p else None
+    slopes, window = options.get("alibi_slopes"), options.get("window_size", (-1, -1))
+    extra = (slopes, None, None, ops.Options(*window, options.get("softcap", 0.0)))
+    options |= {"scale": dim**-0.5, "seed": seed}
     wide = [x.double() if x is not None and x.dtype == dtype else x for x in (q, k, v, mask)]
 
-    out, lse = ops.attention_forward(q, k, v, mask, None, causal, dim**-0.5, 0.0)
+    out, lse = ops.attention_forward(q, k, v, mask, seed, causal, dim**-0.5, p, *extra)
     expected_out, expected_lse = reference.attention_forward(*wide, **options)
     # Rounding of the result, and of fp32 sums of S terms of the size of V.
     u, accumulator = unit(dtype), unit(torch.float64 if dtype == torch.float64 else torch.float32)
-    size = wide[2].abs().max()
+    size = wide[2].abs().max() / (1 - p)
     check("out", out, expected_out, 2 * u * expected_out.abs() + 32 * accumulator * size)
     check("lse", lse, expected_lse, 64 * accumulator * (1 + expected_lse.nan_to_num(0, 0, 0).abs()))
 
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
     needs = [True, True, True, mask is not None and mask.dtype != torch.bool]
     grads = ops.attention_backward(
-        grad_out, grad_lse, q, k, v, mask, out, lse, None, causal, dim**-0.5, 0.0, needs
+        grad_out, grad_lse, q, k, v, mask, out, lse, seed, causal, dim**-0.5, p, needs, *extra
     )
     expected = reference.attention_backward(
         grad_out.double(),
@@ -104,6 +123,81 @@ def test_forward_and_backward(dtype, shape, causal, mask_kind):
         # row.
         scale = wanted.abs().max() + 1
         check(name, actual, wanted, 2 * u * wanted.abs() + (8 * u + 256 * accumulator) * scale)
+
+
+@pytest.mark.parametrize("mask_kind", MASKS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_backward(dtype, shape, causal, mask_kind):
+    run_and_check(dtype, shape, mask_kind, {"is_causal": causal})
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "padding", "float", "empty rows"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_options(shape, options, mask_kind):
+    run_and_check(torch.float32, shape, mask_kind, options)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_options_in_every_dtype(dtype, options):
+    run_and_check(dtype, (2, 4, 2, 210, 300, 40, 24), "bool", options)
+
+
+@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_packed_sequences(threads, options):
+    """Of lengths that are 0, shorter and longer than a block, in q and in k."""
+    lengths_q, lengths_k = [5, 0, 130, 97, 1, 40], [9, 3, 260, 0, 300, 40]
+    starts_q, starts_k = (
+        torch.tensor([0, *n]).cumsum(0).to(dtype)
+        for n, dtype in ((lengths_q, torch.int32), (lengths_k, torch.int64))
+    )
+    q = torch.randn(sum(lengths_q), 4, 24)
+    k = torch.randn(sum(lengths_k), 2, 24)
+    v = torch.randn(sum(lengths_k), 2, 40)
+    per_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    chosen = dict(OPTIONS.get(options, {}))
+    slopes = torch.rand(6, 4) / 4 if chosen.pop("alibi_slopes", False) else None
+    p = chosen.pop("dropout_p", 0.0)
+    seed = torch.tensor([99]) if p else None
+    causal = chosen.pop("is_causal", False)
+    window, cap = chosen.get("window_size", (-1, -1)), chosen.get("softcap", 0.0)
+    extra = (slopes, starts_q, starts_k, ops.Options(*window, cap, 130, 300))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out, lse = ops.attention_forward(*per_head, None, seed, causal, 0.2, p, *extra)
+        grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+        grads = ops.attention_backward(
+            grad_out, grad_lse, *per_head, None, out, lse, seed, causal, 0.2, p,
+            [True] * 3 + [False], *extra,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    assert out.transpose(1, 2).is_contiguous()
+    assert all(g.transpose(1, 2).is_contiguous() for g in grads[:3])
+    for b in range(6):
+        rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
+        ours = [x[:, :, part] for x, part in zip(per_head, (rows, keys, keys), strict=True)]
+        # Dropout counts batch elements: the oracle's sequence b of six.
+        wide = [x.double().expand(6, *x.shape[1:]) for x in ours]
+        options = {"is_causal": causal, "scale": 0.2, "dropout_p": p, "seed": seed, **chosen}
+        options |= {"alibi_slopes": slopes}
+        expected, expected_lse = reference.attention_forward(*wide, None, **options)
+        check("out", out[0, :, rows], expected[b], 1e-5)
+        check("lse", lse[0, :, rows], expected_lse[b], 1e-5)
+        wanted = reference.attention_backward(
+            grad_out[:, :, rows].double().expand_as(expected),
+            grad_lse[:, :, rows].double().expand_as(expected_lse),
+            *wide, None, expected, expected_lse, needs=[True] * 3 + [False], **options,
+        )  # fmt: skip
+        for name, g, w, part in zip(
+            ("dq", "dk", "dv"), grads, wanted, (rows, keys, keys), strict=False
+        ):
+            check(name, g[0, :, part], w[b], 1e-4 * (1 + w[b].abs().max() if w[b].numel() else 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -255,6 +349,14 @@ def test_more_than_one_batch_dimension_and_a_negative_scale():
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
 
 
+INDICES = torch.tensor([0, 5])
+NO_EXTRAS = dict(slopes=None, starts_q=None, starts_k=None, left=-1, right=-1, softcap=0.0)
+
+
+def packed(starts_q: list[int], starts_k: list[int]) -> dict[str, Tensor]:
+    return {"starts_q": torch.tensor(starts_q), "starts_k": torch.tensor(starts_k)}
+
+
 BAD = [
     ("key", lambda a: a | {"key": torch.randn(1, 2, 5, 9)}),
     ("key", lambda a: a | {n: torch.randn(1, 3, 5, 8) for n in ("key", "value")}),
@@ -270,6 +372,19 @@ BAD = [
     ("seed", lambda a: a | {"dropout_p": 0.5, "seed": torch.zeros(2, dtype=torch.int64)}),
     ("dropout_p", lambda a: a | {"dropout_p": 1.0}),
     ("scale", lambda a: a | {"scale": math.inf}),
+    ("softcap", lambda a: a | {"softcap": -1.0}),
+    ("window_size", lambda a: a | {"left": -2}),
+    ("alibi_slopes", lambda a: a | {"slopes": torch.ones(3)}),
+    ("alibi_slopes", lambda a: a | {"slopes": torch.ones(2, 2)}),
+    ("alibi_slopes", lambda a: a | {"slopes": torch.ones(2).double()}),
+    ("starts_k", lambda a: a | {"starts_q": torch.tensor([0, 5])}),
+    ("starts_k", lambda a: a | {"starts_k": torch.tensor([0, 5])}),
+    ("starts_q", lambda a: a | packed([0, 4], [0, 5])),
+    ("starts_q", lambda a: a | packed([1, 5], [0, 5])),
+    ("starts_k", lambda a: a | packed([0, 3, 5], [0, 6, 5])),
+    ("starts_k", lambda a: a | packed([0, 5], [0, 3, 5])),
+    ("starts_q", lambda a: a | {"starts_q": torch.tensor([0.0, 5.0]), "starts_k": INDICES}),
+    ("attn_mask", lambda a: a | packed([0, 5], [0, 5]) | {"attn_mask": torch.zeros(1, 1, 5, 5)}),
 ]
 
 
@@ -284,6 +399,7 @@ def test_a_direct_call_with_bad_metadata_raises(argument, change):
         is_causal=False,
         scale=1.0,
         dropout_p=0.0,
+        **NO_EXTRAS,
     )
     with pytest.raises(RuntimeError, match=f"{argument}: expected .*, got"):
         torch.ops.fastattn.attention_forward(**change(good))
@@ -316,6 +432,7 @@ def test_a_direct_backward_call_with_bad_metadata_raises(argument, value):
         scale=1.0,
         dropout_p=0.0,
         needs=[True, True, True, False],
+        **NO_EXTRAS,
     )
     named = "attn_mask" if argument == "needs" else argument
     with pytest.raises(RuntimeError, match=f"{named}: expected .*, got"):
