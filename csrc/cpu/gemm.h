@@ -10,6 +10,8 @@
 //       [depth, kPanel] in `dst`, zero past `cols`;
 //   store_c(i, j0, cols, row)
 //       takes row i of C, columns [j0, j0 + cols), and may change `row`.
+// A C that needs no more than to be written is given as `plain_c`: store_c then sees only the
+// columns past the last whole panel.
 // How C is cut into tasks does not change any sum.
 #pragma once
 
@@ -38,11 +40,26 @@ struct Columns {
   int64_t stride;
 };
 
+// C itself, where the products are its elements.
+template <class A>
+struct PlainC {
+  A* data;  // may be absent
+  int64_t stride;
+};
+
 constexpr int64_t kBlockM = 96;       // 16 strips of 6 rows
 constexpr int64_t kBlockDepth = 256;  // A's block: 96 KB of L2; a panel of 16 columns: 16 KB of L1
 constexpr int64_t kTaskRows = 960;    // bounds a task's C, which it keeps until all depth is summed
 constexpr int64_t kTaskVecs = 96;     // and its width: 768 floats on AVX2, 1536 on AVX-512
-constexpr double kSerialFlops = 3e6;  // below this a second thread costs more than it saves
+
+// The threads, or one for a product of which a second thread costs more than it saves.
+FASTATTN_INLINE Parallel worthwhile(Parallel threads, int64_t m, int64_t n, int64_t k) {
+  constexpr double kSerialFlops = 3e6;
+  const double flops =
+      2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
+  if (flops < kSerialFlops) threads.threads = 1;
+  return threads;
+}
 
 struct Cut {
   int64_t rows, cols;  // of one task
@@ -76,13 +93,9 @@ Cut cut_into_tasks(int64_t m, int64_t n, int64_t threads) {
 
 template <class A, class LoadA, class LoadB, class StoreC>
 void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& load_b,
-          const StoreC& store_c, const Parallel& threads) {
+          const StoreC& store_c, const Parallel& threads, PlainC<A> plain_c = {nullptr, 0}) {
   if (m == 0 || n == 0) return;
-  Parallel parallel = threads;
-  if (2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) <
-      kSerialFlops) {
-    parallel.threads = 1;
-  }
+  const Parallel parallel = worthwhile(threads, m, n, k);
   constexpr int64_t kPanelCols = kPanel<A>;
   const Cut cut = cut_into_tasks<A>(m, n, parallel.threads);
   const int64_t col_tasks = ceil_div(n, cut.cols), row_tasks = ceil_div(m, cut.rows);
@@ -109,20 +122,23 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
         for (int64_t panel = 0; panel < panels; ++panel) {
           const int64_t j = panel * kPanelCols, panel_cols = min64(kPanelCols, cols - j);
           const int vecs = static_cast<int>(ceil_div(panel_cols, kWidth<A>));
-          A* c_panel = c + (panel * rows + block) * kPanelCols;
+          const bool plain = plain_c.data != nullptr && panel_cols == kPanelCols;
+          A* c_panel = plain ? plain_c.data + (i0 + block) * plain_c.stride + j0 + j
+                             : c + (panel * rows + block) * kPanelCols;
+          const int64_t c_stride = plain ? plain_c.stride : kPanelCols;
           for (int64_t strip = 0; strip < block_rows; strip += kRows) {
             const Strided<A> a_strip{a.data + strip / kRows * a.strip, a.row, a.depth};
             const int strip_rows = static_cast<int>(min64(kRows, block_rows - strip));
-            A* c_strip = c_panel + strip * kPanelCols;
+            A* c_strip = c_panel + strip * c_stride;
             if (d == 0) {
               micro_kernel<Start::kZero>(strip_rows, vecs, depth, a_strip, b[panel].data,
-                                         b[panel].stride, c_strip, kPanelCols);
+                                         b[panel].stride, c_strip, c_stride);
             } else {
               micro_kernel<Start::kAdd>(strip_rows, vecs, depth, a_strip, b[panel].data,
-                                        b[panel].stride, c_strip, kPanelCols);
+                                        b[panel].stride, c_strip, c_stride);
             }
           }
-          if (!last) continue;
+          if (!last || plain) continue;
           for (int64_t i = 0; i < block_rows; ++i)
             store_c(i0 + block + i, j0 + j, panel_cols, c_panel + i * kPanelCols);
         }

@@ -4,12 +4,19 @@
 #pragma once
 
 #include "common/problem.h"
+#include "cpu/dot_kernel.h"
 #include "cpu/gemm.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
 // Below this many rows a product reads a row-major B once or twice: packing it would not pay.
 constexpr int64_t kFewRows = 2 * kRows;
+
+// Whether x's rows are so few that packing W would cost more than the dot products' foldings, and
+// stay in L2 while W passes by (512 KB of floats).
+FASTATTN_INLINE bool unpacked_pays(int64_t m, int64_t k) {
+  return 2 * m <= k && m * k <= int64_t{1} << 17;
+}
 
 // A panel of a row-major B [k, n]: rows [d, d + depth), columns [j0, j0 + cols).
 template <class T>
@@ -18,6 +25,10 @@ FASTATTN_INLINE Columns<Acc<T>> row_major_panel(const T* src, int64_t stride, in
   using A = Acc<T>;
   if constexpr (sizeof(T) == sizeof(A)) {
     if (in_place && cols % kWidth<A> == 0) return {src, stride};
+  }
+  if (cols == kPanel<A>) {
+    for (int64_t i = 0; i < depth; ++i) convert(dst + i * kPanel<A>, src + i * stride, kPanel<A>);
+    return {dst, kPanel<A>};
   }
   for (int64_t i = 0; i < depth; ++i) {
     convert(dst + i * kPanel<A>, src + i * stride, cols);
@@ -54,7 +65,8 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
   };
   const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {  // E15
     if (bias != nullptr) {
-      A b[kPanel<A>];
+      constexpr int64_t kMost = kPanel<A> > kDotChunk ? kPanel<A> : kDotChunk;
+      A b[kMost];
       convert(b, bias + j0, cols);
       for (int64_t j = 0; j < cols; ++j) row[j] += b[j];
     }
@@ -69,6 +81,12 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
     uint8_t* mask = p.relu_mask + i * mask_bytes + j0 / 8;
     for (int64_t j = 0; j < cols; j += 8) mask[j / 8] = relu_bits(row + j);
   };
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (unpacked_pays(p.m, p.k)) {
+      return dot_product_gemm<A>(p.m, p.n, p.k, x, p.x_stride, w, p.w_stride, store_c,
+                                 worthwhile(parallel, p.m, p.n, p.k));
+    }
+  }
   gemm<A>(p.m, p.n, p.k, load_a, load_b, store_c, parallel);
 }
 
@@ -115,7 +133,9 @@ void linear_input_gradient(const LinearBackwardProblem& p, const Parallel& paral
       convert(static_cast<T*>(p.grad_x) + i * p.k + j0, row, cols);
     }
   };
-  gemm<A>(p.m, p.k, p.n, load_a, load_b, store_c, parallel);
+  PlainC<A> plain{nullptr, p.k};
+  if (p.grad_x_is_accumulator || sizeof(T) == sizeof(A)) plain.data = static_cast<A*>(p.grad_x);
+  gemm<A>(p.m, p.k, p.n, load_a, load_b, store_c, parallel, plain);
 }
 
 // dW [n, k] = G^T [n, m] X [m, k], db [n] = column sums of G. Without dW only the sums.
@@ -165,7 +185,9 @@ void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& para
     const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
       convert(static_cast<T*>(p.grad_w) + i * p.k + j0, row, cols);
     };
-    gemm<A>(p.n, p.k, p.m, load_a, load_b, store_c, parallel);
+    PlainC<A> plain{nullptr, p.k};
+    if (sizeof(T) == sizeof(A)) plain.data = static_cast<A*>(p.grad_w);
+    gemm<A>(p.n, p.k, p.m, load_a, load_b, store_c, parallel, plain);
   }
   if (p.grad_bias != nullptr) convert(static_cast<T*>(p.grad_bias), sums, p.n);
 }

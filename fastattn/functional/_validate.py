@@ -1,13 +1,13 @@
 """Is this input legal? The Python mirror of csrc/common/validate.h, run before any kernel.
 
 ValueError for sizes, devices and numbers, TypeError for kinds of objects and dtypes; each names
-the argument, what was
-expected and what was got.
+the argument, what was expected and what was got.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -141,6 +141,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = "")
             _bad(ValueError, f"bias{suffix}", f"shape ({weight.shape[0]},)", tuple(bias.shape))
 
 
-def in_features(argument: str, weight: Tensor, expected: int) -> None:
-    if weight.shape[1] != expected:
-        _bad(ValueError, argument, f"in_features {expected}", tuple(weight.shape))
+def layers(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    """A stack of linear layers, each as wide as the one before; they are numbered if several."""
+    width = None
+    for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        suffix = f" {number}" if len(weights) > 1 else ""
+        linear(input, weight, bias, suffix)
+        width = input.shape[-1] if width is None else width
+        if weight.shape[1] != width:
+            _bad(ValueError, f"weight{suffix}", f"in_features {width}", tuple(weight.shape))
+        width = weight.shape[0]

@@ -48,8 +48,9 @@ class MLPFunction(torch.autograd.Function):
     @staticmethod
     def forward(input, layers, *parameters):
         weights, biases = list(parameters[:layers]), list(parameters[layers:])
-        absent = input.new_empty((0,))
-        biases = [absent if b is None else b for b in biases]
+        if any(b is None for b in biases):
+            absent = input.new_empty((0,))
+            biases = [absent if b is None else b for b in biases]
         return tuple(ops.mlp_forward(input, weights, biases))
 
     @staticmethod
@@ -90,15 +91,26 @@ def linear_relu(
     Returns:
         ``[..., out_features]`` in input's dtype. A NaN stays a NaN.
     """
-    if isinstance(input, Tensor):
-        input, weight, bias = autocast(input, weight, bias)
-    _validate.linear(input, weight, bias)
-    _validate.in_features("weight", weight, input.shape[-1])
+    _validate.tensor("input", input)
+    input, weight, bias = autocast(input, weight, bias)
     problem = backends.Problem("linear_relu", input.device.type, input.dtype)
     chosen = backends.select(problem, backend)
+    if _op_validates(chosen):
+        try:
+            return apply(LinearReLUFunction, input, weight, bias, chosen)[0]
+        except (RuntimeError, TypeError):
+            _validate.layers(input, [weight], [bias])
+            raise
+    _validate.layers(input, [weight], [bias])
     if chosen == "reference":
         return reference.linear_relu(input, weight, bias)
     return apply(LinearReLUFunction, input, weight, bias, chosen)[0]
+
+
+def _op_validates(backend: str) -> bool:
+    """Whether the op itself will refuse bad input. The user's words for it are then looked for
+    afterwards: for a small layer the Python checks would take longer than the kernel."""
+    return backend == "cpu" and not torch.compiler.is_compiling()
 
 
 def mlp(
@@ -125,18 +137,18 @@ def mlp(
         raise ValueError("weights: expected at least 1 layer, got none")
     if len(biases) != len(weights):
         raise ValueError(f"biases: expected {len(weights)} entries as weights, got {len(biases)}")
-    if isinstance(input, Tensor):
-        input, *parameters = autocast(input, *weights, *biases)
-        weights, biases = parameters[: len(weights)], parameters[len(weights) :]
-    width = None
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        _validate.linear(input, weight, bias, suffix=f" {layer}")
-        _validate.in_features(
-            f"weight {layer}", weight, input.shape[-1] if width is None else width
-        )
-        width = weight.shape[0]
+    _validate.tensor("input", input)
+    input, *parameters = autocast(input, *weights, *biases)
     problem = backends.Problem("mlp", input.device.type, input.dtype)
     chosen = backends.select(problem, backend)
+    if _op_validates(chosen):
+        try:
+            return apply(MLPFunction, input, len(weights), *parameters)[0]
+        except (RuntimeError, TypeError):
+            _validate.layers(input, weights, biases)
+            raise
+    weights, biases = parameters[: len(weights)], parameters[len(weights) :]
+    _validate.layers(input, weights, biases)
     if chosen == "reference":
         return reference.mlp(input, weights, biases)
     if chosen == "triton":
