@@ -39,8 +39,9 @@ format: setup ## ruff and clang-format, in place
 	$(BIN)/ruff format .
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
 
-bench: setup ## Paired timings against torch
-	$(BIN)/python benchmarks/run.py
+OUT_BENCH ?= fastattn-bench
+bench: setup ## Paired timings against torch, into OUT_BENCH=dir
+	$(BIN)/python -m fastattn bench --output $(OUT_BENCH)
 
 OUT ?= gpu-check
 gpu-check: ## On a GPU machine, with PYTHON's own torch and Triton: build, test, time, into OUT=dir

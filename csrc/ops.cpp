@@ -23,4 +23,5 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def(
       "mlp_backward(Tensor grad_out, Tensor input, Tensor[] weights, Tensor[] hidden, bool[] "
       "needs) -> Tensor[]");
+  m.def("fma_probe(Tensor like, int iterations) -> int");
 }

@@ -11,6 +11,7 @@ struct KernelTable {
   void (*attention_backward)(const AttentionBackwardProblem&, const Parallel&);
   void (*linear_forward)(const LinearProblem&, const Parallel&);
   void (*linear_backward)(const LinearBackwardProblem&, const Parallel&);
+  int64_t (*fma_probe)(Dtype, int64_t iterations);
 };
 
 namespace avx512 {

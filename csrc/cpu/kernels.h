@@ -5,6 +5,7 @@
 #include "cpu/attention_forward.h"
 #include "cpu/kernel_table.h"
 #include "cpu/linear_relu.h"
+#include "cpu/roofline.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -35,6 +36,10 @@ const KernelTable kTable = {
     },
     [](const LinearBackwardProblem& p, const Parallel& parallel) {
       with_dtype(p.dtype, [&](auto t) { linear_backward<decltype(t)>(p, parallel); });
+    },
+    [](Dtype dtype, int64_t iterations) {
+      return dtype == Dtype::kFloat64 ? fma_probe<double>(iterations)
+                                      : fma_probe<float>(iterations);
     },
 };
 

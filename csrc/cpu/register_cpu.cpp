@@ -279,6 +279,19 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input,
   return grads;
 }
 
+// The floating-point operations that all threads did, each `iterations` rounds of independent
+// multiply-adds in `like`'s accumulator type: timed, the roof of every kernel.
+int64_t fma_probe(const Tensor& like, int64_t iterations) {
+  const Dtype dtype = dtype_of("fma_probe", "like", like);
+  std::atomic<int64_t> flops{0};
+  const auto body = [&](int64_t) { flops += kernels().fma_probe(dtype, iterations); };
+  const Parallel threads = parallel();
+  threads.run(
+      threads.threads,
+      [](const void* f, int64_t i) { (*static_cast<const decltype(body)*>(f))(i); }, &body);
+  return flops;
+}
+
 }  // namespace
 }  // namespace fastattn::cpu
 
@@ -289,4 +302,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("linear_relu_backward", TORCH_BOX(&fastattn::cpu::linear_relu_backward));
   m.impl("mlp_forward", TORCH_BOX(&fastattn::cpu::mlp_forward));
   m.impl("mlp_backward", TORCH_BOX(&fastattn::cpu::mlp_backward));
+  m.impl("fma_probe", TORCH_BOX(&fastattn::cpu::fma_probe));
 }

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from fastattn import __version__
 
+OPS = ("attention", "linear_relu", "mlp", "encoder")  # what bench knows
+
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
@@ -32,7 +34,30 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--output", type=Path, default=Path("fastattn-demo"), help="folder of the report"
     )
+
+    bench = commands.add_parser("bench", help="paired timings of the kernels beside torch's")
+    bench.add_argument("--op", action="append", choices=OPS, help="again for more; default all")
+    bench.add_argument("--filter", default="", help="only cases whose line contains this")
+    bench.add_argument(
+        "--peers", choices=("default", "all"), default="default",
+        help="all: SDPA's math path, torch.compile and oneDNN's fused linear too",
+    )  # fmt: skip
+    bench.add_argument(
+        "--grid", action="store_true", help="attention over lengths, head dims and dtypes"
+    )
+    bench.add_argument(
+        "--seconds", type=_positive, default=2.0, help="spent on a case, about (default 2)"
+    )
+    bench.add_argument("--compare", type=Path, metavar="OLD.csv", help="show what changed since")
+    bench.add_argument("--output", type=Path, metavar="DIR", help="write bench.csv and bench.html")
     return root
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fastattn.cli.doctor import doctor
 
         return doctor()
+    if options.command == "bench":
+        from fastattn.cli.bench import bench
+
+        return bench(options)
     from fastattn.cli.demo import demo
 
     return demo(options)

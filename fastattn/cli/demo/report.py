@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from fastattn import __version__, _extension
 from fastattn.cli.demo.bert import BertResult
 from fastattn.cli.demo.digits import DigitsResult
-
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem .8rem; border-bottom: 1px solid color-mix(in srgb,
-currentColor 20%, transparent); }
-img { max-width: 100%; background: white; border-radius: 8px; margin: 1rem 0; }
-pre { overflow-x: auto; padding: 1rem; border-radius: 8px; background: color-mix(in srgb,
-currentColor 8%, transparent); }
-footer { opacity: .7; font-size: .9rem; margin-top: 2rem; }
-"""
-
-
-def _image(figure: plt.Figure, description: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    plt.close(figure)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+from fastattn.cli.page import figure_html, page, plt
 
 
 def _digits_curves(results: Sequence[DigitsResult]) -> str:
@@ -50,7 +21,7 @@ def _digits_curves(results: Sequence[DigitsResult]) -> str:
         ax.set(title=result.optimizer, xlabel="step", yscale="log")
     axes[0].set_ylabel("cross-entropy")
     axes[0].legend()
-    return _image(figure, "Loss over steps of the digit classifiers")
+    return figure_html(figure, "Loss over steps of the digit classifiers")
 
 
 def _bert_curves(result: BertResult) -> str:
@@ -60,7 +31,7 @@ def _bert_curves(result: BertResult) -> str:
         ax.plot(steps, run.losses, style, label=run.implementation)
     ax.set(xlabel="step", ylabel="cross-entropy")
     ax.legend()
-    return _image(figure, "Loss over steps of the BERT fine-tuning")
+    return figure_html(figure, "Loss over steps of the BERT fine-tuning")
 
 
 def _speed(digits: Sequence[DigitsResult], bert: BertResult | None) -> str:
@@ -72,7 +43,7 @@ def _speed(digits: Sequence[DigitsResult], bert: BertResult | None) -> str:
     ax.bar(list(bars), list(bars.values()), width=0.5)
     ax.axhline(1.0, color="black", linewidth=1)
     ax.set_ylabel("speed, torch = 1")
-    return _image(figure, "Training speed relative to torch")
+    return figure_html(figure, "Training speed relative to torch")
 
 
 def write_report(
@@ -98,15 +69,7 @@ def write_report(
             f"{_bert_curves(bert)}<pre>{html.escape(bert.patched)}</pre>"
         )
     parts.append(f"<h2>Speed</h2>{_speed(digits, bert)}")
-    facts = (
-        f"fastattn {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{torch.get_num_threads()} threads, CPU kernels: {_extension.cpu_isa() or 'none'}"
-    )
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fastattn demo</title>'
-        f"<style>{_STYLE}</style><body>{''.join(parts)}<footer>{facts}</footer></body></html>"
-    )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page("fastattn demo", "".join(parts)), encoding="utf-8")
     return path

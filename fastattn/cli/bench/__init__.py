@@ -1,0 +1,83 @@
+"""``fastattn bench``: our kernels beside torch's, paired, on the layers of real models."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastattn import __version__, _extension
+from fastattn.cli.bench import report
+from fastattn.cli.bench.cases import Case, cases
+from fastattn.cli.bench.measure import Result, Roofline, measure, probe
+from fastattn.cli.main import OPS
+
+
+def bench(options: argparse.Namespace, console: Console | None = None) -> int:
+    """Runs the chosen cases. 1 if a result was wrong, 2 for arguments that make no sense."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    try:
+        old = report.read_csv(options.compare) if options.compare else None
+    except (OSError, ValueError) as error:
+        print(f"fastattn bench: --compare: {error}", file=sys.stderr)
+        return 2
+    chosen = [
+        case
+        for case in cases(options.op or OPS, options.peers, options.grid)
+        if options.filter.lower() in " ".join(case.key).lower()
+    ]
+    if not chosen:
+        print(f"fastattn bench: --filter: no case contains {options.filter!r}", file=sys.stderr)
+        return 2
+    roofline = probe()
+    title = _title(roofline)
+    results = _measure_all(chosen, roofline, options.seconds, console)
+    console.print(report.table(title, results))
+    console.print(report.means_table(results))
+    if old is not None:
+        console.print(report.comparison(old, results))
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        report.write_csv(options.output / "bench.csv", results)
+        console.print(f"table: {options.output / 'bench.csv'}")
+        _write_page(options.output / "bench.html", title, results, console)
+    return 1 if any(r.error for r in results) else 0
+
+
+def _measure_all(
+    chosen: list[Case], roofline: Roofline, budget: float, console: Console
+) -> list[Result]:
+    results: list[Result] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for case in chosen:
+            progress.update(task, description=f"{case.op} {case.name}")
+            results += measure(case, roofline, budget)
+            progress.advance(task)
+    return results
+
+
+def _write_page(path: Path, title: str, results: list[Result], console: Console) -> None:
+    try:
+        report.write_html(path, title, results)
+    except ImportError as error:
+        console.print(f"no page: {error}; pip install 'fastattn\\[bench]'")
+    else:
+        console.print(f"page: {path}")
+
+
+def _title(roofline: Roofline) -> str:
+    return (
+        f"fastattn {__version__} ({_extension.cpu_isa() or 'no native library'}), "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads of {platform.machine()}, "
+        f"measured roofline {roofline.flops / 1e9:.0f} GFLOP/s float32, "
+        f"{roofline.bytes / 1e9:.1f} GB/s"
+    )

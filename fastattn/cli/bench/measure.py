@@ -1,0 +1,174 @@
+"""Paired timings: every implementation once a round, the order turning, ratios within a round."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastattn import _extension
+from fastattn.cli.bench.cases import OURS, Case, Run
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What this machine does at best on the threads in use, measured."""
+
+    flops: float  # float32 multiply-adds in registers, a second
+    bytes: float  # of a large copy, read and written, a second
+
+    def seconds(self, case: Case) -> float:
+        """The least time of ``case``; float64 does half the flops, 16-bit types are computed in
+        float32."""
+        peak = self.flops / 2 if case.dtype == torch.float64 else self.flops
+        return max(case.flops / peak, case.bytes / self.bytes)
+
+
+def probe() -> Roofline:
+    """The machine's roofline: the best of several short runs."""
+    like = torch.empty(1)
+    flops = 0.0
+    if _extension.HAS_NATIVE:
+        for _ in range(12):
+            start = time.perf_counter()
+            done = torch.ops.fastattn.fma_probe(like, 400_000)
+            flops = max(flops, done / (time.perf_counter() - start))
+    else:
+        a = torch.randn(2048, 2048)
+        flops = max(2 * 2048**3 / seconds(lambda: [a @ a]) for _ in range(6))
+    source = torch.empty(32 << 20, dtype=torch.float32).fill_(1.0)
+    target = torch.empty_like(source)
+    moved = 2.0 * source.numel() * 4
+    best = min(seconds(lambda: [target.copy_(source)]) for _ in range(6))
+    return Roofline(flops, moved / best)
+
+
+def seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Result:
+    """One peer's row of a case: ours relative to it."""
+
+    case: Case
+    peer: str
+    rounds: int
+    ratio: float  # the peer's time over ours: the median of the rounds, and their quartiles
+    low: float
+    high: float
+    gflops: float  # ours, from the median round
+    percent: float  # of the roofline, ours
+    peer_percent: float
+    memory: int | None  # bytes, ours at its peak beyond what was there before
+    peer_memory: int | None
+    error: str = ""
+
+    @property
+    def row(self) -> dict[str, object]:
+        op, name, dtype, direction = self.case.key
+        return {
+            "op": op,
+            "case": name,
+            "dtype": dtype,
+            "direction": direction,
+            "peer": self.peer,
+            "rounds": self.rounds,
+            "ratio": f"{self.ratio:.3f}",
+            "ratio_q1": f"{self.low:.3f}",
+            "ratio_q3": f"{self.high:.3f}",
+            "gflops": f"{self.gflops:.2f}",
+            "percent_of_roofline": f"{self.percent:.1f}",
+            "peer_percent_of_roofline": f"{self.peer_percent:.1f}",
+            "peak_bytes": "" if self.memory is None else self.memory,
+            "peer_peak_bytes": "" if self.peer_memory is None else self.peer_memory,
+            "error": self.error,
+        }
+
+
+def measure(case: Case, roofline: Roofline, budget: float) -> list[Result]:
+    """One Result a peer. A case whose results disagree is not timed; ``error`` then says how."""
+    torch.manual_seed(0)
+    runs = case.build()
+    memory = {name: _peak_bytes(run) for name, run in runs.items()}  # the warm-up as well
+    if not case.random:
+        error = _disagreement(case, runs)
+        if error:
+            nan = float("nan")
+            return [Result(case, "", 0, nan, nan, nan, nan, nan, nan, None, None, error)]
+    once = sum(seconds(run) for run in runs.values())
+    rounds = max(5, min(200, int(budget / max(once, 1e-9))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            times[name].append(seconds(runs[name]))
+    least = roofline.seconds(case)
+    ours = statistics.median(times[OURS])
+    results = []
+    for peer in names:
+        if peer == OURS:
+            continue
+        ratios = [a / b for a, b in zip(times[peer], times[OURS], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        results.append(
+            Result(
+                case,
+                peer,
+                rounds,
+                middle,
+                low,
+                high,
+                case.flops / ours / 1e9,
+                100 * least / ours,
+                100 * least / statistics.median(times[peer]),
+                memory[OURS],
+                memory[peer],
+            )
+        )
+    return results
+
+
+def _disagreement(case: Case, runs: dict[str, Run]) -> str:
+    """A coarse gate against a wrong kernel; the accuracy policy is the tests' business."""
+    tolerance = {torch.float32: 1e-3, torch.float64: 1e-9}.get(case.dtype, 0.05)
+    ours = runs[OURS]()
+    for name, run in runs.items():
+        for index, (a, b) in enumerate(zip(ours, run(), strict=True)):
+            worst = _relative_error(a, b)
+            if not worst <= tolerance:
+                return f"result {index} is off {name}'s by {worst:.2e} of its largest element"
+    return ""
+
+
+def _relative_error(a: Tensor, b: Tensor) -> float:
+    scale = 1 + b.abs().max()
+    return float(((a - b).abs() / scale).max())
+
+
+def _peak_bytes(run: Run) -> int | None:
+    """How far resident memory rises above what it was, in one run; None where /proc cannot say.
+    Scratch memory that earlier runs left does not count again."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that its reuse shows
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+        before = _status("VmRSS")
+        run()
+        return max(0, _status("VmHWM") - before)
+    except (AttributeError, OSError, KeyError, ValueError):
+        run()
+        return None
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    values: dict[str, Sequence[str]] = {k: v.split() for k, v in (x.split(":", 1) for x in lines)}
+    return int(values[field][0]) * 1024
