@@ -152,6 +152,11 @@ struct ScoreTerms {
   }
 
  private:
+  static FASTATTN_INLINE void add_mask(A* s, A factor, Vec<A> values) {
+    const Vec<A> hidden = broadcast(-kInf<A>);
+    store(s, values == hidden ? hidden : load(s) * broadcast(factor) + values);
+  }
+
   FASTATTN_INLINE void scale_and_mask(A* s, A factor, int64_t i, int64_t j0, int64_t n) const {
     const int64_t offset = i * mask.row_stride + j0 * mask.col_stride;
     if (mask.kind == MaskKind::kBool) {
@@ -163,18 +168,23 @@ struct ScoreTerms {
       }
     } else if (mask.kind == MaskKind::kFloat) {
       const T* m = mask.values + offset;
+      int64_t j = 0;
+      if constexpr (sizeof(T) == sizeof(A)) {
+        const int64_t whole = mask.col_stride == 1 ? n / kWidth<A> * kWidth<A> : 0;
+        for (; j < whole; j += kWidth<A>) add_mask(s + j, factor, load(m + j));
+      }
       constexpr int64_t kChunk = 64;
       A values[kChunk];
-      for (int64_t j = 0; j < n; j += kChunk) {
+      for (; j < n; j += kChunk) {
         const int64_t count = min64(kChunk, n - j);
         if (mask.col_stride == 1) {
           convert(values, m + j, count);
         } else {
           for (int64_t c = 0; c < count; ++c) values[c] = to_acc(m[(j + c) * mask.col_stride]);
         }
-        for (int64_t c = 0; c < count; ++c) {
-          s[j + c] = values[c] == -kInf<A> ? -kInf<A> : s[j + c] * factor + values[c];
-        }
+        for (int64_t c = count; c < round_up(count, kWidth<A>); ++c) values[c] = A(0);
+        for (int64_t c = 0; c < count; c += kWidth<A>)
+          add_mask(s + j + c, factor, load(values + c));
       }
     } else if (factor != A(1)) {
       for (int64_t j = 0; j < n; ++j) s[j] *= factor;

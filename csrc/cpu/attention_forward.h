@@ -4,13 +4,12 @@
 // Memory is O(S).
 #pragma once
 
-#include "cpu/attention_common.h"
-#include "cpu/softmax.h"
+#include "cpu/attention_few_queries.h"
+#include "cpu/attention_softmax.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
-constexpr int64_t kStepKeys = 256;  // keys per online-softmax step
-constexpr int64_t kTileRows = 24;   // 24 x 272 fp32 scores: 26 KB
+constexpr int64_t kTileRows = 24;  // 24 x 272 fp32 scores: 26 KB
 constexpr int64_t kGroupBytes = int64_t{8} << 20;
 
 template <class T>
@@ -23,11 +22,13 @@ class AttentionForward {
 
  public:
   AttentionForward(const AttentionProblem& problem, const Parallel& parallel)
-      : p_(problem), parallel_(parallel), dropout_(problem) {}
+      : p_(problem), parallel_(parallel), softmax_(problem) {}
 
   void run() {
     if (p_.batch == 0 || p_.heads_q == 0 || p_.seq_q == 0) return;
     clear_hidden_ = must_clear_hidden_keys<T>(p_, parallel_);
+    if (!clear_hidden_ && AttentionFewQueries<T>::serves(p_))
+      return AttentionFewQueries<T>(p_, parallel_).run();
     // Queries of one group of heads share packed keys, unless each head clears its own hidden keys.
     const int64_t sharing = p_.heads_q / p_.heads_k;
     heads_per_unit_ = clear_hidden_ ? 1 : sharing;
@@ -146,35 +147,17 @@ class AttentionForward {
 
       for (int64_t tile = 0; tile < rows; tile += kTileRows) {
         const int64_t tile_rows = min64(kTileRows, rows - tile);
-        const SoftmaxState state{m + tile, l + tile, rescale};
-        step(Where{batch, head, band, terms, j0, keys}, i0 + tile, tile_rows, q + tile * dim,
+        const SoftmaxState<A> state{m + tile, l + tile, rescale};
+        step(KeyStep<T>{batch, head, band, terms, j0, keys}, i0 + tile, tile_rows, q + tile * dim,
              packed, s, z, state, o + tile * dim_v_padded_);
       }
     }
-    write_block(batch, head, i0, rows, o, m, l);
+    softmax_.write(batch, head, i0, rows, o, dim_v_padded_, m, l);
   }
 
-  struct SoftmaxState {
-    A* m;        // [rows] running maximum, in the exponent's base
-    A* l;        // [rows] running sum
-    A* rescale;  // [rows] of the current step
-  };
-
-  // The keys of one online-softmax step, as the rows of one head see them.
-  struct Where {
-    int64_t batch, head;
-    const Band& band;
-    const ScoreTerms<T>& terms;
-    int64_t j0, keys;
-
-    // Row i sees of these keys [from(i), to(i)), without regard to the mask.
-    FASTATTN_INLINE int64_t from(int64_t i) const { return max64(0, band.first_key(i) - j0); }
-    FASTATTN_INLINE int64_t to(int64_t i) const { return min64(keys, band.end_key(i) - j0); }
-  };
-
   // One online-softmax step of query rows [i, i + rows).
-  void step(const Where& where, int64_t i, int64_t rows, const A* q, const A* packed, A* s, A* z,
-            const SoftmaxState& state, A* o) const {
+  void step(const KeyStep<T>& where, int64_t i, int64_t rows, const A* q, const A* packed, A* s,
+            A* z, const SoftmaxState<A>& state, A* o) const {
     const int64_t dim = p_.head_dim, j0 = where.j0;
     for (int64_t c = 0; c < where.keys; c += kPanelKeys) {  // E1
       for (int64_t strip = 0; strip < rows; strip += kRows) {
@@ -190,8 +173,8 @@ class AttentionForward {
       const int64_t strip_rows = min64(kRows, rows - strip);
       const int64_t from = where.from(i + strip), to = where.to(i + strip + strip_rows - 1);
       for (int64_t r = strip; from < to && r < strip + strip_rows; ++r) {
-        softmax_row(where, i + r, from, to, s + r * kStep, state.m[r], state.l[r], state.rescale[r],
-                    z);
+        softmax_.row(where, i + r, from, to, s + r * kStep, state.m[r], state.l[r],
+                     state.rescale[r], z);
       }
     }
     for (int64_t d = 0; d < p_.head_dim_v; d += kPanelKeys) {  // E4
@@ -209,67 +192,9 @@ class AttentionForward {
     }
   }
 
-  // Exponents are kept in base 2, one multiplication less a score, unless a float mask may hold
-  // numbers so large that the change of base would overflow or cost digits (finfo.min, -1e9), or
-  // the scores need more than a factor.
-  bool in_base_2() const {
-    return p_.mask_kind != MaskKind::kFloat && p_.scale > 0 && p_.softcap == 0 &&
-           p_.slopes == nullptr;
-  }
-
-  // Scores of row i -> probabilities relative to the running maximum, in columns [from, to).
-  FASTATTN_INLINE void softmax_row(const Where& where, int64_t i, int64_t from, int64_t to, A* row,
-                                   A& m, A& l, A& rescale, A* z) const {
-    const int64_t seen_from = min64(to, max64(from, where.from(i)));
-    const int64_t seen_to = max64(seen_from, where.to(i));
-    // Whole vectors around what the row sees.
-    const int64_t begin = seen_from / kWidth<A> * kWidth<A>, end = round_up(seen_to, kWidth<A>);
-    const bool base_2 = in_base_2();
-    A factor = static_cast<A>(base_2 ? p_.scale * kLog2E : p_.scale);
-    if (!base_2 || where.terms.mask.kind != MaskKind::kNone) {
-      where.terms.apply(row + begin, i, where.j0 + begin, seen_to - begin, nullptr);
-      factor = static_cast<A>(base_2 ? kLog2E : 1.0);
-    }
-    for (int64_t j = begin; j < seen_from; ++j) row[j] = -kInf<A>;
-    for (int64_t j = seen_to; j < end; ++j) row[j] = -kInf<A>;
-    const A block_max = row_max(row + begin, end - begin) * factor;
-    const A previous = m, updated = previous > block_max ? previous : block_max;  // E2
-    const A shift = updated == -kInf<A> ? A(0) : updated;  // nothing seen yet: every power is 0
-    if (base_2) {
-      rescale = updated == previous ? A(1) : power_of_2(previous - shift);
-      l = l * rescale + row_exp2(row + begin, end - begin, factor, shift);  // E3
-    } else {
-      rescale = updated == previous ? A(1) : exponential(previous - shift);
-      l = l * rescale + row_exp(row + begin, end - begin, factor, shift);
-    }
-    m = updated;
-    for (int64_t j = from; j < begin; ++j) row[j] = A(0);
-    for (int64_t j = end; j < to; ++j) row[j] = A(0);
-    if (dropout_.active) {
-      dropout_.fill(z, where.batch, where.head, i, where.j0 + begin, end - begin);
-      row_multiply(row + begin, z, end - begin);
-    }
-  }
-
-  void write_block(int64_t batch, int64_t head, int64_t i0, int64_t rows, A* o, const A* m,
-                   const A* l) const {
-    T* out = query_rows<T>(p_, p_.out, batch, head) + i0 * p_.out.row_stride;
-    A* lse = static_cast<A*>(p_.lse) + lse_offset(p_, batch, head) + i0;
-    for (int64_t i = 0; i < rows; ++i) {  // E5; a row with nothing to attend to: output 0, LSE -inf
-      A* row = o + i * dim_v_padded_;
-      const bool empty = l[i] == A(0);
-      const A inverse = empty ? A(0) : A(1) / l[i];
-      for (int64_t d = 0; d < p_.head_dim_v; ++d) row[d] *= inverse;
-      convert(out + i * p_.out.row_stride, row, p_.head_dim_v);
-      const double unit = in_base_2() ? kLn2 : 1.0;
-      lse[i] =
-          empty ? -kInf<A> : static_cast<A>(m[i] * unit + __builtin_log(static_cast<double>(l[i])));
-    }
-  }
-
   const AttentionProblem& p_;
   const Parallel& parallel_;
-  Dropout dropout_;
+  OnlineSoftmax<T> softmax_;
   bool clear_hidden_ = false;
   int64_t heads_per_unit_ = 1, units_per_batch_ = 1, panels_ = 0, v_panels_ = 0, dim_v_padded_ = 0;
   int64_t k_elements_ = 0, unit_elements_ = 0;

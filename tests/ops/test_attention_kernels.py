@@ -23,6 +23,8 @@ SHAPES = [
     (1, 1, 1, 5, 3, 1, 1),
     (2, 3, 3, 130, 513, 96, 200),
     (1, 2, 2, 400, 270, 256, 7),
+    (2, 4, 2, 3, 700, 40, 24),  # few queries: keys pass by in place
+    (1, 8, 1, 1, 300, 24, 48),
 ]
 MASKS = ("none", "padding", "bool", "float", "bias", "empty rows")
 # Windows narrower and wider than a block of 96 queries, of 192 or 256 keys.
@@ -311,6 +313,29 @@ def test_sizes_of_zero(shape):
     )
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape, mask.shape]
     assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("mask_kind", ["none", "padding", "float", "nothing"])
+def test_few_queries_split_their_keys_over_the_threads(threads, mask_kind):
+    q = torch.randn(2, 4, 2, 40)
+    k, v = torch.randn(2, 2, 3000, 40), torch.randn(2, 2, 3000, 24)
+    mask = make_mask(mask_kind, (2, 4, 2, 3000), torch.float32)
+    if mask_kind == "padding":
+        mask[0, ..., 5:] = False  # whole ranges have nothing
+    if mask_kind == "nothing":
+        mask = torch.zeros(1, 1, 1, 3000, dtype=torch.bool)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runs = [ops.attention_forward(q, k, v, mask, None, False, 0.2, 0.0) for _ in range(2)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    wide = [x.double() if x is not None and x.dtype != torch.bool else x for x in (q, k, v, mask)]
+    expected, expected_lse = reference.attention_forward(*wide, scale=0.2)
+    check("out", runs[0][0], expected, 1e-6)
+    check("lse", runs[0][1], expected_lse, 1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

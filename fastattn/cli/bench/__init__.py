@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastattn import __version__, _extension
-from fastattn.cli.bench import report
-from fastattn.cli.bench.cases import Case, cases
-from fastattn.cli.bench.measure import Result, Roofline, measure, probe
+from fastattn.cli.bench import cases, measure, report
+from fastattn.cli.bench.cases import Case
+from fastattn.cli.bench.measure import Result, Roofline
 from fastattn.cli.main import OPS
 
 
@@ -30,13 +30,13 @@ def bench(options: argparse.Namespace, console: Console | None = None) -> int:
         return 2
     chosen = [
         case
-        for case in cases(options.op or OPS, options.peers, options.grid)
+        for case in cases.cases(options.op or OPS, options.peers, options.grid)
         if options.filter.lower() in " ".join(case.key).lower()
     ]
     if not chosen:
         print(f"fastattn bench: --filter: no case contains {options.filter!r}", file=sys.stderr)
         return 2
-    roofline = probe()
+    roofline = measure.probe()
     title = _title(roofline)
     results = _measure_all(chosen, roofline, options.seconds, console)
     console.print(report.table(title, results))
@@ -60,7 +60,7 @@ def _measure_all(
         task = progress.add_task("", total=len(chosen))
         for case in chosen:
             progress.update(task, description=f"{case.op} {case.name}")
-            results += measure(case, roofline, budget)
+            results += measure.measure(case, roofline, budget)
             progress.advance(task)
     return results
 

@@ -1,0 +1,100 @@
+// The online softmax of the forward passes, E2-E5: rows of scores in, probabilities relative to a
+// running maximum out.
+#pragma once
+
+#include "cpu/attention_common.h"
+#include "cpu/softmax.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+constexpr int64_t kStepKeys = 256;  // keys per online-softmax step
+
+// The running state of some rows.
+template <class A>
+struct SoftmaxState {
+  A* m;        // [rows] running maximum, in the exponent's base
+  A* l;        // [rows] running sum
+  A* rescale;  // [rows] of the current step
+};
+
+// The keys of one step, as the rows of one head see them.
+template <class T>
+struct KeyStep {
+  int64_t batch, head;
+  const Band& band;
+  const ScoreTerms<T>& terms;
+  int64_t j0, keys;
+
+  // Row i sees of these keys [from(i), to(i)), without regard to the mask.
+  FASTATTN_INLINE int64_t from(int64_t i) const { return max64(0, band.first_key(i) - j0); }
+  FASTATTN_INLINE int64_t to(int64_t i) const { return min64(keys, band.end_key(i) - j0); }
+};
+
+template <class T>
+struct OnlineSoftmax {
+  using A = Acc<T>;
+  const AttentionProblem& p;
+  Dropout dropout;
+  bool base_2;
+
+  // Exponents are kept in base 2, one multiplication less a score, unless a float mask may hold
+  // numbers so large that the change of base would overflow or cost digits (finfo.min, -1e9), or
+  // the scores need more than a factor.
+  explicit OnlineSoftmax(const AttentionProblem& problem)
+      : p(problem),
+        dropout(problem),
+        base_2(problem.mask_kind != MaskKind::kFloat && problem.scale > 0 && problem.softcap == 0 &&
+               problem.slopes == nullptr) {}
+
+  FASTATTN_INLINE A power(A x) const { return base_2 ? power_of_2(x) : exponential(x); }
+
+  // Products of row i -> probabilities relative to the running maximum, in columns [from, to).
+  FASTATTN_INLINE void row(const KeyStep<T>& step, int64_t i, int64_t from, int64_t to, A* s, A& m,
+                           A& l, A& rescale, A* z) const {
+    const int64_t seen_from = min64(to, max64(from, step.from(i)));
+    const int64_t seen_to = max64(seen_from, step.to(i));
+    // Whole vectors around what the row sees.
+    const int64_t begin = seen_from / kWidth<A> * kWidth<A>, end = round_up(seen_to, kWidth<A>);
+    A factor = static_cast<A>(base_2 ? p.scale * kLog2E : p.scale);
+    if (!base_2 || step.terms.mask.kind != MaskKind::kNone) {
+      step.terms.apply(s + begin, i, step.j0 + begin, seen_to - begin, nullptr);
+      factor = static_cast<A>(base_2 ? kLog2E : 1.0);
+    }
+    for (int64_t j = begin; j < seen_from; ++j) s[j] = -kInf<A>;
+    for (int64_t j = seen_to; j < end; ++j) s[j] = -kInf<A>;
+    const A step_max = row_max(s + begin, end - begin) * factor;
+    const A previous = m, updated = previous > step_max ? previous : step_max;  // E2
+    const A shift = updated == -kInf<A> ? A(0) : updated;  // nothing seen yet: every power is 0
+    rescale = updated == previous ? A(1) : power(previous - shift);
+    const A sum = base_2 ? row_exp2(s + begin, end - begin, factor, shift)
+                         : row_exp(s + begin, end - begin, factor, shift);
+    l = l * rescale + sum;  // E3
+    m = updated;
+    for (int64_t j = from; j < begin; ++j) s[j] = A(0);
+    for (int64_t j = end; j < to; ++j) s[j] = A(0);
+    if (dropout.active) {
+      dropout.fill(z, step.batch, step.head, i, step.j0 + begin, end - begin);
+      row_multiply(s + begin, z, end - begin);
+    }
+  }
+
+  // E5 for rows [i0, i0 + rows) of a head: o [rows, o_stride] is divided in place and written. A
+  // row with nothing to attend to: output 0, LSE -inf.
+  void write(int64_t batch, int64_t head, int64_t i0, int64_t rows, A* o, int64_t o_stride,
+             const A* m, const A* l) const {
+    T* out = query_rows<T>(p, p.out, batch, head) + i0 * p.out.row_stride;
+    A* lse = static_cast<A*>(p.lse) + lse_offset(p, batch, head) + i0;
+    const double unit = base_2 ? kLn2 : 1.0;
+    for (int64_t i = 0; i < rows; ++i) {
+      A* o_row = o + i * o_stride;
+      const bool empty = l[i] == A(0);
+      const A inverse = empty ? A(0) : A(1) / l[i];
+      for (int64_t d = 0; d < p.head_dim_v; ++d) o_row[d] *= inverse;
+      convert(out + i * p.out.row_stride, o_row, p.head_dim_v);
+      lse[i] =
+          empty ? -kInf<A> : static_cast<A>(m[i] * unit + __builtin_log(static_cast<double>(l[i])));
+    }
+  }
+};
+
+}  // namespace fastattn::cpu::FASTATTN_ISA
