@@ -1,8 +1,8 @@
 // What attention's forward and backward share: operands of one head, masks, dropout.
 #pragma once
 
-#include "common/philox.h"
 #include "common/problem.h"
+#include "cpu/dropout.h"
 #include "cpu/micro_kernel.h"
 #include "cpu/pack.h"
 
@@ -188,58 +188,6 @@ struct ScoreTerms {
       }
     } else if (factor != A(1)) {
       for (int64_t j = 0; j < n; ++j) s[j] *= factor;
-    }
-  }
-};
-
-// --- dropout
-// ----------------------------------------------------------------------------------------------------
-
-struct Dropout {
-  bool active;
-  uint32_t key_low, key_high;
-  uint64_t threshold;
-  double keep_scale;
-
-  explicit Dropout(const AttentionProblem& p)
-      : active(p.dropout_p > 0),
-        key_low(static_cast<uint32_t>(p.seed)),
-        key_high(static_cast<uint32_t>(p.seed >> 32)),
-        threshold(philox_keep_threshold(p.dropout_p)),
-        keep_scale(1.0 / (1.0 - p.dropout_p)) {}
-
-  // z[0, n) = keep-mask / (1 - p) of columns [j0, j0 + n); j0 is a multiple of 4 and z has room for
-  // round_up(n, 64).
-  template <class A>
-  void fill(A* z, int64_t batch, int64_t head, int64_t i, int64_t j0, int64_t n) const {
-    constexpr int kLanes = 16;
-    const A kept = static_cast<A>(keep_scale);
-    for (int64_t j = 0; j < n; j += 4 * kLanes) {
-      uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
-      for (int l = 0; l < kLanes; ++l) {
-        c0[l] = static_cast<uint32_t>((j0 + j) / 4) + static_cast<uint32_t>(l);
-        c1[l] = static_cast<uint32_t>(i);
-        c2[l] = static_cast<uint32_t>(head);
-        c3[l] = static_cast<uint32_t>(batch);
-      }
-      uint32_t k0 = key_low, k1 = key_high;
-      for (int round = 0; round < 10; ++round) {
-        for (int l = 0; l < kLanes; ++l) {
-          const uint64_t p0 = 0xD2511F53ull * c0[l], p1 = 0xCD9E8D57ull * c2[l];
-          c0[l] = static_cast<uint32_t>(p1 >> 32) ^ c1[l] ^ k0;
-          c1[l] = static_cast<uint32_t>(p1);
-          c2[l] = static_cast<uint32_t>(p0 >> 32) ^ c3[l] ^ k1;
-          c3[l] = static_cast<uint32_t>(p0);
-        }
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-      }
-      for (int l = 0; l < kLanes; ++l) {
-        z[j + 4 * l + 0] = c0[l] >= threshold ? kept : A(0);
-        z[j + 4 * l + 1] = c1[l] >= threshold ? kept : A(0);
-        z[j + 4 * l + 2] = c2[l] >= threshold ? kept : A(0);
-        z[j + 4 * l + 3] = c3[l] >= threshold ? kept : A(0);
-      }
     }
   }
 };
