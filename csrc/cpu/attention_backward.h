@@ -1,7 +1,9 @@
 // Attention backward, E6-E10: one pass over the score tiles, five products a tile. A task owns a
 // range of keys of one key head: it alone writes their dK and dV. With fewer key heads than threads
 // the keys are split, and each range leaves its part of dQ in a buffer of its own, added up in a
-// fixed order afterwards: bitwise reproducible, no atomics.
+// fixed order afterwards: bitwise reproducible, no atomics. The gradient of a float mask that is
+// broadcast over no more than the batch is written on the way: the task then owns the head in every
+// batch element, one after the other.
 #pragma once
 
 #include "cpu/attention_mask_gradient.h"
@@ -19,9 +21,26 @@ class AttentionBackward {
   AttentionBackward(const AttentionBackwardProblem& problem, const Parallel& parallel)
       : b_(problem), p_(problem.forward), parallel_(parallel), dropout_(problem.forward) {}
 
+  // Whether the mask's gradient, E11, needs no pass of its own.
+  static bool gives_mask_gradient(const AttentionBackwardProblem& b) {
+    const AttentionProblem& p = b.forward;
+    if (!b.needs_mask || (!b.needs_q && !b.needs_k && !b.needs_v)) return false;
+    if (p.batch == 0 || p.heads_k == 0 || p.softcap != 0 || b.mask_rows != p.seq_q ||
+        b.mask_cols != p.seq_k || b.mask_heads != p.heads_q) {
+      return false;
+    }
+    return mask_batch(b) == p.batch || (mask_batch(b) == 1 && sizeof(T) == sizeof(A));
+  }
+
   void run() {
-    const int64_t units = p_.batch * p_.heads_k;
+    // A mask shared by the batch: units are heads.
+    const bool shared_mask =
+        gives_mask_gradient(b_) && mask_batch(b_) == 1 && p_.heads_k >= parallel_.threads;
+    own_mask_ = gives_mask_gradient(b_) && (shared_mask || mask_batch(b_) == p_.batch);
+    const int64_t batches = shared_mask ? p_.batch : 1;  // of a unit
+    const int64_t units = p_.batch * p_.heads_k / max64(1, batches);
     if (units == 0) return;
+    if (own_mask_) clear_mask_gradient();
     clear_hidden_ = must_clear_hidden_keys<T>(p_, parallel_);
     dim_padded_ = round_up(p_.head_dim, kWidth<A>);
     dim_v_padded_ = round_up(p_.head_dim_v, kWidth<A>);
@@ -43,7 +62,8 @@ class AttentionBackward {
     parallel_tasks(parallel_, units * ranges, [&](int64_t task) {
       // Under a causal mask the first keys have the most queries.
       const int64_t range = task / units, unit = task % units;
-      keys_of_one_head(unit / p_.heads_k, unit % p_.heads_k, range);
+      for (int64_t batch = 0; batch < batches; ++batch)
+        keys_of_one_head(unit / p_.heads_k + batch, unit % p_.heads_k, range);
     });
     if (partial_dq_ == nullptr) return;
     parallel_tasks(parallel_, p_.batch * p_.heads_q, [&](int64_t h) {
@@ -58,7 +78,43 @@ class AttentionBackward {
     });
   }
 
+  // Whether run() did so.
+  bool gave_mask_gradient() const { return own_mask_; }
+
  private:
+  static int64_t mask_batch(const AttentionBackwardProblem& b) {
+    int64_t batch = 1;
+    for (int d = 0; d < b.forward.batch_dims; ++d) batch *= b.mask_batch_sizes[d];
+    return batch;
+  }
+
+  void clear_mask_gradient() const {
+    const int64_t bytes = b_.mask_rows * b_.mask_cols * static_cast<int64_t>(sizeof(T));
+    parallel_tasks(parallel_, mask_batch(b_) * b_.mask_heads, [&](int64_t head) {
+      __builtin_memset(static_cast<char*>(b_.grad_mask) + head * bytes, 0,
+                       static_cast<size_t>(bytes));
+    });
+  }
+
+  // dM (+)= dS of a block.  // E11
+  void add_mask_gradient(const typename ScoreTile<T>::Block& block,
+                         const ScoreTile<T>& tile) const {
+    const int64_t batch = mask_batch(b_) == 1 ? 0 : block.batch;
+    T* grad = static_cast<T*>(b_.grad_mask) +
+              ((batch * p_.heads_q + block.head) * p_.seq_q + block.i0) * p_.seq_k + block.j0;
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const A* ds = tile.dscores + r * tile.kStride;
+      const int64_t from = block.from(r), to = block.to(r);
+      if (from >= to) continue;
+      T* row = grad + r * p_.seq_k;
+      if constexpr (sizeof(T) == sizeof(A)) {
+        for (int64_t j = from; j < to; ++j) row[j] += ds[j];
+      } else {
+        convert(row + from, ds + from, to - from);  // the only block with these elements
+      }
+    }
+  }
+
   void keys_of_one_head(int64_t batch, int64_t head_k, int64_t range) const {
     const Band band(p_, batch);
     const int64_t first = range * range_keys_,
@@ -122,6 +178,7 @@ class AttentionBackward {
       const A* grad_out = queries.grad_out + i0 * dim_v_padded_;
       tile.compute(block, q, dim_padded_, grad_out, dim_v_padded_, keys.k_panels + j * p_.head_dim,
                    keys.v_panels + j * p_.head_dim_v, queries.lse + i0, queries.delta + i0);
+      if (own_mask_) add_mask_gradient(block, tile);
       if (b_.needs_q) {
         for (int64_t strip = 0; strip < rows; strip += kRows) {
           const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
@@ -169,15 +226,16 @@ class AttentionBackward {
   const AttentionProblem& p_;
   const Parallel& parallel_;
   Dropout dropout_;
-  bool clear_hidden_ = false;
+  bool clear_hidden_ = false, own_mask_ = false;
   int64_t dim_padded_ = 0, dim_v_padded_ = 0, range_keys_ = kBlockK;
   A* partial_dq_ = nullptr;
 };
 
 template <class T>
 void attention_backward(const AttentionBackwardProblem& b, const Parallel& parallel) {
-  if (b.needs_q || b.needs_k || b.needs_v) AttentionBackward<T>(b, parallel).run();
-  if (b.needs_mask) attention_mask_gradient<T>(b, parallel);
+  AttentionBackward<T> backward(b, parallel);
+  if (b.needs_q || b.needs_k || b.needs_v) backward.run();
+  if (b.needs_mask && !backward.gave_mask_gradient()) attention_mask_gradient<T>(b, parallel);
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -1,4 +1,5 @@
-// Gradient of a float mask, E11, reduced to the mask's own shape. A task owns one tile of the
+// Gradient of a float mask, E11, reduced to the mask's own shape, where the backward pass cannot
+// give it (attention_backward.h). A task owns one tile of the
 // gradient and walks every batch, head, row and key that the mask was broadcast to, in a fixed
 // order: O(1) memory, no atomics, reproducible.
 #pragma once

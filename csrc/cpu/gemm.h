@@ -47,10 +47,11 @@ struct PlainC {
   int64_t stride;
 };
 
-constexpr int64_t kBlockM = 96;       // 16 strips of 6 rows
-constexpr int64_t kBlockDepth = 256;  // A's block: 96 KB of L2; a panel of 16 columns: 16 KB of L1
-constexpr int64_t kTaskRows = 960;    // bounds a task's C, which it keeps until all depth is summed
-constexpr int64_t kTaskVecs = 96;     // and its width: 768 floats on AVX2, 1536 on AVX-512
+constexpr int64_t kBlockM = 96;        // 16 strips of 6 rows
+constexpr int64_t kBlockDepth = 256;   // A's block: 96 KB of L2; a panel of 16 columns: 16 KB of L1
+constexpr int64_t kFlatPanels = 6144;  // elements of all panels: 24 KB of L1
+constexpr int64_t kTaskRows = 960;  // bounds a task's C, which it keeps until all depth is summed
+constexpr int64_t kTaskVecs = 96;   // and its width: 768 floats on AVX2, 1536 on AVX-512
 
 // The threads, or one for a product of which a second thread costs more than it saves.
 FASTATTN_INLINE Parallel worthwhile(Parallel threads, int64_t m, int64_t n, int64_t k) {
@@ -95,6 +96,7 @@ template <class A, class LoadA, class LoadB, class StoreC>
 void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& load_b,
           const StoreC& store_c, const Parallel& threads, PlainC<A> plain_c = {nullptr, 0}) {
   if (m == 0 || n == 0) return;
+  if (k > kBlockDepth) plain_c.data = nullptr;  // a C that is added to lies better in panels
   const Parallel parallel = worthwhile(threads, m, n, k);
   constexpr int64_t kPanelCols = kPanel<A>;
   const Cut cut = cut_into_tasks<A>(m, n, parallel.threads);
@@ -119,28 +121,41 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
       for (int64_t block = 0; block < rows; block += kBlockM) {
         const int64_t block_rows = min64(kBlockM, rows - block);
         const Strips<A> a = load_a(i0 + block, block_rows, d, depth, j0 == 0, scratch);
-        for (int64_t panel = 0; panel < panels; ++panel) {
+        const auto product = [&](int64_t panel, int64_t strip) {
           const int64_t j = panel * kPanelCols, panel_cols = min64(kPanelCols, cols - j);
           const int vecs = static_cast<int>(ceil_div(panel_cols, kWidth<A>));
+          const Strided<A> a_strip{a.data + strip / kRows * a.strip, a.row, a.depth};
+          const int strip_rows = static_cast<int>(min64(kRows, block_rows - strip));
           const bool plain = plain_c.data != nullptr && panel_cols == kPanelCols;
-          A* c_panel = plain ? plain_c.data + (i0 + block) * plain_c.stride + j0 + j
-                             : c + (panel * rows + block) * kPanelCols;
           const int64_t c_stride = plain ? plain_c.stride : kPanelCols;
-          for (int64_t strip = 0; strip < block_rows; strip += kRows) {
-            const Strided<A> a_strip{a.data + strip / kRows * a.strip, a.row, a.depth};
-            const int strip_rows = static_cast<int>(min64(kRows, block_rows - strip));
-            A* c_strip = c_panel + strip * c_stride;
-            if (d == 0) {
-              micro_kernel<Start::kZero>(strip_rows, vecs, depth, a_strip, b[panel].data,
-                                         b[panel].stride, c_strip, c_stride);
-            } else {
-              micro_kernel<Start::kAdd>(strip_rows, vecs, depth, a_strip, b[panel].data,
-                                        b[panel].stride, c_strip, c_stride);
-            }
+          A* c_strip = plain ? plain_c.data + (i0 + block + strip) * c_stride + j0 + j
+                             : c + (panel * rows + block + strip) * kPanelCols;
+          if (d == 0) {
+            micro_kernel<Start::kZero>(strip_rows, vecs, depth, a_strip, b[panel].data,
+                                       b[panel].stride, c_strip, c_stride);
+          } else {
+            micro_kernel<Start::kAdd>(strip_rows, vecs, depth, a_strip, b[panel].data,
+                                      b[panel].stride, c_strip, c_stride);
           }
-          if (!last || plain) continue;
-          for (int64_t i = 0; i < block_rows; ++i)
-            store_c(i0 + block + i, j0 + j, panel_cols, c_panel + i * kPanelCols);
+        };
+        const auto finish = [&](int64_t panel) {
+          const int64_t j = panel * kPanelCols, panel_cols = min64(kPanelCols, cols - j);
+          if (!last || (plain_c.data != nullptr && panel_cols == kPanelCols)) return;
+          for (int64_t i = 0; i < block_rows; ++i) {
+            store_c(i0 + block + i, j0 + j, panel_cols,
+                    c + (panel * rows + block + i) * kPanelCols);
+          }
+        };
+        if (panels * depth * kPanelCols <= kFlatPanels) {  // C is most of it: whole rows at a time
+          for (int64_t strip = 0; strip < block_rows; strip += kRows) {
+            for (int64_t panel = 0; panel < panels; ++panel) product(panel, strip);
+          }
+          for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
+        } else {
+          for (int64_t panel = 0; panel < panels; ++panel) {
+            for (int64_t strip = 0; strip < block_rows; strip += kRows) product(panel, strip);
+            finish(panel);
+          }
         }
       }
     }

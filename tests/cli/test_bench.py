@@ -61,7 +61,7 @@ def test_a_wrong_result_is_not_timed(wrong):
         bad = out + 0.1 if wrong == "off" else out.clone().fill_(torch.nan)
         return runs | {cases.OURS: lambda: [bad]}
 
-    (result,) = measure.measure(dataclasses.replace(case, build=build), ROOF, 0.01)
+    (result,) = measure.measure(dataclasses.replace(case, build=build), 0.01)
     assert "is off eager's by" in result.error
     assert "wrong result" in report.cells(result)
 
@@ -73,7 +73,7 @@ def test_every_case_builds_and_agrees():
     for case in cases.cases(main.OPS, "default", False):
         if case.op == "attention" and case.seq not in small | {1}:
             continue
-        (result, *_) = measure.measure(case, ROOF, 1e-9)
+        (result, *_) = measure.measure(case, 1e-9)
         assert not result.error, (case.key, result.error)
         assert case.flops > 0
 
@@ -88,11 +88,12 @@ def test_geometric_means():
     case = next(cases.cases(["mlp"], "default", False))
     nan = float("nan")
     results = [
-        measure.Result(case, "eager", 5, ratio, ratio, ratio, 1.0, 1.0, 1.0, None, None)
+        measure.Result(case, "eager", 5, ratio, ratio, ratio, 1.0, 1.0, None, None, "", ROOF)
         for ratio in (0.5, 8.0)
     ]
-    results.append(measure.Result(case, "", 0, *[nan] * 6, None, None, "wrong"))
+    results.append(measure.Result(case, "", 0, *[nan] * 5, None, None, "wrong"))
     ((op, kind, peer, mean, lowest),) = report.geometric_means(results)
     assert (op, kind, peer, lowest) == ("mlp", "float32 forward", "eager", 0.5)
     assert mean == pytest.approx(2.0)
+    assert results[0].percent == pytest.approx(100 * ROOF.seconds(case))
     Console(quiet=True).print(report.table("t", results))

@@ -26,7 +26,7 @@ SHAPES = [
     (2, 4, 2, 3, 700, 40, 24),  # few queries: keys pass by in place
     (1, 8, 1, 1, 300, 24, 48),
 ]
-MASKS = ("none", "padding", "bool", "float", "bias", "empty rows")
+MASKS = ("none", "padding", "bool", "float", "shared float", "full float", "bias", "empty rows")
 # Windows narrower and wider than a block of 96 queries, of 192 or 256 keys.
 OPTIONS = {
     "window": {"window_size": (100, 30)},
@@ -54,6 +54,10 @@ def make_mask(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor |
         return torch.rand(shape) > 0.4
     if kind == "float":
         return torch.randn(batch, 1, seq_q, seq_k, dtype=dtype)
+    if kind == "shared float":  # by the batch: its gradient is summed over the batch
+        return torch.randn(1, heads, seq_q, seq_k, dtype=dtype)
+    if kind == "full float":
+        return torch.randn(shape, dtype=dtype)
     if kind == "bias":
         return torch.randn(1, heads, 1, seq_k, dtype=dtype)
     if kind == "empty rows":
@@ -135,7 +139,7 @@ def test_forward_and_backward(dtype, shape, causal, mask_kind):
     run_and_check(dtype, shape, mask_kind, {"is_causal": causal})
 
 
-@pytest.mark.parametrize("mask_kind", ["none", "padding", "float", "empty rows"])
+@pytest.mark.parametrize("mask_kind", ["none", "padding", "shared float", "empty rows"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_options(shape, options, mask_kind):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import platform
 import sys
 from pathlib import Path
@@ -36,9 +37,8 @@ def bench(options: argparse.Namespace, console: Console | None = None) -> int:
     if not chosen:
         print(f"fastattn bench: --filter: no case contains {options.filter!r}", file=sys.stderr)
         return 2
-    roofline = measure.probe()
+    results, roofline = _measure_all(chosen, options.seconds, console)
     title = _title(roofline)
-    results = _measure_all(chosen, roofline, options.seconds, console)
     console.print(report.table(title, results))
     console.print(report.means_table(results))
     if old is not None:
@@ -52,17 +52,19 @@ def bench(options: argparse.Namespace, console: Console | None = None) -> int:
 
 
 def _measure_all(
-    chosen: list[Case], roofline: Roofline, budget: float, console: Console
-) -> list[Result]:
+    chosen: list[Case], budget: float, console: Console
+) -> tuple[list[Result], Roofline]:
     results: list[Result] = []
+    roofline = measure.probe()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=len(chosen))
         for case in chosen:
             progress.update(task, description=f"{case.op} {case.name}")
-            results += measure.measure(case, roofline, budget)
+            results += measure.measure(case, budget)
+            roofline = roofline.best(measure.probe())
             progress.advance(task)
-    return results
+    return [dataclasses.replace(r, roofline=roofline) for r in results], roofline
 
 
 def _write_page(path: Path, title: str, results: list[Result], console: Console) -> None:

@@ -271,7 +271,7 @@ def training_steps(
 
         def run() -> Sequence[Tensor]:
             optimizer.zero_grad()
-            loss(call or model).backward()
+            loss(model if call is None else call).backward()
             optimizer.step()
             return [p.detach() for p in model.parameters()]
 

@@ -29,23 +29,27 @@ class Roofline:
         peak = self.flops / 2 if case.dtype == torch.float64 else self.flops
         return max(case.flops / peak, case.bytes / self.bytes)
 
+    def best(self, other: Roofline) -> Roofline:
+        return Roofline(max(self.flops, other.flops), max(self.bytes, other.bytes))
+
 
 def probe() -> Roofline:
-    """The machine's roofline: the best of several short runs."""
+    """The machine's roofline: the best of several short runs. Neighbours can spoil all of them:
+    probe again between cases and keep the best."""
     like = torch.empty(1)
     flops = 0.0
     if _extension.HAS_NATIVE:
-        for _ in range(12):
+        for _ in range(6):
             start = time.perf_counter()
             done = torch.ops.fastattn.fma_probe(like, 400_000)
             flops = max(flops, done / (time.perf_counter() - start))
     else:
         a = torch.randn(2048, 2048)
         flops = max(2 * 2048**3 / seconds(lambda: [a @ a]) for _ in range(6))
-    source = torch.empty(32 << 20, dtype=torch.float32).fill_(1.0)
+    source = torch.empty(16 << 20, dtype=torch.float32).fill_(1.0)
     target = torch.empty_like(source)
     moved = 2.0 * source.numel() * 4
-    best = min(seconds(lambda: [target.copy_(source)]) for _ in range(6))
+    best = min(seconds(lambda: [target.copy_(source)]) for _ in range(4))
     return Roofline(flops, moved / best)
 
 
@@ -65,12 +69,25 @@ class Result:
     ratio: float  # the peer's time over ours: the median of the rounds, and their quartiles
     low: float
     high: float
-    gflops: float  # ours, from the median round
-    percent: float  # of the roofline, ours
-    peer_percent: float
+    seconds: float  # ours, the median of the rounds
+    peer_seconds: float
     memory: int | None  # bytes, ours at its peak beyond what was there before
     peer_memory: int | None
     error: str = ""
+    roofline: Roofline | None = None  # known when all cases are done
+
+    @property
+    def gflops(self) -> float:
+        return self.case.flops / self.seconds / 1e9
+
+    @property
+    def percent(self) -> float:
+        """Of the roofline, ours."""
+        return 100 * self.roofline.seconds(self.case) / self.seconds
+
+    @property
+    def peer_percent(self) -> float:
+        return 100 * self.roofline.seconds(self.case) / self.peer_seconds
 
     @property
     def row(self) -> dict[str, object]:
@@ -94,8 +111,9 @@ class Result:
         }
 
 
-def measure(case: Case, roofline: Roofline, budget: float) -> list[Result]:
+def measure(case: Case, budget: float) -> list[Result]:
     """One Result a peer. A case whose results disagree is not timed; ``error`` then says how."""
+    torch.compiler.reset()  # else its limit of recompilations leaves later cases to eager
     torch.manual_seed(0)
     runs = case.build()
     memory = {name: _peak_bytes(run) for name, run in runs.items()}  # the warm-up as well
@@ -103,7 +121,7 @@ def measure(case: Case, roofline: Roofline, budget: float) -> list[Result]:
         error = _disagreement(case, runs)
         if error:
             nan = float("nan")
-            return [Result(case, "", 0, nan, nan, nan, nan, nan, nan, None, None, error)]
+            return [Result(case, "", 0, nan, nan, nan, nan, nan, None, None, error)]
     once = sum(seconds(run) for run in runs.values())
     rounds = max(5, min(200, int(budget / max(once, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -111,7 +129,6 @@ def measure(case: Case, roofline: Roofline, budget: float) -> list[Result]:
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             times[name].append(seconds(runs[name]))
-    least = roofline.seconds(case)
     ours = statistics.median(times[OURS])
     results = []
     for peer in names:
@@ -127,9 +144,8 @@ def measure(case: Case, roofline: Roofline, budget: float) -> list[Result]:
                 middle,
                 low,
                 high,
-                case.flops / ours / 1e9,
-                100 * least / ours,
-                100 * least / statistics.median(times[peer]),
+                ours,
+                statistics.median(times[peer]),
                 memory[OURS],
                 memory[peer],
             )
