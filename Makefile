@@ -17,7 +17,7 @@ $(VENV)/.deps: constraints.txt pyproject.toml
 	touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
-	FASTATTN_REQUIRE_NATIVE=1 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev]'
+	FASTATTN_REQUIRE_NATIVE=1 FASTATTN_BUILD_EMULATED=1 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev]'
 	touch $@
 
 setup: $(VENV)/.built ## Environment in .venv, native library built in place

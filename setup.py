@@ -6,7 +6,7 @@ Products, in the package directory:
   _build_info.json  what was built, or why not and what to do
 
 FASTATTN_SKIP_NATIVE=1 leaves the native library out, FASTATTN_REQUIRE_NATIVE=1 makes its failure
-an error. CXX names the compiler, MAX_JOBS bounds the parallel compilations.
+an error. FASTATTN_BUILD_EMULATED=1 adds the kernels that only tests run. CXX names the compiler, MAX_JOBS bounds the parallel compilations.
 """
 
 import json
@@ -38,11 +38,16 @@ KERNEL = [
     "-Wno-psabi",
 ]
 # csrc/cpu/isa_<name>.cpp -> its flags; generic is the baseline of the compiler's target.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 ISA_FLAGS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
+    "avx2": AVX2,
     "generic": [],
 }
+# avx512bf16's tiles without its instructions, for tests.
+EMULATED_FLAGS = {"emulated": [*AVX2, "-O2"]}
 
 
 class NativeBuildError(Exception):
@@ -57,6 +62,11 @@ def compiler() -> str:
             "install g++ 11 or later (Debian: apt install g++) or set CXX, then reinstall",
         )
     return cxx
+
+
+def isa_flags() -> dict[str, list[str]]:
+    emulated = os.environ.get("FASTATTN_BUILD_EMULATED") == "1"
+    return ISA_FLAGS | (EMULATED_FLAGS if emulated else {})
 
 
 def compile_errors(cxx: str, flags: list[str]) -> str:
@@ -79,7 +89,7 @@ def usable_isas(cxx: str) -> list[str]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return [
         isa
-        for isa, flags in ISA_FLAGS.items()
+        for isa, flags in isa_flags().items()
         if not flags or (x86 and not compile_errors(cxx, flags))
     ]
 
@@ -143,7 +153,7 @@ def write_ninja(build_dir: Path, cxx: str, isas: list[str]) -> None:
             isa = name.removeprefix("isa_")
             if isa not in isas:
                 continue
-            flags = [*KERNEL, *ISA_FLAGS[isa]]
+            flags = [*KERNEL, *isa_flags()[isa]]
         elif name == "ops" or name.startswith("register_"):
             flags = torch_flags
         elif name == "module":

@@ -16,6 +16,7 @@ constexpr int64_t kPartialDqBytes = int64_t{64} << 20;
 template <class T>
 class AttentionBackward {
   using A = Acc<T>;
+  using E = Operand<T>;
 
  public:
   AttentionBackward(const AttentionBackwardProblem& problem, const Parallel& parallel)
@@ -96,22 +97,19 @@ class AttentionBackward {
     });
   }
 
-  // dM (+)= dS of a block.  // E11
-  void add_mask_gradient(const typename ScoreTile<T>::Block& block,
-                         const ScoreTile<T>& tile) const {
+  // dM (+)= row r of a block's dS.  // E11
+  void add_mask_gradient(const typename ScoreTile<T>::Block& block, const ScoreTile<T>& tile,
+                         int64_t r) const {
     const int64_t batch = mask_batch(b_) == 1 ? 0 : block.batch;
-    T* grad = static_cast<T*>(b_.grad_mask) +
-              ((batch * p_.heads_q + block.head) * p_.seq_q + block.i0) * p_.seq_k + block.j0;
-    for (int64_t r = 0; r < block.rows; ++r) {
-      const A* ds = tile.dscores + r * tile.kStride;
-      const int64_t from = block.from(r), to = block.to(r);
-      if (from >= to) continue;
-      T* row = grad + r * p_.seq_k;
-      if constexpr (sizeof(T) == sizeof(A)) {
-        for (int64_t j = from; j < to; ++j) row[j] += ds[j];
-      } else {
-        convert(row + from, ds + from, to - from);  // the only block with these elements
-      }
+    T* row = static_cast<T*>(b_.grad_mask) +
+             ((batch * p_.heads_q + block.head) * p_.seq_q + block.i0 + r) * p_.seq_k + block.j0;
+    const A* ds = tile.dscores + r * tile.kStride;
+    const int64_t from = block.from(r), to = block.to(r);
+    if (from >= to) return;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      for (int64_t j = from; j < to; ++j) row[j] += ds[j];
+    } else {
+      convert(row + from, ds + from, to - from);  // the only block with these elements
     }
   }
 
@@ -174,21 +172,22 @@ class AttentionBackward {
       const int64_t rows = min64(kBlockQ, i_end - i0);
       const typename ScoreTile<T>::Block block{batch, head, band, terms, i0, rows, j0, count};
       if (block.empty()) continue;
-      const A* q = queries.q + i0 * dim_padded_;
-      const A* grad_out = queries.grad_out + i0 * dim_v_padded_;
-      tile.compute(block, q, dim_padded_, grad_out, dim_v_padded_, keys.k_panels + j * p_.head_dim,
-                   keys.v_panels + j * p_.head_dim_v, queries.lse + i0, queries.delta + i0);
-      if (own_mask_) add_mask_gradient(block, tile);
+      tile.compute(block, queries.q + i0 * queries.q_stride, queries.q_stride,
+                   queries.grad_out + i0 * queries.grad_out_stride, queries.grad_out_stride,
+                   keys.k_panels + j * keys.dim_words, keys.v_panels + j * keys.dim_v_words,
+                   queries.lse + i0, queries.delta + i0, [&](int64_t r) {
+                     if (own_mask_) add_mask_gradient(block, tile, r);
+                   });
       if (b_.needs_q) {
         for (int64_t strip = 0; strip < rows; strip += kRows) {
           const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
           const int64_t from = block.from(strip), to = block.to(strip + strip_rows - 1);
           if (from >= to) continue;
-          micro_kernel_wide<Start::kAdd>(
-              strip_rows, dim_padded_, to - from,
-              Strided<A>{tile.dscores + strip * tile.kStride + from, tile.kStride, 1},  // E8
-              keys.k_rows + (j + from) * dim_padded_, dim_padded_, dq + (i0 + strip) * dim_padded_,
-              dim_padded_);
+          const int64_t word = from / kDepth<E>;  // of the block; j is even
+          micro_kernel_wide<Start::kAdd>(strip_rows, dim_padded_, words<E>(to) - word,
+                                         tile.dscore_rows(strip, word * kDepth<E>),  // E8
+                                         keys.k_rows + (words<E>(j) + word) * dim_padded_,
+                                         dim_padded_, dq + (i0 + strip) * dim_padded_, dim_padded_);
         }
       }
       if (!b_.needs_k && !b_.needs_v) continue;
@@ -196,18 +195,20 @@ class AttentionBackward {
         const int strip_rows = static_cast<int>(min64(kRows, count - strip));
         const int64_t from = block.first_row(strip), to = block.end_row(strip + strip_rows - 1);
         if (from >= to) continue;
+        const int64_t word = from / kDepth<E>, depth = words<E>(to) - word;
+        const int64_t row_word = words<E>(i0) + word;
         if (b_.needs_v) {
-          micro_kernel_wide<Start::kAdd>(
-              strip_rows, dim_v_padded_, to - from,  // E10
-              Strided<A>{tile.probs + from * tile.kStride + strip, 1, tile.kStride},
-              grad_out + from * dim_v_padded_, dim_v_padded_, dv + (j + strip) * dim_v_padded_,
-              dim_v_padded_);
+          micro_kernel_wide<Start::kAdd>(strip_rows, dim_v_padded_, depth,  // E10
+                                         tile.transposed(tile.probs, strip, word * kDepth<E>),
+                                         queries.grad_out_depth + row_word * dim_v_padded_,
+                                         dim_v_padded_, dv + (j + strip) * dim_v_padded_,
+                                         dim_v_padded_);
         }
         if (b_.needs_k) {
-          micro_kernel_wide<Start::kAdd>(
-              strip_rows, dim_padded_, to - from,  // E9
-              Strided<A>{tile.dscores + from * tile.kStride + strip, 1, tile.kStride},
-              q + from * dim_padded_, dim_padded_, dk + (j + strip) * dim_padded_, dim_padded_);
+          micro_kernel_wide<Start::kAdd>(strip_rows, dim_padded_, depth,  // E9
+                                         tile.transposed(tile.dscores, strip, word * kDepth<E>),
+                                         queries.q_depth + row_word * dim_padded_, dim_padded_,
+                                         dk + (j + strip) * dim_padded_, dim_padded_);
         }
       }
     }

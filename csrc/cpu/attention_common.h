@@ -195,26 +195,51 @@ struct ScoreTerms {
 // --- keys and values of one head
 // ----------------------------------------------------------------------------------
 
-// K^T or V^T of keys [j0, j0 + n) as panels [ceil(n / kPanel)][dim][kPanel].
-template <class T>
-void pack_key_panels(Acc<T>* dst, const T* src, int64_t src_stride, int64_t n, int64_t dim,
-                     Acc<T>* staging) {
-  using A = Acc<T>;
-  for (int64_t j = 0; j < n; j += kPanel<A>) {
-    pack_transposed_panel(dst + j * dim, src + j * src_stride, src_stride, min64(kPanel<A>, n - j),
-                          dim, staging);
+// K^T or V^T of keys [j0, j0 + n) as panels [ceil(n / kPanel)][words(dim)][kPanel].
+template <class T, class E = Operand<T>>
+void pack_key_panels(E* dst, const T* src, int64_t src_stride, int64_t n, int64_t dim, E* staging) {
+  constexpr int64_t kKeys = kPanel<Acc<T>>;
+  for (int64_t j = 0; j < n; j += kKeys) {
+    pack_transposed_panel(dst + j * words<E>(dim), src + j * src_stride, src_stride,
+                          min64(kKeys, n - j), dim, staging);
   }
 }
 
 template <class T>
 bool rows_are_finite(const T* src, int64_t stride, int64_t rows, int64_t cols) {
-  bool finite = true;
+  using A = Acc<T>;
+  constexpr int64_t kChunk = 2 * kWidth<A>;
+  Vec<A> poison{};  // stays 0 while every element is finite
   for (int64_t i = 0; i < rows; ++i) {
-    Acc<T> poison = 0;
-    for (int64_t j = 0; j < cols; ++j) poison += to_acc(src[i * stride + j]) * Acc<T>(0);
-    finite = finite && poison == Acc<T>(0);
+    const T* row = src + i * stride;
+    int64_t j = 0;
+    for (; j + kChunk <= cols; j += kChunk) {
+      A x[kChunk];
+      convert(x, row + j, kChunk);
+      poison += load(x) * broadcast(A(0)) + load(x + kWidth<A>) * broadcast(A(0));
+    }
+    for (; j < cols; ++j) poison[0] += to_acc(row[j]) * A(0);
   }
-  return finite;
+  return reduce_add(poison) == A(0);
+}
+
+// The sum of a[j] b[j].
+template <class T>
+Acc<T> row_dot(const T* a, const T* b, int64_t n) {
+  using A = Acc<T>;
+  constexpr int64_t kChunk = 2 * kWidth<A>;
+  Vec<A> even{}, odd{};
+  A x[kChunk], y[kChunk];
+  int64_t j = 0;
+  for (; j + kChunk <= n; j += kChunk) {
+    convert(x, a + j, kChunk);
+    convert(y, b + j, kChunk);
+    even += load(x) * load(y);
+    odd += load(x + kWidth<A>) * load(y + kWidth<A>);
+  }
+  A sum = reduce_add(even + odd);
+  for (; j < n; ++j) sum += to_acc(a[j]) * to_acc(b[j]);
+  return sum;
 }
 
 // Keys that the mask hides from every query must not influence anything, not even by 0 * NaN. Only
@@ -233,6 +258,21 @@ bool must_clear_hidden_keys(const AttentionProblem& p, const Parallel& parallel)
     }
   });
   return clear;
+}
+
+// Operands of keys 2k and 2k + 1 share words: a product over keys [from, to) takes in their
+// neighbours, with probabilities of 0, to which a NaN must not answer. Clears those that no query
+// sees at all.
+template <class E>
+FASTATTN_INLINE void clear_unseen_neighbours(const Band& band, E* dst, int64_t padded,
+                                             int64_t first, int64_t count) {
+  if constexpr (kPaired<E>) {
+    if (band.seq_q == 0) return;
+    const int64_t before = band.first_key(0) - 1 - first;
+    const int64_t after = band.end_key(band.seq_q - 1) - first;
+    if (before >= 0 && before < count) clear_depth_row(dst, padded, before);
+    if (after >= 0 && after < count) clear_depth_row(dst, padded, after);
+  }
 }
 
 template <class T>

@@ -15,6 +15,7 @@ constexpr int64_t kGroupBytes = int64_t{8} << 20;
 template <class T>
 class AttentionForward {
   using A = Acc<T>;
+  using E = Operand<T>;
   static constexpr int64_t kPanelKeys = kPanel<A>;
   // An odd number of cache lines: rows 1 KB apart would all fall into the same few sets of L1.
   static constexpr int64_t kStep = kStepKeys + 64 / static_cast<int64_t>(sizeof(A));
@@ -36,9 +37,11 @@ class AttentionForward {
 
     panels_ = ceil_div(p_.seq_k, kPanelKeys);
     dim_v_padded_ = round_up(p_.head_dim_v, kWidth<A>);
-    k_elements_ = round_up(panels_ * kPanelKeys * p_.head_dim, 16);
+    dim_words_ = words<E>(p_.head_dim);
+    key_words_ = words<E>(p_.seq_k);
+    k_elements_ = round_up(panels_ * kPanelKeys * dim_words_, 16);
     v_panels_ = ceil_div(p_.head_dim_v, kPanelKeys);
-    unit_elements_ = k_elements_ + round_up(v_panels_ * kPanelKeys * p_.seq_k, 16);
+    unit_elements_ = k_elements_ + round_up(v_panels_ * kPanelKeys * key_words_, 16);
     const int64_t units = p_.batch * units_per_batch_;
     if (units >= 4 * parallel_.threads || units % parallel_.threads == 0) {
       run_by_unit(units);
@@ -51,7 +54,7 @@ class AttentionForward {
   // A task owns the queries of one unit, and its packed keys stay in its core's cache.
   void run_by_unit(int64_t units) const {
     parallel_tasks(parallel_, units, [&](int64_t unit) {
-      A* packed = thread_scratch<A>(0, unit_elements_);
+      E* packed = thread_scratch<E>(0, unit_elements_);
       pack_unit(unit, packed);
       for (int64_t h = 0; h < heads_per_unit_; ++h) {
         const int64_t batch = unit / units_per_batch_;
@@ -65,11 +68,11 @@ class AttentionForward {
   // Too few units to keep the threads busy: a task owns one block of query rows. As many units are
   // packed at a time as fit in kGroupBytes.
   void run_by_block(int64_t units) const {
-    const int64_t unit_bytes = max64(1, unit_elements_ * static_cast<int64_t>(sizeof(A)));
+    const int64_t unit_bytes = max64(1, unit_elements_ * static_cast<int64_t>(sizeof(E)));
     const int64_t group =
         max64(1, min64(units, max64(parallel_.threads, kGroupBytes / unit_bytes)));
     const int64_t blocks = ceil_div(p_.seq_q, kBlockQ);
-    A* packed = thread_scratch<A>(0, group * unit_elements_);
+    E* packed = thread_scratch<E>(0, group * unit_elements_);
     for (int64_t first = 0; first < units; first += group) {
       const int64_t count = min64(group, units - first);
       parallel_tasks(parallel_, count,
@@ -86,43 +89,47 @@ class AttentionForward {
     }
   }
 
-  // Packed keys: K^T panels [panels][D][kPanel], then V's columns as panels [panels][Sk][kPanel].
-  void pack_unit(int64_t unit, A* dst) const {
+  // Packed keys: K^T panels [panels][words(D)][kPanel], then V's columns as panels
+  // [panels][words(Sk)][kPanel].
+  void pack_unit(int64_t unit, E* dst) const {
     const int64_t batch = unit / units_per_batch_, head = unit % units_per_batch_ * heads_per_unit_;
     const int64_t head_k = head / (p_.heads_q / p_.heads_k);
     const Band band(p_, batch);
-    A* staging = thread_scratch<A>(1, kPanelKeys * p_.head_dim);
+    E* staging = thread_scratch<E>(1, kPanelKeys * dim_words_);
     pack_key_panels(dst, key_rows<T>(p_, p_.k, batch, head_k), p_.k.row_stride, band.seq_k,
                     p_.head_dim, staging);
-    A* v = dst + k_elements_;
+    E* v = dst + k_elements_;
     for (int64_t d = 0; d < p_.head_dim_v; d += kPanelKeys) {
-      pack_rows(v + d * p_.seq_k, kPanelKeys, key_rows<T>(p_, p_.v, batch, head_k) + d,
-                p_.v.row_stride, band.seq_k, min64(kPanelKeys, p_.head_dim_v - d));
+      pack_depth_rows(v + d * key_words_, kPanelKeys, key_rows<T>(p_, p_.v, batch, head_k) + d,
+                      p_.v.row_stride, band.seq_k, min64(kPanelKeys, p_.head_dim_v - d));
+      clear_unseen_neighbours(band, v + d * key_words_, kPanelKeys, 0, band.seq_k);
     }
     if (!clear_hidden_) return;
     const HeadMask<T> mask = head_mask<T>(p_, batch, head);
     for (int64_t j = 0; j < p_.seq_k; ++j) {
       if (!key_is_hidden(band, mask, j)) continue;
-      for (int64_t d = 0; d < v_panels_ * kPanelKeys; ++d)
-        v[(d / kPanelKeys * p_.seq_k + j) * kPanelKeys + d % kPanelKeys] = A(0);
+      for (int64_t d = 0; d < v_panels_ * kPanelKeys; d += kPanelKeys)
+        clear_depth_row(v + d * key_words_, kPanelKeys, j);
     }
   }
 
-  void query_block(int64_t batch, int64_t head, int64_t i0, const A* packed) const {
+  void query_block(int64_t batch, int64_t head, int64_t i0, const E* packed) const {
     const Band band(p_, batch);
-    const int64_t rows = min64(kBlockQ, band.seq_q - i0), dim = p_.head_dim;
+    const int64_t rows = min64(kBlockQ, band.seq_q - i0);
     if (rows <= 0) return;  // a shorter one of the packed sequences
-    A* q = thread_scratch<A>(2, round_up(rows * dim, 16) + kBlockQ * (dim_v_padded_ + 3) +
-                                    kTileRows * kStep + kStep + 64);
-    A* o = q + round_up(rows * dim, 16);  // [rows, Dv padded]
-    A* m = o + kBlockQ * dim_v_padded_;   // [rows] running maximum
-    A* l = m + kBlockQ;                   // [rows] running sum
-    A* rescale = l + kBlockQ;             // [kTileRows] of the current step
-    A* s = rescale + kBlockQ;             // [kTileRows, kStep]
-    A* z = s + kTileRows * kStep;         // [kStep] dropout multipliers of one row
-    const T* q_rows = query_rows<T>(p_, p_.q, batch, head) + i0 * p_.q.row_stride;
+    const int64_t q_elements = round_up(rows * dim_words_, 16);
+    A* scratch = thread_scratch<A>(
+        2, q_elements + kBlockQ * (dim_v_padded_ + 3) + kTileRows * kStep + kStep + 64);
+    E* q = reinterpret_cast<E*>(scratch);
+    A* o = scratch + q_elements;         // [rows, Dv padded]
+    A* m = o + kBlockQ * dim_v_padded_;  // [rows] running maximum
+    A* l = m + kBlockQ;                  // [rows] running sum
+    A* rescale = l + kBlockQ;            // [kTileRows] of the current step
+    A* s = rescale + kBlockQ;            // [kTileRows, kStep]
+    A* z = s + kTileRows * kStep;        // [kStep] dropout multipliers of one row
+    pack_rows(q, dim_words_, query_rows<T>(p_, p_.q, batch, head) + i0 * p_.q.row_stride,
+              p_.q.row_stride, rows, p_.head_dim);
     for (int64_t i = 0; i < rows; ++i) {
-      convert(q + i * dim, q_rows + i * p_.q.row_stride, dim);
       m[i] = -kInf<A>;
       l[i] = A(0);
     }
@@ -148,48 +155,63 @@ class AttentionForward {
       for (int64_t tile = 0; tile < rows; tile += kTileRows) {
         const int64_t tile_rows = min64(kTileRows, rows - tile);
         const SoftmaxState<A> state{m + tile, l + tile, rescale};
-        step(KeyStep<T>{batch, head, band, terms, j0, keys}, i0 + tile, tile_rows, q + tile * dim,
-             packed, s, z, state, o + tile * dim_v_padded_);
+        step(KeyStep<T>{batch, head, band, terms, j0, keys}, i0 + tile, tile_rows,
+             q + tile * dim_words_, packed, s, z, state, o + tile * dim_v_padded_);
       }
     }
     softmax_.write(batch, head, i0, rows, o, dim_v_padded_, m, l);
   }
 
   // One online-softmax step of query rows [i, i + rows).
-  void step(const KeyStep<T>& where, int64_t i, int64_t rows, const A* q, const A* packed, A* s,
+  void step(const KeyStep<T>& where, int64_t i, int64_t rows, const E* q, const E* packed, A* s,
             A* z, const SoftmaxState<A>& state, A* o) const {
-    const int64_t dim = p_.head_dim, j0 = where.j0;
+    const int64_t j0 = where.j0;
     for (int64_t c = 0; c < where.keys; c += kPanelKeys) {  // E1
       for (int64_t strip = 0; strip < rows; strip += kRows) {
         const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
         const int64_t seen = min64(kPanelKeys, where.to(i + strip + strip_rows - 1) - c);
         if (seen <= 0 || where.from(i + strip) >= c + kPanelKeys) continue;
-        micro_kernel<Start::kZero>(strip_rows, static_cast<int>(ceil_div(seen, kWidth<A>)), dim,
-                                   Strided<A>{q + strip * dim, dim, 1}, packed + (j0 + c) * dim,
-                                   kPanelKeys, s + strip * kStep + c, kStep);
+        micro_kernel<Start::kZero>(strip_rows, static_cast<int>(ceil_div(seen, kWidth<A>)),
+                                   dim_words_, Strided<E>{q + strip * dim_words_, dim_words_, 1},
+                                   packed + (j0 + c) * dim_words_, kPanelKeys,
+                                   s + strip * kStep + c, kStep);
       }
     }
+    // Probabilities as operands, over the scores.
+    const E* probs = reinterpret_cast<const E*>(s);
     for (int64_t strip = 0; strip < rows; strip += kRows) {
       const int64_t strip_rows = min64(kRows, rows - strip);
-      const int64_t from = where.from(i + strip), to = where.to(i + strip + strip_rows - 1);
-      for (int64_t r = strip; from < to && r < strip + strip_rows; ++r) {
-        softmax_.row(where, i + r, from, to, s + r * kStep, state.m[r], state.l[r],
+      const Keys seen = keys_of_strip(where, i + strip, strip_rows);
+      for (int64_t r = strip; seen.from < seen.to && r < strip + strip_rows; ++r) {
+        softmax_.row(where, i + r, seen.from, seen.to, s + r * kStep, state.m[r], state.l[r],
                      state.rescale[r], z);
+        round_row(reinterpret_cast<E*>(s + r * kStep), s + r * kStep, round_up(seen.to, kWidth<A>));
       }
     }
     for (int64_t d = 0; d < p_.head_dim_v; d += kPanelKeys) {  // E4
-      const A* v = packed + k_elements_ + d * p_.seq_k + j0 * kPanelKeys;
+      const E* v = packed + k_elements_ + d * key_words_ + words<E>(j0) * kPanelKeys;
       const int vecs = static_cast<int>(ceil_div(min64(kPanelKeys, p_.head_dim_v - d), kWidth<A>));
       for (int64_t strip = 0; strip < rows; strip += kRows) {
         const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
-        const int64_t from = where.from(i + strip), to = where.to(i + strip + strip_rows - 1);
-        if (from >= to) continue;
+        const Keys seen = keys_of_strip(where, i + strip, strip_rows);
+        if (seen.from >= seen.to) continue;
+        const int64_t first = seen.from / kDepth<E>;
         micro_kernel<Start::kScale>(
-            strip_rows, vecs, to - from, Strided<A>{s + strip * kStep + from, kStep, 1},
-            v + from * kPanelKeys, kPanelKeys, o + strip * dim_v_padded_ + d, dim_v_padded_,
-            state.rescale + strip);
+            strip_rows, vecs, words<E>(seen.to) - first,
+            Strided<E>{probs + strip * kStep + first, kStep, 1}, v + first * kPanelKeys, kPanelKeys,
+            o + strip * dim_v_padded_ + d, dim_v_padded_, state.rescale + strip);
       }
     }
+  }
+
+  // The keys of a step that some row of a strip sees, in whole words.
+  struct Keys {
+    int64_t from, to;
+  };
+  static Keys keys_of_strip(const KeyStep<T>& where, int64_t i, int64_t rows) {
+    const int64_t from = where.from(i), to = where.to(i + rows - 1);
+    if (from >= to) return {0, 0};
+    return {from / kDepth<E> * kDepth<E>, round_up(to, kDepth<E>)};
   }
 
   const AttentionProblem& p_;
@@ -197,7 +219,7 @@ class AttentionForward {
   OnlineSoftmax<T> softmax_;
   bool clear_hidden_ = false;
   int64_t heads_per_unit_ = 1, units_per_batch_ = 1, panels_ = 0, v_panels_ = 0, dim_v_padded_ = 0;
-  int64_t k_elements_ = 0, unit_elements_ = 0;
+  int64_t dim_words_ = 0, key_words_ = 0, k_elements_ = 0, unit_elements_ = 0;
 };
 
 template <class T>

@@ -79,10 +79,7 @@ class AttentionMaskGradient {
             const typename ScoreTile<T>::Block block{batch, head, band, terms, i0, rows, j0, count};
             if (block.empty()) continue;
             const QueryRows<T> queries(b_, batch, head, i0, rows, query_scratch);
-            tile.compute(block, queries.q, queries.dim_padded, queries.grad_out,
-                         queries.dim_v_padded, keys.k_panels, keys.v_panels, queries.lse,
-                         queries.delta);
-            for (int64_t r = 0; r < rows; ++r) {  // E11
+            const auto take = [&](int64_t r) {  // E11
               const A* ds = tile.dscores + r * tile.kStride;
               A* row = sum + (per_row ? i0 - i_begin + r : 0) * kBlockK;
               if (per_col) {
@@ -92,7 +89,10 @@ class AttentionMaskGradient {
                 for (int64_t j = 0; j < count; ++j) total += ds[j];
                 row[0] += total;
               }
-            }
+            };
+            tile.compute(block, queries.q, queries.q_stride, queries.grad_out,
+                         queries.grad_out_stride, keys.k_panels, keys.v_panels, queries.lse,
+                         queries.delta, take);
           }
         }
       }

@@ -21,13 +21,18 @@ bool runs_avx512() {
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool runs_avx512bf16() { return __builtin_cpu_supports("avx512bf16"); }
+bool runs_avx512bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #else
 bool runs_avx2() { return false; }
 bool runs_avx512() { return false; }
 bool runs_avx512bf16() { return false; }
 #endif
 
+#ifdef FASTATTN_HAVE_AVX512BF16
+constexpr bool kBuiltAvx512Bf16 = true;
+#else
+constexpr bool kBuiltAvx512Bf16 = false;
+#endif
 #ifdef FASTATTN_HAVE_AVX512
 constexpr bool kBuiltAvx512 = true;
 #else
@@ -38,12 +43,20 @@ constexpr bool kBuiltAvx2 = true;
 #else
 constexpr bool kBuiltAvx2 = false;
 #endif
+#ifdef FASTATTN_HAVE_EMULATED
+constexpr bool kBuiltEmulated = true;
+#else
+constexpr bool kBuiltEmulated = false;
+#endif
 
-// Best first.
+// Best first. The emulated one, of tests, comes after one that runs everywhere: only its name
+// chooses it.
 const Isa kIsas[] = {
+    {"avx512bf16", kBuiltAvx512Bf16, runs_avx512bf16},
     {"avx512", kBuiltAvx512, runs_avx512},
     {"avx2", kBuiltAvx2, runs_avx2},
     {"generic", true, [] { return true; }},
+    {"emulated", kBuiltEmulated, runs_avx2},
 };
 
 const char* choose() {
@@ -64,8 +77,9 @@ const char* choose() {
     }
     return isa.name;
   }
-  throw std::runtime_error("FASTATTN_CPU_ISA: expected one of avx512, avx2, generic, got '" +
-                           std::string(forced) + "'");
+  throw std::runtime_error(
+      "FASTATTN_CPU_ISA: expected one of avx512bf16, avx512, avx2, generic, got '" +
+      std::string(forced) + "'");
 }
 
 }  // namespace

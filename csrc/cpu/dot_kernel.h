@@ -8,7 +8,7 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 
 // A tile's accumulators, the rows of A and one row of B fill the registers.
-#if defined(__AVX512F__)
+#if defined(FASTATTN_AVX512)
 constexpr int kDotRows = 6;
 #else
 constexpr int kDotRows = 3;
@@ -22,11 +22,11 @@ template <class A>
 FASTATTN_INLINE void fold_lanes(const Vec<A> (&v)[kDotCols], A* dst) {
   for (int j = 0; j < kDotCols; ++j) dst[j] = reduce_add(v[j]);
 }
-#if defined(__AVX2__)
+#if defined(FASTATTN_AVX2)
 FASTATTN_INLINE void fold_lanes(const Vec<float> (&v)[kDotCols], float* dst) {
   __m256 x[kDotCols];
   for (int j = 0; j < kDotCols; ++j) {
-#if defined(__AVX512F__)
+#if defined(FASTATTN_AVX512)
     const __m512 whole = (__m512)v[j];
     x[j] = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
 #else

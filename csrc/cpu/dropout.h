@@ -8,20 +8,15 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
-typedef uint32_t Words __attribute__((vector_size(kVecBytes)));
-constexpr int kWords = kVecBytes / 4;
-
-FASTATTN_INLINE Words broadcast_word(uint32_t x) { return Words{} + x; }
-
 // The high and low words of x * factor.
-#if defined(__AVX512F__)
+#if defined(FASTATTN_AVX512)
 FASTATTN_INLINE void multiply_words(Words x, uint32_t factor, Words& high, Words& low) {
   const __m512i a = (__m512i)x, f = _mm512_set1_epi32(static_cast<int>(factor));
   const __m512i even = _mm512_mul_epu32(a, f), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), f);
   low = (Words)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
   high = (Words)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
 }
-#elif defined(__AVX2__)
+#elif defined(FASTATTN_AVX2)
 FASTATTN_INLINE void multiply_words(Words x, uint32_t factor, Words& high, Words& low) {
   const __m256i a = (__m256i)x, f = _mm256_set1_epi32(static_cast<int>(factor));
   const __m256i even = _mm256_mul_epu32(a, f), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), f);
@@ -94,7 +89,7 @@ struct Dropout {
       for (int l = 0; l < kWords; ++l) z[4 * l + w] = c[w][l] >= threshold ? keep_scale : 0.0;
     }
   }
-#if defined(__AVX2__)
+#if defined(FASTATTN_AVX2)
   FASTATTN_INLINE void interleave(float* z, const Words (&c)[4]) const {
     const float kept = static_cast<float>(keep_scale);
     Words keep_bits[4];
@@ -114,7 +109,7 @@ struct Dropout {
     store_lanes(z + 12, pairs_high(d, e));
   }
   // The 128-bit parts of v, 16 floats apart.
-#if defined(__AVX512F__)
+#if defined(FASTATTN_AVX512)
   static FASTATTN_INLINE void store_lanes(float* z, Words v) {
     _mm_storeu_ps(z, _mm512_extractf32x4_ps((__m512)v, 0));
     _mm_storeu_ps(z + 16, _mm512_extractf32x4_ps((__m512)v, 1));

@@ -1,13 +1,14 @@
-// C [m, n] = A [m, k] B [k, n]. A task owns a block of C: it packs the columns of B that it needs,
-// kBlockDepth rows of B at a time, and lets its rows of A pass by them. Three functors bring the
-// operands in and take the result out:
-//   load_a(i0, rows, d, depth, first_columns, scratch) -> Strips<A>
+// C [m, n] = A [m, k] B [k, n]. A task owns a block of C: it packs the columns of B that it needs
+// and lets its rows of A pass by them, kBlockM at a time, whose part of C stays in L2 until all
+// depth is summed. Three functors bring the operands in and take the result out; offsets and
+// extents are in elements of A, B and C:
+//   load_a(i0, rows, d, depth, first_columns, scratch) -> Strips<E>
 //       A's rows [i0, i0 + rows) and columns [d, d + depth), in place or in `scratch`, which holds
-//       kBlockM * kBlockDepth elements and kWidth more; first_columns is true for one task of each
+//       kBlockM * kBlockDepth words and kWidth more; first_columns is true for one task of each
 //       block of rows;
-//   load_b(d, depth, j0, cols, dst) -> Columns<A>
+//   load_b(d, depth, j0, cols, dst) -> Columns<E>
 //       B's rows [d, d + depth) and columns [j0, j0 + cols), in place or as one panel
-//       [depth, kPanel] in `dst`, zero past `cols`;
+//       [words(depth), kPanel] in `dst`, zero past `cols`;
 //   store_c(i, j0, cols, row)
 //       takes row i of C, columns [j0, j0 + cols), and may change `row`.
 // A C that needs no more than to be written is given as `plain_c`: store_c then sees only the
@@ -21,22 +22,22 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 
 // Rows of A in strips of kRows: strip s begins at data + s * strip and is read as Strided.
-template <class A>
+template <class E>
 struct Strips {
-  const A* data;
+  const E* data;
   int64_t strip;
   int64_t row;
   int64_t depth;
 
-  static Strips row_major(const A* data, int64_t stride) {
+  static Strips row_major(const E* data, int64_t stride) {
     return {data, kRows * stride, stride, 1};
   }
 };
 
-// A panel of B's columns, row by row.
-template <class A>
+// A panel of B's columns, word by word of depth.
+template <class E>
 struct Columns {
-  const A* data;
+  const E* data;
   int64_t stride;
 };
 
@@ -47,11 +48,13 @@ struct PlainC {
   int64_t stride;
 };
 
-constexpr int64_t kBlockM = 96;        // 16 strips of 6 rows
-constexpr int64_t kBlockDepth = 256;   // A's block: 96 KB of L2; a panel of 16 columns: 16 KB of L1
-constexpr int64_t kFlatPanels = 6144;  // elements of all panels: 24 KB of L1
-constexpr int64_t kTaskRows = 960;  // bounds a task's C, which it keeps until all depth is summed
-constexpr int64_t kTaskVecs = 96;   // and its width: 768 floats on AVX2, 1536 on AVX-512
+constexpr int64_t kBlockM = 96;         // 16 strips of 6 rows
+constexpr int64_t kBlockDepth = 320;    // words: a panel of 16 columns is 20 KB of L1
+constexpr int64_t kDepthUnit = 8;       // of a block of depth: whole bytes of a bit-mask
+constexpr int64_t kPackedDepth = 4096;  // words of B that are packed at a time
+constexpr int64_t kFlatPanels = 6144;   // elements of all panels: 24 KB of L1
+constexpr int64_t kTaskRows = 960;      // bounds a task's C
+constexpr int64_t kTaskVecs = 64;       // and its width: 512 floats on AVX2, 1024 on AVX-512
 
 // The threads, or one for a product of which a second thread costs more than it saves.
 FASTATTN_INLINE Parallel worthwhile(Parallel threads, int64_t m, int64_t n, int64_t k) {
@@ -92,11 +95,16 @@ Cut cut_into_tasks(int64_t m, int64_t n, int64_t threads) {
   return best;
 }
 
-template <class A, class LoadA, class LoadB, class StoreC>
+template <class E, class LoadA, class LoadB, class StoreC>
 void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& load_b,
-          const StoreC& store_c, const Parallel& threads, PlainC<A> plain_c = {nullptr, 0}) {
+          const StoreC& store_c, const Parallel& threads, PlainC<Acc<E>> plain_c = {nullptr, 0}) {
+  using A = Acc<E>;
   if (m == 0 || n == 0) return;
-  if (k > kBlockDepth) plain_c.data = nullptr;  // a C that is added to lies better in panels
+  // Equal blocks of depth: a short last one would read and write C for little.
+  const int64_t depth_blocks = max64(1, ceil_div(words<E>(k), kBlockDepth));
+  const int64_t block_depth = max64(1, round_up(ceil_div(k, depth_blocks), kDepthUnit));
+  const int64_t blocks_at_once = kPackedDepth / kBlockDepth;
+  if (depth_blocks > 1) plain_c.data = nullptr;  // a C that is added to lies better in panels
   const Parallel parallel = worthwhile(threads, m, n, k);
   constexpr int64_t kPanelCols = kPanel<A>;
   const Cut cut = cut_into_tasks<A>(m, n, parallel.threads);
@@ -105,56 +113,70 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
   parallel_tasks(parallel, row_tasks * col_tasks, [&](int64_t task) {
     const int64_t i0 = task / col_tasks * cut.rows, rows = min64(cut.rows, m - i0);
     const int64_t j0 = task % col_tasks * cut.cols, cols = min64(cut.cols, n - j0);
-    const int64_t panels = ceil_div(cols, kPanelCols), panel_elements = kBlockDepth * kPanelCols;
-    A* packed_b = thread_scratch<A>(4, panels * panel_elements);  // [panels][depth][kPanel]
-    A* scratch = thread_scratch<A>(5, kBlockM * kBlockDepth + 64);
-    A* c = thread_scratch<A>(6, panels * rows * kPanelCols);  // [panels][rows][kPanel]
-    for (int64_t d = 0; d == 0 || d < k; d += kBlockDepth) {
-      const int64_t depth = min64(kBlockDepth, k - d);
-      const bool last = d + kBlockDepth >= k;
-      Columns<A> b[kTaskVecs];
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t j = panel * kPanelCols;
-        b[panel] = load_b(d, depth, j0 + j, min64(kPanelCols, cols - j),
-                          packed_b + panel * panel_elements);
+    const int64_t panels = ceil_div(cols, kPanelCols);
+    const int64_t panel_words = words<E>(block_depth) * kPanelCols;
+    const int64_t packed_blocks = min64(depth_blocks, blocks_at_once);
+    // [packed_blocks][panels][words(block_depth)][kPanel]
+    E* packed_b = thread_scratch<E>(4, packed_blocks * panels * panel_words);
+    E* scratch = thread_scratch<E>(5, kBlockM * kBlockDepth + 64);
+    // Depth that does not fit is summed over in rounds, with all of the task's C kept between them.
+    const int64_t kept_rows = depth_blocks > packed_blocks ? rows : min64(rows, kBlockM);
+    A* c = thread_scratch<A>(6, panels * kept_rows * kPanelCols);  // [panels][kept_rows][kPanel]
+    for (int64_t first = 0; first < depth_blocks; first += packed_blocks) {
+      const int64_t end = min64(depth_blocks, first + packed_blocks);
+      Columns<E> b[(kPackedDepth / kBlockDepth) * kTaskVecs];
+      for (int64_t block = first; block < end; ++block) {
+        const int64_t d = block * block_depth, depth = max64(0, min64(block_depth, k - d));
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          const int64_t j = panel * kPanelCols, at = (block - first) * panels + panel;
+          b[at] =
+              load_b(d, depth, j0 + j, min64(kPanelCols, cols - j), packed_b + at * panel_words);
+        }
       }
-      for (int64_t block = 0; block < rows; block += kBlockM) {
-        const int64_t block_rows = min64(kBlockM, rows - block);
-        const Strips<A> a = load_a(i0 + block, block_rows, d, depth, j0 == 0, scratch);
-        const auto product = [&](int64_t panel, int64_t strip) {
-          const int64_t j = panel * kPanelCols, panel_cols = min64(kPanelCols, cols - j);
-          const int vecs = static_cast<int>(ceil_div(panel_cols, kWidth<A>));
-          const Strided<A> a_strip{a.data + strip / kRows * a.strip, a.row, a.depth};
-          const int strip_rows = static_cast<int>(min64(kRows, block_rows - strip));
-          const bool plain = plain_c.data != nullptr && panel_cols == kPanelCols;
-          const int64_t c_stride = plain ? plain_c.stride : kPanelCols;
-          A* c_strip = plain ? plain_c.data + (i0 + block + strip) * c_stride + j0 + j
-                             : c + (panel * rows + block + strip) * kPanelCols;
-          if (d == 0) {
-            micro_kernel<Start::kZero>(strip_rows, vecs, depth, a_strip, b[panel].data,
-                                       b[panel].stride, c_strip, c_stride);
+      for (int64_t i = 0; i < rows; i += kBlockM) {
+        const int64_t block_rows = min64(kBlockM, rows - i);
+        A* c_block = c + (kept_rows == rows ? i : 0) * kPanelCols;
+        for (int64_t block = first; block < end; ++block) {
+          const int64_t d = block * block_depth, depth = max64(0, min64(block_depth, k - d));
+          const Strips<E> a = load_a(i0 + i, block_rows, d, depth, j0 == 0, scratch);
+          const auto product = [&](int64_t panel, int64_t strip) {
+            const int64_t j = panel * kPanelCols, panel_cols = min64(kPanelCols, cols - j);
+            const int vecs = static_cast<int>(ceil_div(panel_cols, kWidth<A>));
+            const Strided<E> a_strip{a.data + strip / kRows * a.strip, a.row, a.depth};
+            const int strip_rows = static_cast<int>(min64(kRows, block_rows - strip));
+            const bool plain = plain_c.data != nullptr && panel_cols == kPanelCols;
+            const int64_t c_stride = plain ? plain_c.stride : kPanelCols;
+            A* c_strip = plain ? plain_c.data + (i0 + i + strip) * c_stride + j0 + j
+                               : c_block + (panel * kept_rows + strip) * kPanelCols;
+            const Columns<E>& columns = b[(block - first) * panels + panel];
+            if (block == 0) {
+              micro_kernel<Start::kZero>(strip_rows, vecs, words<E>(depth), a_strip, columns.data,
+                                         columns.stride, c_strip, c_stride);
+            } else {
+              micro_kernel<Start::kAdd>(strip_rows, vecs, words<E>(depth), a_strip, columns.data,
+                                        columns.stride, c_strip, c_stride);
+            }
+          };
+          const auto finish = [&](int64_t panel) {
+            const int64_t j = panel * kPanelCols, panel_cols = min64(kPanelCols, cols - j);
+            if (block + 1 < depth_blocks) return;
+            if (plain_c.data != nullptr && panel_cols == kPanelCols) return;
+            for (int64_t r = 0; r < block_rows; ++r) {
+              store_c(i0 + i + r, j0 + j, panel_cols,
+                      c_block + (panel * kept_rows + r) * kPanelCols);
+            }
+          };
+          if (panels * words<E>(depth) * kPanelCols <= kFlatPanels) {
+            // C is most of it: whole rows at a time.
+            for (int64_t strip = 0; strip < block_rows; strip += kRows) {
+              for (int64_t panel = 0; panel < panels; ++panel) product(panel, strip);
+            }
+            for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
           } else {
-            micro_kernel<Start::kAdd>(strip_rows, vecs, depth, a_strip, b[panel].data,
-                                      b[panel].stride, c_strip, c_stride);
-          }
-        };
-        const auto finish = [&](int64_t panel) {
-          const int64_t j = panel * kPanelCols, panel_cols = min64(kPanelCols, cols - j);
-          if (!last || (plain_c.data != nullptr && panel_cols == kPanelCols)) return;
-          for (int64_t i = 0; i < block_rows; ++i) {
-            store_c(i0 + block + i, j0 + j, panel_cols,
-                    c + (panel * rows + block + i) * kPanelCols);
-          }
-        };
-        if (panels * depth * kPanelCols <= kFlatPanels) {  // C is most of it: whole rows at a time
-          for (int64_t strip = 0; strip < block_rows; strip += kRows) {
-            for (int64_t panel = 0; panel < panels; ++panel) product(panel, strip);
-          }
-          for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
-        } else {
-          for (int64_t panel = 0; panel < panels; ++panel) {
-            for (int64_t strip = 0; strip < block_rows; strip += kRows) product(panel, strip);
-            finish(panel);
+            for (int64_t panel = 0; panel < panels; ++panel) {
+              for (int64_t strip = 0; strip < block_rows; strip += kRows) product(panel, strip);
+              finish(panel);
+            }
           }
         }
       }

@@ -1,4 +1,4 @@
-// One table of entry points per ISA; dispatch.cpp picks it once.
+// One table of entry points per ISA; dispatch.cpp picks them once.
 #pragma once
 
 #include "common/parallel.h"
@@ -14,6 +14,9 @@ struct KernelTable {
   int64_t (*fma_probe)(Dtype, int64_t iterations);
 };
 
+namespace avx512bf16 {  // bf16 alone: the other dtypes are avx512's
+extern const KernelTable kTable;
+}
 namespace avx512 {
 extern const KernelTable kTable;
 }
@@ -23,7 +26,10 @@ extern const KernelTable kTable;
 namespace generic {
 extern const KernelTable kTable;
 }
+namespace emulated {
+extern const KernelTable kTable;
+}
 
-const KernelTable& kernels();
+const KernelTable& kernels(Dtype dtype);
 
 }  // namespace fastattn::cpu

@@ -11,6 +11,9 @@ namespace fastattn::cpu::FASTATTN_ISA {
 
 template <class Body>
 void with_dtype(Dtype dtype, const Body& body) {
+#if defined(FASTATTN_ONLY_BF16)
+  if (dtype == Dtype::kBFloat16) body(bf16{});
+#else
   switch (dtype) {
     case Dtype::kFloat32:
       return body(float{});
@@ -21,6 +24,7 @@ void with_dtype(Dtype dtype, const Body& body) {
     case Dtype::kFloat16:
       return body(fp16{});
   }
+#endif
 }
 
 extern const KernelTable kTable;
@@ -38,8 +42,9 @@ const KernelTable kTable = {
       with_dtype(p.dtype, [&](auto t) { linear_backward<decltype(t)>(p, parallel); });
     },
     [](Dtype dtype, int64_t iterations) {
-      return dtype == Dtype::kFloat64 ? fma_probe<double>(iterations)
-                                      : fma_probe<float>(iterations);
+      int64_t flops = 0;
+      with_dtype(dtype, [&](auto t) { flops = fma_probe<Operand<decltype(t)>>(iterations); });
+      return flops;
     },
 };
 

@@ -19,27 +19,21 @@ FASTATTN_INLINE bool unpacked_pays(int64_t m, int64_t k) {
 }
 
 // A panel of a row-major B [k, n]: rows [d, d + depth), columns [j0, j0 + cols).
-template <class T>
-FASTATTN_INLINE Columns<Acc<T>> row_major_panel(const T* src, int64_t stride, int64_t depth,
-                                                int64_t cols, bool in_place, Acc<T>* dst) {
-  using A = Acc<T>;
-  if constexpr (sizeof(T) == sizeof(A)) {
-    if (in_place && cols % kWidth<A> == 0) return {src, stride};
+template <class T, class E = Operand<T>>
+FASTATTN_INLINE Columns<E> row_major_panel(const T* src, int64_t stride, int64_t depth,
+                                           int64_t cols, bool in_place, E* dst) {
+  constexpr int64_t kCols = kPanel<Acc<T>>;
+  if constexpr (sizeof(T) == sizeof(E)) {
+    if (in_place && cols % kWidth<E> == 0) return {src, stride};
   }
-  if (cols == kPanel<A>) {
-    for (int64_t i = 0; i < depth; ++i) convert(dst + i * kPanel<A>, src + i * stride, kPanel<A>);
-    return {dst, kPanel<A>};
-  }
-  for (int64_t i = 0; i < depth; ++i) {
-    convert(dst + i * kPanel<A>, src + i * stride, cols);
-    for (int64_t j = cols; j < kPanel<A>; ++j) dst[i * kPanel<A> + j] = A(0);
-  }
-  return {dst, kPanel<A>};
+  pack_depth_rows(dst, kCols, src, stride, depth, cols);
+  return {dst, kCols};
 }
 
 template <class T>
 void linear_forward(const LinearProblem& p, const Parallel& parallel) {
   using A = Acc<T>;
+  using E = Operand<T>;
   const T* x = static_cast<const T*>(p.x);        // [m, k]
   const T* w = static_cast<const T*>(p.w);        // [n, k]
   const T* bias = static_cast<const T*>(p.bias);  // [n]
@@ -47,19 +41,19 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
   const int64_t mask_bytes = ceil_div(p.n, 8);
 
   const auto load_a = [&](int64_t i0, int64_t rows, int64_t d, int64_t depth, bool,
-                          A* scratch) -> Strips<A> {
+                          E* scratch) -> Strips<E> {
     const T* src = x + i0 * p.x_stride + d;
-    if constexpr (sizeof(T) == sizeof(A)) {
-      return Strips<A>::row_major(src, p.x_stride);
-    } else {
-      for (int64_t i = 0; i < rows; ++i)
-        convert(scratch + i * kBlockDepth, src + i * p.x_stride, depth);
-      return Strips<A>::row_major(scratch, kBlockDepth);
+    if constexpr (sizeof(T) == sizeof(E)) return Strips<E>::row_major(src, p.x_stride);
+    if constexpr (kPaired<E>) {
+      if (p.x_stride % 2 == 0 && depth % 2 == 0)
+        return Strips<E>::row_major(reinterpret_cast<const E*>(src), p.x_stride / 2);
     }
+    pack_rows(scratch, words<E>(depth), src, p.x_stride, rows, depth);
+    return Strips<E>::row_major(scratch, words<E>(depth));
   };
   const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols,
-                          A* dst) -> Columns<A> {
-    A* staging = sizeof(T) == sizeof(A) ? nullptr : thread_scratch<A>(7, kPanel<A> * kBlockDepth);
+                          E* dst) -> Columns<E> {
+    E* staging = sizeof(T) == sizeof(E) ? nullptr : thread_scratch<E>(7, kPanel<A> * kBlockDepth);
     pack_transposed_panel(dst, w + j0 * p.w_stride + d, p.w_stride, cols, depth, staging);
     return {dst, kPanel<A>};
   };
@@ -87,7 +81,7 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
                                  worthwhile(parallel, p.m, p.n, p.k));
     }
   }
-  gemm<A>(p.m, p.n, p.k, load_a, load_b, store_c, parallel);
+  gemm<E>(p.m, p.n, p.k, load_a, load_b, store_c, parallel);
 }
 
 // dst [cols] = row i, columns [j0, j0 + cols), of G = dY o R; j0 is a multiple of 8.  // E16
@@ -115,15 +109,25 @@ FASTATTN_INLINE void load_masked_gradient(const LinearBackwardProblem& p, int64_
 template <class T>
 void linear_input_gradient(const LinearBackwardProblem& p, const Parallel& parallel) {
   using A = Acc<T>;
+  using E = Operand<T>;
   const T* w = static_cast<const T*>(p.w);
   const auto load_a = [&](int64_t i0, int64_t rows, int64_t d, int64_t depth, bool,
-                          A* scratch) -> Strips<A> {
-    for (int64_t i = 0; i < rows; ++i)
-      load_masked_gradient<T>(p, i0 + i, d, depth, scratch + i * kBlockDepth);
-    return Strips<A>::row_major(scratch, kBlockDepth);
+                          E* scratch) -> Strips<E> {
+    const int64_t stride = round_up(words<E>(depth), kWidth<A>);
+    for (int64_t i = 0; i < rows; ++i) {
+      if constexpr (kPaired<E>) {
+        A row[kDepth<E> * kBlockDepth];
+        load_masked_gradient<T>(p, i0 + i, d, depth, row);
+        for (int64_t j = depth; j < round_up(depth, kWidth<A>); ++j) row[j] = A(0);
+        round_row(scratch + i * stride, row, round_up(depth, kWidth<A>));
+      } else {
+        load_masked_gradient<T>(p, i0 + i, d, depth, scratch + i * stride);
+      }
+    }
+    return Strips<E>::row_major(scratch, stride);
   };
   const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols,
-                          A* dst) -> Columns<A> {
+                          E* dst) -> Columns<E> {
     return row_major_panel(w + d * p.w_stride + j0, p.w_stride, depth, cols, p.m <= kFewRows, dst);
   };
   const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
@@ -135,37 +139,55 @@ void linear_input_gradient(const LinearBackwardProblem& p, const Parallel& paral
   };
   PlainC<A> plain{nullptr, p.k};
   if (p.grad_x_is_accumulator || sizeof(T) == sizeof(A)) plain.data = static_cast<A*>(p.grad_x);
-  gemm<A>(p.m, p.k, p.n, load_a, load_b, store_c, parallel, plain);
+  gemm<E>(p.m, p.k, p.n, load_a, load_b, store_c, parallel, plain);
 }
 
 // dW [n, k] = G^T [n, m] X [m, k], db [n] = column sums of G. Without dW only the sums.
 template <class T>
 void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& parallel) {
   using A = Acc<T>;
+  using E = Operand<T>;
   const T* x = static_cast<const T*>(p.x);
   A* sums = thread_scratch<A>(3, p.n);  // [n] db
   for (int64_t j = 0; j < p.n; ++j) sums[j] = A(0);
-  // Rows of G^T are columns of G, in strips [depth][6].
+  // Rows of G^T are columns of G, in strips [words(depth)][6].
   const auto load_a = [&](int64_t j0, int64_t count, int64_t d, int64_t depth, bool first_columns,
-                          A* scratch) -> Strips<A> {
-    A row[kBlockM + 8];
-    for (int64_t i = 0; i < depth; ++i) {
+                          E* scratch) -> Strips<E> {
+    const auto load_row = [&](int64_t i, A* row) {
       load_masked_gradient<T>(p, d + i, j0, count, row);
-      if (first_columns) {
-        for (int64_t j = 0; j < count; ++j) sums[j0 + j] += row[j];
+      if (!first_columns) return;
+      for (int64_t j = 0; j < count; ++j) sums[j0 + j] += row[j];
+    };
+    A row[kBlockM + 64], next_row[kBlockM + 64];
+    const int64_t depth_words = words<E>(depth);
+    for (int64_t i = 0; i < depth_words; ++i) {
+      const E* column_words;
+      load_row(kDepth<E> * i, row);
+      if constexpr (kPaired<E>) {
+        const int64_t padded = round_up(count, kWidth<A>);
+        for (int64_t j = count; j < padded; ++j) row[j] = next_row[j] = A(0);
+        if (2 * i + 1 < depth) {
+          load_row(2 * i + 1, next_row);
+        } else {
+          for (int64_t j = 0; j < count; ++j) next_row[j] = A(0);
+        }
+        column_words = reinterpret_cast<const E*>(row);
+        round_two_rows(reinterpret_cast<E*>(row), row, next_row, padded);
+      } else {
+        column_words = row;
       }
       // 8 at a time is faster: the next row overwrites the last two. The last row has no next.
-      const bool last = i + 1 == depth;
+      const bool last = i + 1 == depth_words;
       for (int64_t strip = 0; strip < count; strip += kRows) {
-        A* dst = scratch + strip * depth + i * kRows;
+        E* dst = scratch + strip * depth_words + i * kRows;
         if (last) {
-          __builtin_memcpy(dst, row + strip, kRows * sizeof(A));
+          __builtin_memcpy(dst, column_words + strip, kRows * sizeof(E));
         } else {
-          __builtin_memcpy(dst, row + strip, 8 * sizeof(A));
+          __builtin_memcpy(dst, column_words + strip, 8 * sizeof(E));
         }
       }
     }
-    return {scratch, kRows * depth, 1, kRows};
+    return {scratch, kRows * depth_words, 1, kRows};
   };
   if (p.grad_w == nullptr || p.k == 0) {
     for (int64_t i = 0; i < p.m; ++i) {
@@ -178,7 +200,7 @@ void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& para
     }
   } else {
     const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols,
-                            A* dst) -> Columns<A> {
+                            E* dst) -> Columns<E> {
       return row_major_panel(x + d * p.x_stride + j0, p.x_stride, depth, cols, p.n <= kFewRows,
                              dst);
     };
@@ -187,7 +209,7 @@ void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& para
     };
     PlainC<A> plain{nullptr, p.k};
     if (sizeof(T) == sizeof(A)) plain.data = static_cast<A*>(p.grad_w);
-    gemm<A>(p.n, p.k, p.m, load_a, load_b, store_c, parallel, plain);
+    gemm<E>(p.n, p.k, p.m, load_a, load_b, store_c, parallel, plain);
   }
   if (p.grad_bias != nullptr) convert(static_cast<T*>(p.grad_bias), sums, p.n);
 }

@@ -1,8 +1,8 @@
-// Operands brought into the accumulator's type and the micro-kernel's layout.
+// Operands brought into the micro-kernel's layout.
 #pragma once
 
 #include "common/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/operand.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -21,26 +21,64 @@ void parallel_tasks(const Parallel& parallel, int64_t tasks, const F& body) {
   parallel.run(tasks, [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, &body);
 }
 
-// dst [rows, padded] = src [rows, cols], columns past `cols` are 0. Returns whether every element
-// is finite.
+// dst [rows, padded] = src [rows, cols], columns past `cols` are 0.
 template <class T>
-bool pack_rows(Acc<T>* dst, int64_t padded, const T* src, int64_t src_stride, int64_t rows,
+void pack_rows(Acc<T>* dst, int64_t padded, const T* src, int64_t src_stride, int64_t rows,
                int64_t cols) {
-  using A = Acc<T>;
-  Vec<A> poison{};  // stays 0 while every element is finite
   for (int64_t i = 0; i < rows; ++i) {
-    A* row = dst + i * padded;
+    Acc<T>* row = dst + i * padded;
     convert(row, src + i * src_stride, cols);
-    for (int64_t j = cols; j < padded; ++j) row[j] = A(0);
-    for (int64_t j = 0; j < padded; j += kWidth<A>) poison += load(row + j) * broadcast(A(0));
+    for (int64_t j = cols; j < padded; ++j) row[j] = Acc<T>(0);
   }
-  return reduce_add(poison) == A(0);
 }
 
-#if defined(__AVX512F__)
-// dst [16, dst_stride] = transpose of src [16, src_stride].
-FASTATTN_INLINE void transpose_tile(float* dst, int64_t dst_stride, const float* src,
-                                    int64_t src_stride) {
+// Operands whose depth runs along the columns: dst [rows, padded words].
+FASTATTN_INLINE void pack_rows(Pair* dst, int64_t padded, const bf16* src, int64_t src_stride,
+                               int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    char* row = reinterpret_cast<char*>(dst + i * padded);
+    __builtin_memcpy(row, src + i * src_stride, static_cast<size_t>(2 * cols));
+    __builtin_memset(row + 2 * cols, 0, static_cast<size_t>(4 * padded - 2 * cols));
+  }
+}
+
+// Operands whose depth runs along the rows: dst [words(rows), padded], columns past `cols` are 0.
+template <class T>
+void pack_depth_rows(Acc<T>* dst, int64_t padded, const T* src, int64_t src_stride, int64_t rows,
+                     int64_t cols) {
+  pack_rows(dst, padded, src, src_stride, rows, cols);
+}
+FASTATTN_INLINE void pack_depth_rows(Pair* dst, int64_t padded, const bf16* src, int64_t src_stride,
+                                     int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; i += 2) {
+    Pair* row = dst + i / 2 * padded;
+    const bf16 *low = src + i * src_stride, *high = low + src_stride;
+    if (i + 1 < rows) {
+      for (int64_t j = 0; j < cols; ++j) row[j] = Pair{low[j].bits, high[j].bits};
+    } else {
+      for (int64_t j = 0; j < cols; ++j) row[j] = Pair{low[j].bits, 0};
+    }
+    for (int64_t j = cols; j < padded; ++j) row[j] = Pair{0, 0};
+  }
+}
+
+// Depth row `i` of what pack_depth_rows wrote = 0.
+template <class E>
+FASTATTN_INLINE void clear_depth_row(E* dst, int64_t padded, int64_t i) {
+  E* row = dst + i / kDepth<E> * padded;
+  for (int64_t j = 0; j < padded; ++j) {
+    if constexpr (kPaired<E>) {
+      (i % 2 == 0 ? row[j].low : row[j].high) = 0;
+    } else {
+      row[j] = E(0);
+    }
+  }
+}
+
+#if defined(FASTATTN_AVX512)
+// 4-byte elements: dst [16, dst_stride] = transpose of src [16, src_stride].
+template <class E>
+FASTATTN_INLINE void transpose_tile(E* dst, int64_t dst_stride, const E* src, int64_t src_stride) {
   __m512 r[16], t[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(src + i * src_stride);
   for (int i = 0; i < 16; i += 2) {
@@ -67,7 +105,7 @@ FASTATTN_INLINE void transpose_tile(float* dst, int64_t dst_stride, const float*
   }
 }
 constexpr int kTransposeTile = 16;
-#elif defined(__AVX2__)
+#elif defined(FASTATTN_AVX2)
 FASTATTN_INLINE void transpose_tile(float* dst, int64_t dst_stride, const float* src,
                                     int64_t src_stride) {
   __m256 r[8], t[8];
@@ -93,12 +131,12 @@ constexpr int kTransposeTile = 8;
 constexpr int kTransposeTile = 1;  // none: element by element
 #endif
 
-// dst [cols, dst_stride] = transpose of src [rows, cols], both in the accumulator's type.
-template <class A>
-void transpose(A* dst, int64_t dst_stride, const A* src, int64_t src_stride, int64_t rows,
+// dst [cols, dst_stride] = transpose of src [rows, cols].
+template <class E>
+void transpose(E* dst, int64_t dst_stride, const E* src, int64_t src_stride, int64_t rows,
                int64_t cols) {
   int64_t tiled_rows = 0, tiled_cols = 0;
-  if constexpr (sizeof(A) == 4 && kTransposeTile > 1) {
+  if constexpr (sizeof(E) == 4 && kTransposeTile > 1) {
     tiled_rows = rows / kTransposeTile * kTransposeTile;
     tiled_cols = cols / kTransposeTile * kTransposeTile;
     for (int64_t i = 0; i < tiled_rows; i += kTransposeTile) {
@@ -113,21 +151,31 @@ void transpose(A* dst, int64_t dst_stride, const A* src, int64_t src_stride, int
   }
 }
 
-// One panel of B = src^T: dst [depth, kPanel] = src [rows <= kPanel, depth]^T, columns past `rows`
-// are 0. `staging` holds kPanel * depth elements.
-template <class T>
-void pack_transposed_panel(Acc<T>* dst, const T* src, int64_t src_stride, int64_t rows,
-                           int64_t depth, Acc<T>* staging) {
-  using A = Acc<T>;
-  if constexpr (sizeof(T) == sizeof(A)) {
-    transpose(dst, kPanel<A>, src, src_stride, rows, depth);
+// One panel of B = src^T: dst [words(depth), kPanel] = src [rows <= kPanel, depth]^T, columns past
+// `rows` are 0. `staging` holds kPanel * words(depth) of them.
+template <class T, class E = Operand<T>>
+void pack_transposed_panel(E* dst, const T* src, int64_t src_stride, int64_t rows, int64_t depth,
+                           E* staging) {
+  constexpr int64_t kCols = kPanel<Acc<T>>;
+  const int64_t count = words<E>(depth);
+  if constexpr (sizeof(T) == sizeof(E)) {
+    transpose(dst, kCols, src, src_stride, rows, count);
   } else {
-    for (int64_t i = 0; i < rows; ++i) convert(staging + i * depth, src + i * src_stride, depth);
-    transpose(dst, kPanel<A>, staging, depth, rows, depth);
+    if constexpr (kPaired<E>) {
+      if (src_stride % 2 == 0 && depth % 2 == 0) {
+        transpose(dst, kCols, reinterpret_cast<const E*>(src), src_stride / 2, rows, count);
+      } else {
+        pack_rows(staging, count, src, src_stride, rows, depth);
+        transpose(dst, kCols, staging, count, rows, count);
+      }
+    } else {
+      for (int64_t i = 0; i < rows; ++i) convert(staging + i * depth, src + i * src_stride, depth);
+      transpose(dst, kCols, staging, depth, rows, depth);
+    }
   }
-  if (rows < kPanel<A>) {
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t j = rows; j < kPanel<A>; ++j) dst[k * kPanel<A> + j] = A(0);
+  if (rows < kCols) {
+    for (int64_t k = 0; k < count; ++k) {
+      for (int64_t j = rows; j < kCols; ++j) dst[k * kCols + j] = E{};
     }
   }
 }

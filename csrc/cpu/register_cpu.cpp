@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> attention_forward(
   Tensor lse = empty_like_device(query, in.lse_shape(), accumulator_type(query.scalar_type()));
   p.out = view_of(out);
   p.lse = lse.data_ptr();
-  kernels().attention_forward(p, parallel());
+  kernels(p.dtype).attention_forward(p, parallel());
   return {out, lse};
 }
 
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     b.mask_cols = attn_mask->size(rank - 1);
   }
   b.forward = p;
-  kernels().attention_backward(b, parallel());
+  kernels(b.forward.dtype).attention_backward(b, parallel());
   return {grad_query, grad_key, grad_value, grad_mask};
 }
 
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor> linear_relu_forward(const Tensor& input, const Tensor
   p.relu = true;
   p.y = out.data_ptr();
   p.relu_mask = static_cast<uint8_t*>(mask.data_ptr());
-  kernels().linear_forward(p, parallel());
+  kernels(p.dtype).linear_forward(p, parallel());
   return {out, mask};
 }
 
@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, 
   if (needs[0]) b.grad_x = grad_input.data_ptr();
   if (needs[1]) b.grad_w = grad_weight.data_ptr();
   if (needs[2]) b.grad_bias = grad_bias.data_ptr();
-  kernels().linear_backward(b, parallel());
+  kernels(b.dtype).linear_backward(b, parallel());
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -216,7 +216,7 @@ std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& 
     LinearProblem& p = layers[l].problem;
     p.relu = l + 1 < layers.size();
     p.y = activations[l].data_ptr();
-    kernels().linear_forward(p, parallel());
+    kernels(p.dtype).linear_forward(p, parallel());
   }
   std::vector<Tensor> result = {activations.back()};
   result.insert(result.end(), activations.begin(), activations.end() - 1);
@@ -273,7 +273,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input,
       grads[0] = empty_like_device(input, shape_of(input), dtype);
       b.grad_x = grads[0].data_ptr();
     }
-    kernels().linear_backward(b, parallel());
+    kernels(b.dtype).linear_backward(b, parallel());
     grad_y = grad_x;
   }
   return grads;
@@ -284,7 +284,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input,
 int64_t fma_probe(const Tensor& like, int64_t iterations) {
   const Dtype dtype = dtype_of("fma_probe", "like", like);
   std::atomic<int64_t> flops{0};
-  const auto body = [&](int64_t) { flops += kernels().fma_probe(dtype, iterations); };
+  const auto body = [&](int64_t) { flops += kernels(dtype).fma_probe(dtype, iterations); };
   const Parallel threads = parallel();
   threads.run(
       threads.threads,

@@ -8,15 +8,29 @@
 #include <cstdint>
 #include <cstring>
 
+// Which intrinsics may be used. FASTATTN_EMULATED has the vectors, tiles and bf16 pairs of AVX-512
+// in the compiler's own vectors, without any: they are tested on every machine.
+#if !defined(FASTATTN_EMULATED)
 #if defined(__AVX2__)
+#define FASTATTN_AVX2
 #include <immintrin.h>
+#endif
+#if defined(__F16C__)
+#define FASTATTN_F16C
+#endif
+#if defined(__AVX512F__)
+#define FASTATTN_AVX512
+#endif
+#if defined(__AVX512BF16__)
+#define FASTATTN_AVX512BF16
+#endif
 #endif
 
 #define FASTATTN_INLINE inline __attribute__((always_inline))
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
-#if defined(__AVX512F__)
+#if defined(FASTATTN_AVX512) || defined(FASTATTN_EMULATED)
 constexpr int kVecBytes = 64;
 constexpr int kPanelVecs =
     4;  // micro-kernel 6 x 64: 24 accumulators + 4 + broadcasts of 32 registers
@@ -56,6 +70,10 @@ constexpr int kWidth = kVecBytes / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int kPanel = kPanelVecs * kWidth<T>;  // columns of a micro-kernel tile
 
+typedef uint32_t Words __attribute__((vector_size(kVecBytes)));
+constexpr int kWords = kVecBytes / 4;
+FASTATTN_INLINE Words broadcast_word(uint32_t x) { return x + Words{}; }
+
 template <class T>
 constexpr T kInf = static_cast<T>(__builtin_inf());
 
@@ -78,7 +96,7 @@ FASTATTN_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
-#if defined(__AVX512F__)
+#if defined(FASTATTN_AVX512)
 FASTATTN_INLINE Vec<float> broadcast(float x) { return (Vec<float>)_mm512_set1_ps(x); }
 FASTATTN_INLINE Vec<double> broadcast(double x) { return (Vec<double>)_mm512_set1_pd(x); }
 // Where either operand is NaN, the second one is returned.
@@ -93,7 +111,7 @@ FASTATTN_INLINE double reduce_max(Vec<double> v) { return _mm512_reduce_max_pd((
 FASTATTN_INLINE float reduce_add(Vec<float> v) { return _mm512_reduce_add_ps((__m512)v); }
 FASTATTN_INLINE double reduce_add(Vec<double> v) { return _mm512_reduce_add_pd((__m512d)v); }
 #else
-#if defined(__AVX2__)
+#if defined(FASTATTN_AVX2)
 FASTATTN_INLINE Vec<float> broadcast(float x) { return (Vec<float>)_mm256_set1_ps(x); }
 FASTATTN_INLINE Vec<double> broadcast(double x) { return (Vec<double>)_mm256_set1_pd(x); }
 FASTATTN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
@@ -103,8 +121,9 @@ FASTATTN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
   return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
 }
 #else
-FASTATTN_INLINE Vec<float> broadcast(float x) { return Vec<float>{x, x, x, x, x, x, x, x}; }
-FASTATTN_INLINE Vec<double> broadcast(double x) { return Vec<double>{x, x, x, x}; }
+// x - 0 and not x + 0, which would lose the sign of -0.
+FASTATTN_INLINE Vec<float> broadcast(float x) { return x - Vec<float>{}; }
+FASTATTN_INLINE Vec<double> broadcast(double x) { return x - Vec<double>{}; }
 template <class V>
 FASTATTN_INLINE V max(V a, V b) {
   return a > b ? a : b;
@@ -218,7 +237,7 @@ FASTATTN_INLINE bf16 to_bf16(float f) {
   const uint32_t quiet_nan = (bits >> 16) | 0x40;
   return bf16{static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded)};
 }
-#if defined(__F16C__)
+#if defined(FASTATTN_F16C)
 FASTATTN_INLINE float to_float(fp16 x) { return _cvtsh_ss(x.bits); }
 FASTATTN_INLINE fp16 to_fp16(float f) { return fp16{static_cast<uint16_t>(_cvtss_sh(f, 0))}; }
 #else
@@ -279,7 +298,7 @@ FASTATTN_INLINE void convert(bf16* dst, const float* src, int64_t n) {
 }
 FASTATTN_INLINE void convert(float* dst, const fp16* src, int64_t n) {
   int64_t i = 0;
-#if defined(__F16C__)
+#if defined(FASTATTN_F16C)
   for (; i + 8 <= n; i += 8) {
     _mm256_storeu_ps(dst + i,
                      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
@@ -289,7 +308,7 @@ FASTATTN_INLINE void convert(float* dst, const fp16* src, int64_t n) {
 }
 FASTATTN_INLINE void convert(fp16* dst, const float* src, int64_t n) {
   int64_t i = 0;
-#if defined(__F16C__)
+#if defined(FASTATTN_F16C)
   for (; i + 8 <= n; i += 8) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i),
                      _mm256_cvtps_ph(_mm256_loadu_ps(src + i), 0));
@@ -319,7 +338,7 @@ template <class T>
 FASTATTN_INLINE void apply_relu_bits(uint8_t byte, T* x, int count) {
   for (int t = 0; t < count; ++t) x[t] = byte >> t & 1 ? x[t] : T(0);
 }
-#if defined(__AVX2__)
+#if defined(FASTATTN_AVX2)
 FASTATTN_INLINE uint8_t relu_bits(const float* x) {
   return static_cast<uint8_t>(
       _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_setzero_ps(), _CMP_NLE_UQ)));
