@@ -48,13 +48,14 @@ struct PlainC {
   int64_t stride;
 };
 
-constexpr int64_t kBlockM = 96;         // 16 strips of 6 rows
-constexpr int64_t kBlockDepth = 320;    // words: a panel of 16 columns is 20 KB of L1
-constexpr int64_t kDepthUnit = 8;       // of a block of depth: whole bytes of a bit-mask
-constexpr int64_t kPackedDepth = 4096;  // words of B that are packed at a time
-constexpr int64_t kFlatPanels = 6144;   // elements of all panels: 24 KB of L1
-constexpr int64_t kTaskRows = 960;      // bounds a task's C
-constexpr int64_t kTaskVecs = 64;       // and its width: 512 floats on AVX2, 1024 on AVX-512
+constexpr int64_t kBlockM = 96;       // 16 strips of 6 rows
+constexpr int64_t kBlockDepth = 320;  // words: a panel of 16 columns is 20 KB of L1
+constexpr int64_t kDepthUnit = 8;     // of a block of depth: whole bytes of a bit-mask
+constexpr int64_t kPackedBytes = int64_t{13} << 18;  // of B at a time: they stay in L3
+constexpr int64_t kMostBlocks = 8;
+constexpr int64_t kFlatPanels = 6144;  // elements of all panels: 24 KB of L1
+constexpr int64_t kKeptRows = 960;     // of a task whose C is kept from round to round of B
+constexpr int64_t kTaskVecs = 96;      // of a task's columns: 768 floats on AVX2, 1536 on AVX-512
 
 // The threads, or one for a product of which a second thread costs more than it saves.
 FASTATTN_INLINE Parallel worthwhile(Parallel threads, int64_t m, int64_t n, int64_t k) {
@@ -69,13 +70,14 @@ struct Cut {
   int64_t rows, cols;  // of one task
 };
 
-// C [m, n] in equal blocks for `threads` threads: the cut for which the last thread is done first.
+// C [m, n] in equal blocks of up to `most_rows` rows for `threads` threads: the cut for which the
+// last thread is done first.
 template <class A>
-Cut cut_into_tasks(int64_t m, int64_t n, int64_t threads) {
+Cut cut_into_tasks(int64_t m, int64_t n, int64_t most_rows, int64_t threads) {
   constexpr int64_t kRowUnit = 48;  // whole strips of 6 rows and whole bytes of a bit-mask
   const int64_t row_units = ceil_div(m, kRowUnit), panels = ceil_div(n, kPanel<A>);
   const int64_t least_across = ceil_div(panels * kPanelVecs, kTaskVecs);
-  const int64_t least_down = ceil_div(m, kTaskRows);
+  const int64_t least_down = ceil_div(m, most_rows);
   Cut best{};
   int64_t best_cost = INT64_MAX;
   for (int64_t across = least_across;
@@ -103,19 +105,23 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
   // Equal blocks of depth: a short last one would read and write C for little.
   const int64_t depth_blocks = max64(1, ceil_div(words<E>(k), kBlockDepth));
   const int64_t block_depth = max64(1, round_up(ceil_div(k, depth_blocks), kDepthUnit));
-  const int64_t blocks_at_once = kPackedDepth / kBlockDepth;
   if (depth_blocks > 1) plain_c.data = nullptr;  // a C that is added to lies better in panels
   const Parallel parallel = worthwhile(threads, m, n, k);
   constexpr int64_t kPanelCols = kPanel<A>;
-  const Cut cut = cut_into_tasks<A>(m, n, parallel.threads);
+  const int64_t panel_words = words<E>(block_depth) * kPanelCols;
+  const int64_t widest_bytes =
+      depth_blocks * panel_words * (kTaskVecs / kPanelVecs) * static_cast<int64_t>(sizeof(E));
+  const Cut cut =
+      cut_into_tasks<A>(m, n, widest_bytes <= kPackedBytes ? m : kKeptRows, parallel.threads);
   const int64_t col_tasks = ceil_div(n, cut.cols), row_tasks = ceil_div(m, cut.rows);
 
   parallel_tasks(parallel, row_tasks * col_tasks, [&](int64_t task) {
     const int64_t i0 = task / col_tasks * cut.rows, rows = min64(cut.rows, m - i0);
     const int64_t j0 = task % col_tasks * cut.cols, cols = min64(cut.cols, n - j0);
     const int64_t panels = ceil_div(cols, kPanelCols);
-    const int64_t panel_words = words<E>(block_depth) * kPanelCols;
-    const int64_t packed_blocks = min64(depth_blocks, blocks_at_once);
+    const int64_t affordable =
+        kPackedBytes / (panels * panel_words * static_cast<int64_t>(sizeof(E)));
+    const int64_t packed_blocks = max64(1, min64(min64(depth_blocks, affordable), kMostBlocks));
     // [packed_blocks][panels][words(block_depth)][kPanel]
     E* packed_b = thread_scratch<E>(4, packed_blocks * panels * panel_words);
     E* scratch = thread_scratch<E>(5, kBlockM * kBlockDepth + 64);
@@ -124,7 +130,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
     A* c = thread_scratch<A>(6, panels * kept_rows * kPanelCols);  // [panels][kept_rows][kPanel]
     for (int64_t first = 0; first < depth_blocks; first += packed_blocks) {
       const int64_t end = min64(depth_blocks, first + packed_blocks);
-      Columns<E> b[(kPackedDepth / kBlockDepth) * kTaskVecs];
+      Columns<E> b[kMostBlocks * kTaskVecs];
       for (int64_t block = first; block < end; ++block) {
         const int64_t d = block * block_depth, depth = max64(0, min64(block_depth, k - d));
         for (int64_t panel = 0; panel < panels; ++panel) {
@@ -156,26 +162,18 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
               micro_kernel<Start::kAdd>(strip_rows, vecs, words<E>(depth), a_strip, columns.data,
                                         columns.stride, c_strip, c_stride);
             }
-          };
-          const auto finish = [&](int64_t panel) {
-            const int64_t j = panel * kPanelCols, panel_cols = min64(kPanelCols, cols - j);
-            if (block + 1 < depth_blocks) return;
-            if (plain_c.data != nullptr && panel_cols == kPanelCols) return;
-            for (int64_t r = 0; r < block_rows; ++r) {
-              store_c(i0 + i + r, j0 + j, panel_cols,
-                      c_block + (panel * kept_rows + r) * kPanelCols);
-            }
+            if (plain || block + 1 < depth_blocks) return;
+            for (int r = 0; r < strip_rows; ++r)
+              store_c(i0 + i + strip + r, j0 + j, panel_cols, c_strip + r * kPanelCols);
           };
           if (panels * words<E>(depth) * kPanelCols <= kFlatPanels) {
             // C is most of it: whole rows at a time.
             for (int64_t strip = 0; strip < block_rows; strip += kRows) {
               for (int64_t panel = 0; panel < panels; ++panel) product(panel, strip);
             }
-            for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
           } else {
             for (int64_t panel = 0; panel < panels; ++panel) {
               for (int64_t strip = 0; strip < block_rows; strip += kRows) product(panel, strip);
-              finish(panel);
             }
           }
         }

@@ -105,6 +105,17 @@ FASTATTN_INLINE void load_masked_gradient(const LinearBackwardProblem& p, int64_
   }
 }
 
+// A part of a row of dY, a page or more behind the row before it, which the processor does not
+// foresee.
+template <class T>
+FASTATTN_INLINE void prefetch_gradient(const LinearBackwardProblem& p, int64_t i, int64_t j0,
+                                       int64_t cols) {
+  const int64_t bytes = p.grad_y_is_accumulator ? static_cast<int64_t>(sizeof(Acc<T>))
+                                                : static_cast<int64_t>(sizeof(T));
+  prefetch_bytes(static_cast<const char*>(p.grad_y) + (i * p.grad_y_stride + j0) * bytes,
+                 cols * bytes);
+}
+
 // dX [m, k] = G [m, n] W [n, k]
 template <class T>
 void linear_input_gradient(const LinearBackwardProblem& p, const Parallel& parallel) {
@@ -154,6 +165,7 @@ void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& para
   const auto load_a = [&](int64_t j0, int64_t count, int64_t d, int64_t depth, bool first_columns,
                           E* scratch) -> Strips<E> {
     const auto load_row = [&](int64_t i, A* row) {
+      prefetch_gradient<T>(p, min64(d + i + kRowsAhead, p.m - 1), j0, count);
       load_masked_gradient<T>(p, d + i, j0, count, row);
       if (!first_columns) return;
       for (int64_t j = 0; j < count; ++j) sums[j0 + j] += row[j];

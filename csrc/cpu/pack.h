@@ -21,6 +21,12 @@ void parallel_tasks(const Parallel& parallel, int64_t tasks, const F& body) {
   parallel.run(tasks, [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, &body);
 }
 
+constexpr int64_t kRowsAhead = 16;  // of one that is read: its memory is asked for
+
+FASTATTN_INLINE void prefetch_bytes(const void* p, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);
+}
+
 // dst [rows, padded] = src [rows, cols], columns past `cols` are 0.
 template <class T>
 void pack_rows(Acc<T>* dst, int64_t padded, const T* src, int64_t src_stride, int64_t rows,
@@ -46,13 +52,19 @@ FASTATTN_INLINE void pack_rows(Pair* dst, int64_t padded, const bf16* src, int64
 template <class T>
 void pack_depth_rows(Acc<T>* dst, int64_t padded, const T* src, int64_t src_stride, int64_t rows,
                      int64_t cols) {
-  pack_rows(dst, padded, src, src_stride, rows, cols);
+  constexpr int64_t kBytes = sizeof(T);
+  for (int64_t i = 0; i < rows; ++i) {
+    prefetch_bytes(src + min64(i + kRowsAhead, rows - 1) * src_stride, cols * kBytes);
+    pack_rows(dst + i * padded, padded, src + i * src_stride, src_stride, 1, cols);
+  }
 }
 FASTATTN_INLINE void pack_depth_rows(Pair* dst, int64_t padded, const bf16* src, int64_t src_stride,
                                      int64_t rows, int64_t cols) {
   for (int64_t i = 0; i < rows; i += 2) {
     Pair* row = dst + i / 2 * padded;
     const bf16 *low = src + i * src_stride, *high = low + src_stride;
+    prefetch_bytes(src + min64(i + kRowsAhead, rows - 1) * src_stride, 2 * cols);
+    prefetch_bytes(src + min64(i + 1 + kRowsAhead, rows - 1) * src_stride, 2 * cols);
     if (i + 1 < rows) {
       for (int64_t j = 0; j < cols; ++j) row[j] = Pair{low[j].bits, high[j].bits};
     } else {
