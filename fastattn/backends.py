@@ -24,6 +24,7 @@ OPS = ("attention", "varlen_attn", "linear_relu", "mlp")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _default = os.environ.get("FASTATTN_BACKEND") or None
 _warned: set[tuple[str, str]] = set()
+_served_by_cpu: set[Problem] = set()
 
 
 class FastAttnWarning(UserWarning):
@@ -106,6 +107,9 @@ def select(problem: Problem, backend: str | None = None) -> str:
     cannot serve the call.
     """
     explicit = backend if backend is not None else _default
+    compiling = torch.compiler.is_compiling()
+    if explicit is None and not compiling and problem in _served_by_cpu:
+        return "cpu"
     if explicit is not None:
         if explicit not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {explicit!r}")
@@ -119,8 +123,10 @@ def select(problem: Problem, backend: str | None = None) -> str:
     for name in ("cpu",) if problem.device == "cpu" else ("cuda", "triton"):
         against = reasons(problem, name)
         if not against:
+            if name == "cpu" and not compiling:
+                _served_by_cpu.add(problem)  # nothing about it can change
             return name
-    if not torch.compiler.is_compiling():
+    if not compiling:
         _warn_reference(problem, against)
     return "reference"
 

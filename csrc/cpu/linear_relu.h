@@ -9,8 +9,16 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
-// Below this many rows a product reads a row-major B once or twice: packing it would not pay.
-constexpr int64_t kFewRows = 2 * kRows;
+// Whether a row-major B is better read in place by a product of `rows` rows: it reads B once every
+// kRows rows, and packing B would cost more unless the lines of a panel push each other out of L1.
+template <class T>
+bool in_place_pays(int64_t rows, int64_t stride, int64_t depth) {
+  if (rows <= 2 * kRows) return true;
+  constexpr int64_t kLine = 64, kSets = 64, kWays = 8;
+  const int64_t bytes = stride * static_cast<int64_t>(sizeof(T)), lines = bytes / kLine;
+  const int64_t step = bytes % kLine != 0 ? 1 : min64(kSets, lines & -lines);
+  return rows <= 128 && min64(depth, kBlockDepth) * step <= kSets * kWays / 2;
+}
 
 // Whether x's rows are so few that packing W would cost more than the dot products' foldings, and
 // stay in L2 while W passes by (512 KB of floats).
@@ -30,15 +38,35 @@ FASTATTN_INLINE Columns<E> row_major_panel(const T* src, int64_t stride, int64_t
   return {dst, kCols};
 }
 
+// Row i, columns [j0, j0 + cols), of y from its sums in `row`, which may change.  // E15
+template <class T>
+FASTATTN_INLINE void store_linear_row(const LinearProblem& p, int64_t i, int64_t j0, int64_t cols,
+                                      Acc<T>* row) {
+  using A = Acc<T>;
+  if (p.bias != nullptr) {
+    constexpr int64_t kMost = kPanel<A> > kDotChunk ? kPanel<A> : kDotChunk;
+    A b[kMost];
+    convert(b, static_cast<const T*>(p.bias) + j0, cols);
+    for (int64_t j = 0; j < cols; ++j) row[j] += b[j];
+  }
+  T* out = static_cast<T*>(p.y) + i * p.n + j0;
+  if (!p.relu) return convert(out, row, cols);
+  for (int64_t j = 0; j < cols; j += kWidth<A>) store(row + j, relu<A>(load(row + j)));
+  convert(out, row, cols);
+  if (p.relu_mask == nullptr) return;
+  // The stored value decides: a positive sum may round to zero in 16 bits.
+  if constexpr (sizeof(T) != sizeof(A)) convert(row, out, cols);
+  for (int64_t j = cols; j < round_up(cols, 8); ++j) row[j] = A(0);
+  uint8_t* mask = p.relu_mask + i * ceil_div(p.n, 8) + j0 / 8;
+  for (int64_t j = 0; j < cols; j += 8) mask[j / 8] = relu_bits(row + j);
+}
+
 template <class T>
 void linear_forward(const LinearProblem& p, const Parallel& parallel) {
   using A = Acc<T>;
   using E = Operand<T>;
-  const T* x = static_cast<const T*>(p.x);        // [m, k]
-  const T* w = static_cast<const T*>(p.w);        // [n, k]
-  const T* bias = static_cast<const T*>(p.bias);  // [n]
-  T* y = static_cast<T*>(p.y);                    // [m, n]
-  const int64_t mask_bytes = ceil_div(p.n, 8);
+  const T* x = static_cast<const T*>(p.x);  // [m, k]
+  const T* w = static_cast<const T*>(p.w);  // [n, k]
 
   const auto load_a = [&](int64_t i0, int64_t rows, int64_t d, int64_t depth, bool,
                           E* scratch) -> Strips<E> {
@@ -57,23 +85,12 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
     pack_transposed_panel(dst, w + j0 * p.w_stride + d, p.w_stride, cols, depth, staging);
     return {dst, kPanel<A>};
   };
-  const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {  // E15
-    if (bias != nullptr) {
-      constexpr int64_t kMost = kPanel<A> > kDotChunk ? kPanel<A> : kDotChunk;
-      A b[kMost];
-      convert(b, bias + j0, cols);
-      for (int64_t j = 0; j < cols; ++j) row[j] += b[j];
+  const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
+    if (cols == kPanel<A>) {
+      store_linear_row<T>(p, i, j0, kPanel<A>, row);  // loops of a known length
+    } else {
+      store_linear_row<T>(p, i, j0, cols, row);
     }
-    T* out = y + i * p.n + j0;
-    if (!p.relu) return convert(out, row, cols);
-    for (int64_t j = 0; j < cols; j += kWidth<A>) store(row + j, relu<A>(load(row + j)));
-    convert(out, row, cols);
-    if (p.relu_mask == nullptr) return;
-    // The stored value decides: a positive sum may round to zero in 16 bits.
-    if constexpr (sizeof(T) != sizeof(A)) convert(row, out, cols);
-    for (int64_t j = cols; j < round_up(cols, 8); ++j) row[j] = A(0);
-    uint8_t* mask = p.relu_mask + i * mask_bytes + j0 / 8;
-    for (int64_t j = 0; j < cols; j += 8) mask[j / 8] = relu_bits(row + j);
   };
   if constexpr (sizeof(T) == sizeof(A)) {
     if (unpacked_pays(p.m, p.k)) {
@@ -139,7 +156,8 @@ void linear_input_gradient(const LinearBackwardProblem& p, const Parallel& paral
   };
   const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols,
                           E* dst) -> Columns<E> {
-    return row_major_panel(w + d * p.w_stride + j0, p.w_stride, depth, cols, p.m <= kFewRows, dst);
+    return row_major_panel(w + d * p.w_stride + j0, p.w_stride, depth, cols,
+                           in_place_pays<T>(p.m, p.w_stride, p.n), dst);
   };
   const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
     if (p.grad_x_is_accumulator) {
@@ -213,8 +231,8 @@ void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& para
   } else {
     const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols,
                             E* dst) -> Columns<E> {
-      return row_major_panel(x + d * p.x_stride + j0, p.x_stride, depth, cols, p.n <= kFewRows,
-                             dst);
+      return row_major_panel(x + d * p.x_stride + j0, p.x_stride, depth, cols,
+                             in_place_pays<T>(p.n, p.x_stride, p.m), dst);
     };
     const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
       convert(static_cast<T*>(p.grad_w) + i * p.k + j0, row, cols);
