@@ -6,7 +6,8 @@ Products, in the package directory:
   _build_info.json  what was built, or why not and what to do
 
 FASTATTN_SKIP_NATIVE=1 leaves the native library out, FASTATTN_REQUIRE_NATIVE=1 makes its failure
-an error. FASTATTN_BUILD_EMULATED=1 adds the kernels that only tests run. CXX names the compiler, MAX_JOBS bounds the parallel compilations.
+an error, FASTATTN_BUILD_EMULATED=1 adds the kernels that only tests run. CXX names the compiler,
+MAX_JOBS bounds the parallel compilations.
 """
 
 import json

@@ -20,6 +20,7 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
       "needs) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def("mlp_forward(Tensor input, Tensor[] weights, Tensor[] biases) -> Tensor[]");
+  m.def("mlp_inference(Tensor input, Tensor[] weights, Tensor[] biases) -> Tensor");
   m.def(
       "mlp_backward(Tensor grad_out, Tensor input, Tensor[] weights, Tensor[] hidden, bool[] "
       "needs) -> Tensor[]");

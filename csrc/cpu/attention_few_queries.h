@@ -110,8 +110,8 @@ class AttentionFewQueries {
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t head = head_k * sharing_ + r / band.seq_q;
         const ScoreTerms<T> terms(p_, batch, head);
-        softmax_.row(KeyStep<T>{batch, head, band, terms, j0, keys}, r % band.seq_q, from, keys,
-                     s + r * kStep, part[r], part[kFewQueries + r], rescale[r], z);
+        softmax_.rows(KeyStep<T>{batch, head, band, terms, j0, keys}, r % band.seq_q, 1, from, keys,
+                      s + r * kStep, kStep, part + r, part + kFewQueries + r, rescale + r, z);
       }
       add_values(key_rows<T>(p_, p_.v, batch, head_k) + j0 * p_.v.row_stride, from, keys, s,
                  rescale, rows, chunk, o);

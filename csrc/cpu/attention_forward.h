@@ -182,10 +182,13 @@ class AttentionForward {
     for (int64_t strip = 0; strip < rows; strip += kRows) {
       const int64_t strip_rows = min64(kRows, rows - strip);
       const Keys seen = keys_of_strip(where, i + strip, strip_rows);
-      for (int64_t r = strip; seen.from < seen.to && r < strip + strip_rows; ++r) {
-        softmax_.row(where, i + r, seen.from, seen.to, s + r * kStep, state.m[r], state.l[r],
-                     state.rescale[r], z);
-        round_row(reinterpret_cast<E*>(s + r * kStep), s + r * kStep, round_up(seen.to, kWidth<A>));
+      if (seen.from >= seen.to) continue;
+      A* scores = s + strip * kStep;
+      softmax_.rows(where, i + strip, strip_rows, seen.from, seen.to, scores, kStep,
+                    state.m + strip, state.l + strip, state.rescale + strip, z);
+      for (int64_t r = 0; r < strip_rows; ++r) {
+        A* row = scores + r * kStep;
+        round_row(reinterpret_cast<E*>(row), row, round_up(seen.to, kWidth<A>));
       }
     }
     for (int64_t d = 0; d < p_.head_dim_v; d += kPanelKeys) {  // E4

@@ -48,33 +48,60 @@ struct OnlineSoftmax {
 
   FASTATTN_INLINE A power(A x) const { return base_2 ? power_of_2(x) : exponential(x); }
 
-  // Products of row i -> probabilities relative to the running maximum, in columns [from, to).
-  FASTATTN_INLINE void row(const KeyStep<T>& step, int64_t i, int64_t from, int64_t to, A* s, A& m,
-                           A& l, A& rescale, A* z) const {
+  // What a step needs to know of a row between its two passes.
+  struct Row {
+    int64_t begin, end;  // whole vectors around what the row sees
+    A factor, shift;
+  };
+
+  // Products of row i -> scores, and its new maximum.
+  FASTATTN_INLINE Row maximum(const KeyStep<T>& step, int64_t i, int64_t from, int64_t to, A* s,
+                              A& m, A& rescale) const {
     const int64_t seen_from = min64(to, max64(from, step.from(i)));
     const int64_t seen_to = max64(seen_from, step.to(i));
-    // Whole vectors around what the row sees.
-    const int64_t begin = seen_from / kWidth<A> * kWidth<A>, end = round_up(seen_to, kWidth<A>);
-    A factor = static_cast<A>(base_2 ? p.scale * kLog2E : p.scale);
+    Row row{seen_from / kWidth<A> * kWidth<A>, round_up(seen_to, kWidth<A>), A(0), A(0)};
+    row.factor = static_cast<A>(base_2 ? p.scale * kLog2E : p.scale);
     if (!base_2 || step.terms.mask.kind != MaskKind::kNone) {
-      step.terms.apply(s + begin, i, step.j0 + begin, seen_to - begin, nullptr);
-      factor = static_cast<A>(base_2 ? kLog2E : 1.0);
+      step.terms.apply(s + row.begin, i, step.j0 + row.begin, seen_to - row.begin, nullptr);
+      row.factor = static_cast<A>(base_2 ? kLog2E : 1.0);
     }
-    for (int64_t j = begin; j < seen_from; ++j) s[j] = -kInf<A>;
-    for (int64_t j = seen_to; j < end; ++j) s[j] = -kInf<A>;
-    const A step_max = row_max(s + begin, end - begin) * factor;
+    for (int64_t j = row.begin; j < seen_from; ++j) s[j] = -kInf<A>;
+    for (int64_t j = seen_to; j < row.end; ++j) s[j] = -kInf<A>;
+    const A step_max = row_max(s + row.begin, row.end - row.begin) * row.factor;
     const A previous = m, updated = previous > step_max ? previous : step_max;  // E2
-    const A shift = updated == -kInf<A> ? A(0) : updated;  // nothing seen yet: every power is 0
-    rescale = updated == previous ? A(1) : power(previous - shift);
-    const A sum = base_2 ? row_exp2(s + begin, end - begin, factor, shift)
-                         : row_exp(s + begin, end - begin, factor, shift);
-    l = l * rescale + sum;  // E3
+    row.shift = updated == -kInf<A> ? A(0) : updated;  // nothing seen yet: every power is 0
+    rescale = updated == previous    ? A(1)
+              : previous == -kInf<A> ? A(0)
+                                     : power(previous - row.shift);
     m = updated;
-    for (int64_t j = from; j < begin; ++j) s[j] = A(0);
-    for (int64_t j = end; j < to; ++j) s[j] = A(0);
+    return row;
+  }
+
+  // Scores of row i -> probabilities relative to the running maximum, in columns [from, to).
+  FASTATTN_INLINE void probabilities(const KeyStep<T>& step, const Row& row, int64_t i,
+                                     int64_t from, int64_t to, A* s, A& l, A rescale, A* z) const {
+    const int64_t n = row.end - row.begin;
+    const A sum = base_2 ? row_exp2(s + row.begin, n, row.factor, row.shift)
+                         : row_exp(s + row.begin, n, row.factor, row.shift);
+    l = l * rescale + sum;  // E3
+    for (int64_t j = from; j < row.begin; ++j) s[j] = A(0);
+    for (int64_t j = row.end; j < to; ++j) s[j] = A(0);
     if (dropout.active) {
-      dropout.fill(z, step.batch, step.head, i, step.j0 + begin, end - begin);
-      row_multiply(s + begin, z, end - begin);
+      dropout.fill(z, step.batch, step.head, i, step.j0 + row.begin, n);
+      row_multiply(s + row.begin, z, n);
+    }
+  }
+
+  // Products of rows [i, i + rows), rows <= kRows -> probabilities; arrays begin with row i. All
+  // maxima come first, so that no row waits for its own.
+  FASTATTN_INLINE void rows(const KeyStep<T>& step, int64_t i, int64_t rows, int64_t from,
+                            int64_t to, A* s, int64_t s_stride, A* m, A* l, A* rescale,
+                            A* z) const {
+    Row found[kRows];
+    for (int64_t r = 0; r < rows; ++r)
+      found[r] = maximum(step, i + r, from, to, s + r * s_stride, m[r], rescale[r]);
+    for (int64_t r = 0; r < rows; ++r) {
+      probabilities(step, found[r], i + r, from, to, s + r * s_stride, l[r], rescale[r], z);
     }
   }
 
@@ -92,7 +119,7 @@ struct OnlineSoftmax {
       for (int64_t d = 0; d < p.head_dim_v; ++d) o_row[d] *= inverse;
       convert(out + i * p.out.row_stride, o_row, p.head_dim_v);
       lse[i] =
-          empty ? -kInf<A> : static_cast<A>(m[i] * unit + __builtin_log(static_cast<double>(l[i])));
+          empty ? -kInf<A> : static_cast<A>(m[i] * unit + static_cast<double>(natural_log(l[i])));
     }
   }
 };

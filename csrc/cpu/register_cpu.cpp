@@ -195,18 +195,25 @@ std::vector<LinearInputs> validate_layers(const char* op, const Tensor& input,
   return layers;
 }
 
-std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& weights,
-                                const std::vector<Tensor>& biases) {
-  const char* op = "mlp_forward";
+void check_layers(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                  const std::vector<Tensor>& biases) {
   FASTATTN_CHECK(!weights.empty(), op, "weights", "at least 1 layer", 0);
   FASTATTN_CHECK(biases.size() == weights.size(), op, "biases",
                  std::to_string(weights.size()) + " tensors", biases.size());
   FASTATTN_CHECK(input.dim() >= 1, op, "input", "at least 1 dimension [*, in_features]",
                  text(shape_of(input)));
-  std::vector<Tensor> activations;
   for (const Tensor& weight : weights) {
     FASTATTN_CHECK(weight.dim() == 2, op, "weights", "2 dimensions [out_features, in_features]",
                    text(shape_of(weight)));
+  }
+}
+
+std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& weights,
+                                const std::vector<Tensor>& biases) {
+  const char* op = "mlp_forward";
+  check_layers(op, input, weights, biases);
+  std::vector<Tensor> activations;
+  for (const Tensor& weight : weights) {
     Shape shape = shape_of(input);
     shape.back() = weight.size(0);
     activations.push_back(empty_like_device(input, shape, input.scalar_type()));
@@ -221,6 +228,39 @@ std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& 
   std::vector<Tensor> result = {activations.back()};
   result.insert(result.end(), activations.begin(), activations.end() - 1);
   return result;
+}
+
+// As mlp_forward's first result. Rows go through all layers kInferenceRows at a time: what lies
+// between the layers is never there whole.
+Tensor mlp_inference(const Tensor& input, const std::vector<Tensor>& weights,
+                     const std::vector<Tensor>& biases) {
+  constexpr int64_t kInferenceRows = 1920;  // so many that packing the weights again costs nothing
+  const char* op = "mlp_inference";
+  check_layers(op, input, weights, biases);
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < input.dim(); ++d) rows *= input.size(d);
+  const int64_t chunk = std::min(rows, kInferenceRows);
+  std::vector<Tensor> hidden;
+  for (size_t l = 0; l + 1 < weights.size(); ++l)
+    hidden.push_back(empty_like_device(input, {chunk, weights[l].size(0)}, input.scalar_type()));
+  std::vector<LinearInputs> layers = validate_layers(op, input, weights, &biases, hidden);
+  Shape shape = shape_of(input);
+  shape.back() = weights.back().size(0);
+  const Tensor out = empty_like_device(input, shape, input.scalar_type());
+  const auto bytes = static_cast<int64_t>(input.element_size());
+  for (int64_t first = 0; first < rows; first += chunk) {
+    for (size_t l = 0; l < layers.size(); ++l) {
+      const bool last = l + 1 == layers.size();
+      LinearProblem p = layers[l].problem;
+      p.m = std::min(chunk, rows - first);
+      p.relu = !last;
+      if (l == 0) p.x = static_cast<const char*>(p.x) + first * p.x_stride * bytes;
+      p.y = last ? static_cast<char*>(out.data_ptr()) + first * p.n * bytes
+                 : static_cast<char*>(hidden[l].data_ptr());
+      kernels(p.dtype).linear_forward(p, parallel());
+    }
+  }
+  return out;
 }
 
 std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input,
@@ -301,6 +341,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("linear_relu_forward", TORCH_BOX(&fastattn::cpu::linear_relu_forward));
   m.impl("linear_relu_backward", TORCH_BOX(&fastattn::cpu::linear_relu_backward));
   m.impl("mlp_forward", TORCH_BOX(&fastattn::cpu::mlp_forward));
+  m.impl("mlp_inference", TORCH_BOX(&fastattn::cpu::mlp_inference));
   m.impl("mlp_backward", TORCH_BOX(&fastattn::cpu::mlp_backward));
   m.impl("fma_probe", TORCH_BOX(&fastattn::cpu::fma_probe));
 }

@@ -145,14 +145,27 @@ template <class T>
 FASTATTN_INLINE T larger(T a, T b) {
   return a > b ? a : b;
 }
-FASTATTN_INLINE float reduce_max(Vec<float> v) { return reduce_lanes<float>(v, larger<float>); }
 FASTATTN_INLINE double reduce_max(Vec<double> v) { return reduce_lanes<double>(v, larger<double>); }
-FASTATTN_INLINE float reduce_add(Vec<float> v) {
-  return reduce_lanes<float>(v, [](float a, float b) { return a + b; });
-}
 FASTATTN_INLINE double reduce_add(Vec<double> v) {
   return reduce_lanes<double>(v, [](double a, double b) { return a + b; });
 }
+#if defined(FASTATTN_AVX2)
+#define FASTATTN_REDUCE(name, operation)                                                       \
+  FASTATTN_INLINE float name(Vec<float> v) {                                                   \
+    const __m256 whole = (__m256)v;                                                            \
+    __m128 x = operation##_ps(_mm256_castps256_ps128(whole), _mm256_extractf128_ps(whole, 1)); \
+    x = operation##_ps(x, _mm_movehl_ps(x, x));                                                \
+    return _mm_cvtss_f32(operation##_ss(x, _mm_movehdup_ps(x)));                               \
+  }
+FASTATTN_REDUCE(reduce_max, _mm_max)
+FASTATTN_REDUCE(reduce_add, _mm_add)
+#undef FASTATTN_REDUCE
+#else
+FASTATTN_INLINE float reduce_max(Vec<float> v) { return reduce_lanes<float>(v, larger<float>); }
+FASTATTN_INLINE float reduce_add(Vec<float> v) {
+  return reduce_lanes<float>(v, [](float a, float b) { return a + b; });
+}
+#endif
 #endif
 
 // --- exp2

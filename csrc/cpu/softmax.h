@@ -9,14 +9,22 @@ constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.6931471805599453094;
 
 FASTATTN_INLINE float exponential(float x) { return __builtin_expf(x); }
 FASTATTN_INLINE double exponential(double x) { return __builtin_exp(x); }
+FASTATTN_INLINE float natural_log(float x) { return __builtin_logf(x); }
+FASTATTN_INLINE double natural_log(double x) { return __builtin_log(x); }
 FASTATTN_INLINE float power_of_2(float x) { return __builtin_exp2f(x); }
 FASTATTN_INLINE double power_of_2(double x) { return __builtin_exp2(x); }
 
 template <class A>
 FASTATTN_INLINE A row_max(const A* s, int64_t n) {
-  Vec<A> best = broadcast(-kInf<A>);
-  for (int64_t j = 0; j < n; j += kWidth<A>) best = max(best, load(s + j));
-  return reduce_max(best);
+  Vec<A> best[4];  // one after the other they would wait for each other
+  for (Vec<A>& b : best) b = broadcast(-kInf<A>);
+  int64_t j = 0;
+  for (; j + 4 * kWidth<A> <= n; j += 4 * kWidth<A>) {
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) best[u] = max(best[u], load(s + j + u * kWidth<A>));
+  }
+  for (; j < n; j += kWidth<A>) best[0] = max(best[0], load(s + j));
+  return reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
 // s = 2^{scale_log2 * s - shift_log2}; returns the sum.  // E3

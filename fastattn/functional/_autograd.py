@@ -11,13 +11,14 @@ from torch.autograd import forward_ad
 
 def apply(function: type[torch.autograd.Function], *args: object) -> Tensor | tuple[Tensor, ...]:
     """``function.apply(*args)``. Outside of torch.func and torch.compile without ``apply``'s own
-    inspection of the signature, which takes longer than a small kernel."""
+    inspection of the signature, which takes longer than a small kernel; where nothing can be
+    differentiated, the Function's ``inference``, if it has one."""
     if torch.compiler.is_compiling():
         return function.apply(*_distinct(args))
     if _base_apply is None or _in_transform():
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return function.forward(*args)
+        return getattr(function, "inference", function.forward)(*args)
     return _base_apply(function, *_unwrap_dead_wrappers(args))
 
 

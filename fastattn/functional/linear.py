@@ -47,11 +47,11 @@ class MLPFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(input, layers, *parameters):
-        weights, biases = list(parameters[:layers]), list(parameters[layers:])
-        if any(b is None for b in biases):
-            absent = input.new_empty((0,))
-            biases = [absent if b is None else b for b in biases]
-        return tuple(ops.mlp_forward(input, weights, biases))
+        return tuple(ops.mlp_forward(input, *_layers(input, layers, parameters)))
+
+    @staticmethod
+    def inference(input, layers, *parameters):
+        return (ops.mlp_inference(input, *_layers(input, layers, parameters)),)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -75,6 +75,17 @@ class MLPFunction(torch.autograd.Function):
         grads = first_order(kernel, "mlp", grad_out, input, *weights)
         grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         return (grads[0], None, *grads[1:])
+
+
+def _layers(
+    input: Tensor, layers: int, parameters: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases as the ops take them: an absent bias has shape ``[0]``."""
+    weights, biases = list(parameters[:layers]), list(parameters[layers:])
+    if any(b is None for b in biases):
+        absent = input.new_empty((0,))
+        biases = [absent if b is None else b for b in biases]
+    return weights, biases
 
 
 def linear_relu(

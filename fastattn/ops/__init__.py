@@ -6,6 +6,7 @@ from fastattn.ops.linear import (
     linear_relu_forward,
     mlp_backward,
     mlp_forward,
+    mlp_inference,
 )
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "linear_relu_forward",
     "mlp_backward",
     "mlp_forward",
+    "mlp_inference",
 ]

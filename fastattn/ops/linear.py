@@ -40,6 +40,11 @@ def mlp_forward(input: Tensor, weights: list[Tensor], biases: list[Tensor]) -> l
     return torch.ops.fastattn.mlp_forward(input, weights, biases)
 
 
+def mlp_inference(input: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """``mlp_forward``'s out alone; the hidden activations are never there whole."""
+    return torch.ops.fastattn.mlp_inference(input, weights, biases)
+
+
 def mlp_backward(
     grad_out: Tensor,
     input: Tensor,
@@ -76,6 +81,10 @@ if _extension.HAS_NATIVE:
     def _(input, weights, biases):
         activations = [input.new_empty((*input.shape[:-1], w.shape[0])) for w in weights]
         return [activations[-1], *activations[:-1]]
+
+    @torch.library.register_fake("fastattn::mlp_inference")
+    def _(input, weights, biases):
+        return input.new_empty((*input.shape[:-1], weights[-1].shape[0]))
 
     @torch.library.register_fake("fastattn::mlp_backward")
     def _(grad_out, input, weights, hidden, needs):

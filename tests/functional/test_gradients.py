@@ -199,6 +199,7 @@ def test_opcheck():
     x = torch.randn(2, 4, 3)
     torch.library.opcheck(torch.ops.fastattn.linear_relu_forward.default, (x, w, None))
     torch.library.opcheck(torch.ops.fastattn.mlp_forward.default, (x, [w], [torch.randn(9)]))
+    torch.library.opcheck(torch.ops.fastattn.mlp_inference.default, (x, [w], [torch.randn(9)]))
 
 
 @NATIVE

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import fastattn
 from fastattn import ops, reference
 
 pytestmark = pytest.mark.native
@@ -147,3 +148,21 @@ def test_a_nan_stays_a_nan_and_passes_its_gradient_as_in_torch():
 def test_a_direct_call_with_bad_metadata_raises(argument, call):
     with pytest.raises(RuntimeError, match=f"{argument}: expected .*, got"):
         call(torch.ops.fastattn)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 1920, 4001])
+def test_inference_is_the_forward_without_its_hidden_activations(rows):
+    x = torch.randn(rows, 40)[:, 3:33]
+    w = [torch.randn(21, 30), torch.randn(64, 21), torch.randn(5, 64)]
+    b = [torch.randn(21), torch.empty(0), torch.randn(5)]
+    out = ops.mlp_inference(x, w, b)
+    torch.testing.assert_close(out, ops.mlp_forward(x, w, b)[0])
+    assert ops.mlp_inference(x.unsqueeze(1), w, b).shape == (rows, 1, 5)
+
+
+def test_no_grad_takes_the_inference_op(monkeypatch):
+    calls = []
+    monkeypatch.setattr(ops, "mlp_inference", lambda *a: calls.append(a) or torch.zeros(2, 4))
+    with torch.no_grad():
+        fastattn.mlp(torch.ones(2, 3), [torch.ones(5, 3), torch.ones(4, 5)])
+    assert len(calls) == 1
