@@ -49,7 +49,7 @@ struct PlainC {
 };
 
 constexpr int64_t kBlockM = 96;       // 16 strips of 6 rows
-constexpr int64_t kBlockDepth = 320;  // words: a panel of 16 columns is 20 KB of L1
+constexpr int64_t kBlockDepth = 384;  // words: a panel of 16 columns is 24 KB of L1
 constexpr int64_t kDepthUnit = 8;     // of a block of depth: whole bytes of a bit-mask
 constexpr int64_t kPackedBytes = int64_t{13} << 18;  // of B at a time: they stay in L3
 constexpr int64_t kMostBlocks = 8;

@@ -106,17 +106,22 @@ template <class T>
 FASTATTN_INLINE void load_masked_gradient(const LinearBackwardProblem& p, int64_t i, int64_t j0,
                                           int64_t cols, Acc<T>* dst) {
   using A = Acc<T>;
-  if (p.grad_y_is_accumulator) {
-    convert(dst, static_cast<const A*>(p.grad_y) + i * p.grad_y_stride + j0, cols);
+  const int64_t offset = i * p.grad_y_stride + j0;
+  const A* src = dst;
+  if (p.grad_y_is_accumulator || sizeof(T) == sizeof(A)) {
+    src = static_cast<const A*>(p.grad_y) + offset;
   } else {
-    convert(dst, static_cast<const T*>(p.grad_y) + i * p.grad_y_stride + j0, cols);
+    convert(dst, static_cast<const T*>(p.grad_y) + offset, cols);
   }
   if (p.relu_mask != nullptr) {
     const uint8_t* mask = p.relu_mask + i * ceil_div(p.n, 8) + j0 / 8;
     int64_t j = 0;
-    for (; j + 8 <= cols; j += 8) apply_relu_bits(mask[j / 8], dst + j);
-    if (j < cols) apply_relu_bits(mask[j / 8], dst + j, static_cast<int>(cols - j));
-  } else if (p.relu_output != nullptr) {
+    for (; j + 8 <= cols; j += 8) apply_relu_bits(mask[j / 8], dst + j, src + j);
+    if (j < cols) apply_relu_bits(mask[j / 8], dst + j, src + j, static_cast<int>(cols - j));
+    return;
+  }
+  if (src != dst) convert(dst, src, cols);
+  if (p.relu_output != nullptr) {
     const T* output = static_cast<const T*>(p.relu_output) + i * p.n + j0;
     for (int64_t j = 0; j < cols; ++j) dst[j] = to_acc(output[j]) <= A(0) ? A(0) : dst[j];
   }

@@ -346,25 +346,29 @@ FASTATTN_INLINE uint8_t relu_bits(const T* x) {
   for (int t = 0; t < 8; ++t) byte |= static_cast<uint8_t>(!(x[t] <= T(0)) << t);
   return byte;
 }
-// x[t] = bit t of byte ? x[t] : 0.
+// dst[t] = bit t of byte ? src[t] : 0; dst may be src.
 template <class T>
-FASTATTN_INLINE void apply_relu_bits(uint8_t byte, T* x, int count) {
-  for (int t = 0; t < count; ++t) x[t] = byte >> t & 1 ? x[t] : T(0);
+FASTATTN_INLINE void apply_relu_bits(uint8_t byte, T* dst, const T* src, int count) {
+  for (int t = 0; t < count; ++t) dst[t] = byte >> t & 1 ? src[t] : T(0);
 }
 #if defined(FASTATTN_AVX2)
 FASTATTN_INLINE uint8_t relu_bits(const float* x) {
   return static_cast<uint8_t>(
       _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_setzero_ps(), _CMP_NLE_UQ)));
 }
-FASTATTN_INLINE void apply_relu_bits(uint8_t byte, float* x) {
+FASTATTN_INLINE void apply_relu_bits(uint8_t byte, float* dst, const float* src) {
   const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i passes =
       _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(byte), lanes), lanes);
-  _mm256_storeu_ps(x, _mm256_and_ps(_mm256_castsi256_ps(passes), _mm256_loadu_ps(x)));
+  _mm256_storeu_ps(dst, _mm256_and_ps(_mm256_castsi256_ps(passes), _mm256_loadu_ps(src)));
 }
 #else
-FASTATTN_INLINE void apply_relu_bits(uint8_t byte, float* x) { apply_relu_bits(byte, x, 8); }
+FASTATTN_INLINE void apply_relu_bits(uint8_t byte, float* dst, const float* src) {
+  apply_relu_bits(byte, dst, src, 8);
+}
 #endif
-FASTATTN_INLINE void apply_relu_bits(uint8_t byte, double* x) { apply_relu_bits(byte, x, 8); }
+FASTATTN_INLINE void apply_relu_bits(uint8_t byte, double* dst, const double* src) {
+  apply_relu_bits(byte, dst, src, 8);
+}
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -13,7 +13,7 @@ from fastattn.cli import main
 from fastattn.cli.bench import cases, measure, report
 
 pytestmark = pytest.mark.native
-ROOF = measure.Roofline(1e11, 1e10)
+ROOF = measure.Roofline(1e11, 2e11, 1e10)
 
 
 def test_bench_writes_a_table_a_page_and_compares(tmp_path, capsys):

@@ -81,5 +81,6 @@ def _title(roofline: Roofline) -> str:
         f"fastattn {__version__} ({_extension.cpu_isa() or 'no native library'}), "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads of {platform.machine()}, "
         f"measured roofline {roofline.flops / 1e9:.0f} GFLOP/s float32, "
+        f"{roofline.flops_bf16 / 1e9:.0f} bfloat16, "
         f"{roofline.bytes / 1e9:.1f} GB/s"
     )

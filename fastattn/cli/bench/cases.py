@@ -8,6 +8,7 @@ every input and result once.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -142,9 +143,13 @@ class Attention:
 
 
 def both_directions(
-    functions: dict[str, Callable[..., Tensor]], inputs: list[Tensor], direction: str
+    functions: dict[str, Callable[..., Tensor]],
+    inputs: list[Tensor],
+    direction: str,
+    dead: Tensor | None = None,
 ) -> dict[str, Run]:
-    """The forward without autograd, or the backward alone over a graph that is kept."""
+    """The forward without autograd, or the backward alone over a graph that is kept. Where ``dead``
+    is True the output's gradient is 0."""
 
     def forward(function: Callable[..., Tensor]) -> Run:
         @torch.no_grad()
@@ -157,6 +162,8 @@ def both_directions(
         leaves = [x.clone().requires_grad_() for x in inputs]
         out = function(*leaves)
         cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        if dead is not None:
+            cotangent.masked_fill_(dead, 0.0)
         return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
 
     wrap = forward if direction == "forward" else backward
@@ -213,7 +220,10 @@ def linear_cases(peers: str) -> Iterator[Case]:
                     functions["oneDNN fused"] = lambda x, w, b: torch.ops.mkldnn._linear_pointwise(
                         x, w, b, "relu", [], ""
                     )
-            return both_directions(functions, [torch.randn(rows, n_in), weight, bias], direction)
+            x = torch.randn(rows, n_in)
+            # Of a sum that is about 0 the rounding decides what passes the ReLU.
+            dead = F.linear(x, weight, bias).abs() < 1e-4
+            return both_directions(functions, [x, weight, bias], direction, dead)
 
         flops = 2.0 * rows * n_in * n_out
         moved = 4.0 * (rows * n_in + n_in * n_out + rows * n_out)
@@ -311,6 +321,46 @@ def encoder_cases(peers: str) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def bert_cases() -> Iterator[Case]:
+    """A whole BERT of MiniLM's size, half of its rows half padded, beside Hugging Face's sdpa."""
+    if importlib.util.find_spec("transformers") is None:
+        return
+    batch, seq, dim, hidden, layers, heads = 8, 512, 384, 1536, 6, 12
+
+    def build() -> dict[str, Run]:
+        from transformers import BertConfig, BertModel
+
+        config = BertConfig(
+            hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
+            intermediate_size=hidden, attn_implementation="sdpa",
+        )  # fmt: skip
+        stock = BertModel(config, add_pooling_layer=False).eval()
+        ours = copy.deepcopy(stock)
+        patch(ours)
+        ids = torch.randint(0, config.vocab_size, (batch, seq))
+        mask = torch.ones(batch, seq, dtype=torch.long)
+        mask[1::2, seq // 2 :] = 0
+
+        def run(model: nn.Module) -> Run:
+            @torch.no_grad()
+            def forward() -> Sequence[Tensor]:
+                # Padded positions hold what the implementation leaves there.
+                return [model(ids, attention_mask=mask).last_hidden_state[mask.bool()]]
+
+            return forward
+
+        return {OURS: run(ours), "eager": run(stock)}
+
+    tokens = batch * seq
+    dense = 2.0 * tokens * (4 * dim * dim + 2 * dim * hidden)
+    attention = 4.0 * batch * seq * seq * dim
+    moved = 4.0 * layers * (4 * dim * dim + 2 * dim * hidden + 10 * tokens * dim)
+    yield Case(
+        "encoder", f"MiniLM {batch}x{seq}, half padded", torch.float32, "forward",
+        layers * (dense + attention), moved, build,
+    )  # fmt: skip
+
+
 def cases(ops: Sequence[str], peers: str, grid: bool) -> Iterator[Case]:
     for op in ops:
         if op == "attention":
@@ -321,3 +371,4 @@ def cases(ops: Sequence[str], peers: str, grid: bool) -> Iterator[Case]:
             yield from mlp_cases(peers)
         else:
             yield from encoder_cases(peers)
+            yield from bert_cases()

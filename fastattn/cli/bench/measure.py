@@ -21,36 +21,43 @@ class Roofline:
     """What this machine does at best on the threads in use, measured."""
 
     flops: float  # float32 multiply-adds in registers, a second
+    flops_bf16: float  # bfloat16's: of pairs where the processor has them
     bytes: float  # of a large copy, read and written, a second
 
     def seconds(self, case: Case) -> float:
-        """The least time of ``case``; float64 does half the flops, 16-bit types are computed in
+        """The least time of ``case``; float64 does half the flops, float16 is computed in
         float32."""
-        peak = self.flops / 2 if case.dtype == torch.float64 else self.flops
-        return max(case.flops / peak, case.bytes / self.bytes)
+        peaks = {torch.float64: self.flops / 2, torch.bfloat16: self.flops_bf16}
+        return max(case.flops / peaks.get(case.dtype, self.flops), case.bytes / self.bytes)
 
     def best(self, other: Roofline) -> Roofline:
-        return Roofline(max(self.flops, other.flops), max(self.bytes, other.bytes))
+        return Roofline(
+            max(self.flops, other.flops),
+            max(self.flops_bf16, other.flops_bf16),
+            max(self.bytes, other.bytes),
+        )
 
 
 def probe() -> Roofline:
     """The machine's roofline: the best of several short runs. Neighbours can spoil all of them:
     probe again between cases and keep the best."""
-    like = torch.empty(1)
-    flops = 0.0
+    flops = {torch.float32: 0.0, torch.bfloat16: 0.0}
     if _extension.HAS_NATIVE:
-        for _ in range(6):
+        for dtype in list(flops) * 6:
+            like = torch.empty(1, dtype=dtype)
             start = time.perf_counter()
             done = torch.ops.fastattn.fma_probe(like, 400_000)
-            flops = max(flops, done / (time.perf_counter() - start))
+            flops[dtype] = max(flops[dtype], done / (time.perf_counter() - start))
     else:
         a = torch.randn(2048, 2048)
-        flops = max(2 * 2048**3 / seconds(lambda: [a @ a]) for _ in range(6))
+        flops[torch.float32] = max(2 * 2048**3 / seconds(lambda: [a @ a]) for _ in range(6))
+    # On float32's units both are the same.
+    flops[torch.bfloat16] = max(flops.values())
     source = torch.empty(16 << 20, dtype=torch.float32).fill_(1.0)
     target = torch.empty_like(source)
     moved = 2.0 * source.numel() * 4
     best = min(seconds(lambda: [target.copy_(source)]) for _ in range(4))
-    return Roofline(flops, moved / best)
+    return Roofline(flops[torch.float32], flops[torch.bfloat16], moved / best)
 
 
 def seconds(run: Run) -> float:
