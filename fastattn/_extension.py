@@ -43,8 +43,8 @@ def why_not() -> str | None:
 
 
 def cpu_isa() -> str | None:
-    """The kernel set in use (``avx512``, ``avx2``, ``generic``), or None without the native
-    library."""
+    """The kernel set in use (``avx512bf16``, ``avx512``, ``avx2``, ``generic``), or None without
+    the native library."""
     if not HAS_NATIVE:
         return None
     from fastattn import _C

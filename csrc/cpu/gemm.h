@@ -6,9 +6,9 @@
 //       A's rows [i0, i0 + rows) and columns [d, d + depth), in place or in `scratch`, which holds
 //       kBlockM * kBlockDepth words and kWidth more; first_columns is true for one task of each
 //       block of rows;
-//   load_b(d, depth, j0, cols, dst) -> Columns<E>
-//       B's rows [d, d + depth) and columns [j0, j0 + cols), in place or as one panel
-//       [words(depth), kPanel] in `dst`, zero past `cols`;
+//   load_b(d, depth, j0, cols, dst, panel_words) -> Panels<E>
+//       B's rows [d, d + depth) and columns [j0, j0 + cols), in place or as panels
+//       [words(depth), kPanel] in `dst`, panel_words from one to the next, zero past `cols`;
 //   store_c(i, j0, cols, row)
 //       takes row i of C, columns [j0, j0 + cols), and may change `row`.
 // A C that needs no more than to be written is given as `plain_c`: store_c then sees only the
@@ -34,10 +34,12 @@ struct Strips {
   }
 };
 
-// A panel of B's columns, word by word of depth.
+// B's columns in panels of kPanel: panel p begins at data + p * panel, its words of depth `stride`
+// apart.
 template <class E>
-struct Columns {
+struct Panels {
   const E* data;
+  int64_t panel;
   int64_t stride;
 };
 
@@ -130,14 +132,11 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
     A* c = thread_scratch<A>(6, panels * kept_rows * kPanelCols);  // [panels][kept_rows][kPanel]
     for (int64_t first = 0; first < depth_blocks; first += packed_blocks) {
       const int64_t end = min64(depth_blocks, first + packed_blocks);
-      Columns<E> b[kMostBlocks * kTaskVecs];
+      Panels<E> b[kMostBlocks];
       for (int64_t block = first; block < end; ++block) {
         const int64_t d = block * block_depth, depth = max64(0, min64(block_depth, k - d));
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          const int64_t j = panel * kPanelCols, at = (block - first) * panels + panel;
-          b[at] =
-              load_b(d, depth, j0 + j, min64(kPanelCols, cols - j), packed_b + at * panel_words);
-        }
+        b[block - first] = load_b(d, depth, j0, cols,
+                                  packed_b + (block - first) * panels * panel_words, panel_words);
       }
       for (int64_t i = 0; i < rows; i += kBlockM) {
         const int64_t block_rows = min64(kBlockM, rows - i);
@@ -154,12 +153,13 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
             const int64_t c_stride = plain ? plain_c.stride : kPanelCols;
             A* c_strip = plain ? plain_c.data + (i0 + i + strip) * c_stride + j0 + j
                                : c_block + (panel * kept_rows + strip) * kPanelCols;
-            const Columns<E>& columns = b[(block - first) * panels + panel];
+            const Panels<E>& columns = b[block - first];
+            const E* b_panel = columns.data + panel * columns.panel;
             if (block == 0) {
-              micro_kernel<Start::kZero>(strip_rows, vecs, words<E>(depth), a_strip, columns.data,
+              micro_kernel<Start::kZero>(strip_rows, vecs, words<E>(depth), a_strip, b_panel,
                                          columns.stride, c_strip, c_stride);
             } else {
-              micro_kernel<Start::kAdd>(strip_rows, vecs, words<E>(depth), a_strip, columns.data,
+              micro_kernel<Start::kAdd>(strip_rows, vecs, words<E>(depth), a_strip, b_panel,
                                         columns.stride, c_strip, c_stride);
             }
             if (plain || block + 1 < depth_blocks) return;

@@ -26,16 +26,26 @@ FASTATTN_INLINE bool unpacked_pays(int64_t m, int64_t k) {
   return 2 * m <= k && m * k <= int64_t{1} << 17;
 }
 
-// A panel of a row-major B [k, n]: rows [d, d + depth), columns [j0, j0 + cols).
+// Panels of a row-major B: rows and columns from `src` on.
 template <class T, class E = Operand<T>>
-FASTATTN_INLINE Columns<E> row_major_panel(const T* src, int64_t stride, int64_t depth,
-                                           int64_t cols, bool in_place, E* dst) {
+FASTATTN_INLINE Panels<E> row_major_panels(const T* src, int64_t stride, int64_t depth,
+                                           int64_t cols, bool in_place, E* dst,
+                                           int64_t panel_words) {
   constexpr int64_t kCols = kPanel<Acc<T>>;
   if constexpr (sizeof(T) == sizeof(E)) {
-    if (in_place && cols % kWidth<E> == 0) return {src, stride};
+    if (in_place && cols % kWidth<E> == 0) return {src, kCols, stride};
   }
-  pack_depth_rows(dst, kCols, src, stride, depth, cols);
-  return {dst, kCols};
+  // A few rows at a time, each as far as it goes: whole pages are read, and panels written, in
+  // order.
+  constexpr int64_t kRowsAtOnce = 8;
+  for (int64_t i = 0; i < depth; i += kRowsAtOnce) {
+    const int64_t rows = min64(kRowsAtOnce, depth - i);
+    for (int64_t j = 0; j < cols; j += kCols) {
+      pack_depth_rows(dst + j / kCols * panel_words + i / kDepth<E> * kCols, kCols,
+                      src + i * stride + j, stride, rows, min64(kCols, cols - j));
+    }
+  }
+  return {dst, panel_words, kCols};
 }
 
 // Row i, columns [j0, j0 + cols), of y from its sums in `row`, which may change.  // E15
@@ -79,11 +89,14 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
     pack_rows(scratch, words<E>(depth), src, p.x_stride, rows, depth);
     return Strips<E>::row_major(scratch, words<E>(depth));
   };
-  const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols,
-                          E* dst) -> Columns<E> {
+  const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols, E* dst,
+                          int64_t panel_words) -> Panels<E> {
     E* staging = sizeof(T) == sizeof(E) ? nullptr : thread_scratch<E>(7, kPanel<A> * kBlockDepth);
-    pack_transposed_panel(dst, w + j0 * p.w_stride + d, p.w_stride, cols, depth, staging);
-    return {dst, kPanel<A>};
+    for (int64_t j = 0; j < cols; j += kPanel<A>) {
+      pack_transposed_panel(dst + j / kPanel<A> * panel_words, w + (j0 + j) * p.w_stride + d,
+                            p.w_stride, min64(kPanel<A>, cols - j), depth, staging);
+    }
+    return {dst, panel_words, kPanel<A>};
   };
   const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
     if (cols == kPanel<A>) {
@@ -159,10 +172,10 @@ void linear_input_gradient(const LinearBackwardProblem& p, const Parallel& paral
     }
     return Strips<E>::row_major(scratch, stride);
   };
-  const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols,
-                          E* dst) -> Columns<E> {
-    return row_major_panel(w + d * p.w_stride + j0, p.w_stride, depth, cols,
-                           in_place_pays<T>(p.m, p.w_stride, p.n), dst);
+  const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols, E* dst,
+                          int64_t panel_words) -> Panels<E> {
+    return row_major_panels(w + d * p.w_stride + j0, p.w_stride, depth, cols,
+                            in_place_pays<T>(p.m, p.w_stride, p.n), dst, panel_words);
   };
   const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
     if (p.grad_x_is_accumulator) {
@@ -234,10 +247,10 @@ void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& para
       }
     }
   } else {
-    const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols,
-                            E* dst) -> Columns<E> {
-      return row_major_panel(x + d * p.x_stride + j0, p.x_stride, depth, cols,
-                             in_place_pays<T>(p.n, p.x_stride, p.m), dst);
+    const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols, E* dst,
+                            int64_t panel_words) -> Panels<E> {
+      return row_major_panels(x + d * p.x_stride + j0, p.x_stride, depth, cols,
+                              in_place_pays<T>(p.n, p.x_stride, p.m), dst, panel_words);
     };
     const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
       convert(static_cast<T*>(p.grad_w) + i * p.k + j0, row, cols);

@@ -52,19 +52,13 @@ FASTATTN_INLINE void pack_rows(Pair* dst, int64_t padded, const bf16* src, int64
 template <class T>
 void pack_depth_rows(Acc<T>* dst, int64_t padded, const T* src, int64_t src_stride, int64_t rows,
                      int64_t cols) {
-  constexpr int64_t kBytes = sizeof(T);
-  for (int64_t i = 0; i < rows; ++i) {
-    prefetch_bytes(src + min64(i + kRowsAhead, rows - 1) * src_stride, cols * kBytes);
-    pack_rows(dst + i * padded, padded, src + i * src_stride, src_stride, 1, cols);
-  }
+  pack_rows(dst, padded, src, src_stride, rows, cols);
 }
 FASTATTN_INLINE void pack_depth_rows(Pair* dst, int64_t padded, const bf16* src, int64_t src_stride,
                                      int64_t rows, int64_t cols) {
   for (int64_t i = 0; i < rows; i += 2) {
     Pair* row = dst + i / 2 * padded;
     const bf16 *low = src + i * src_stride, *high = low + src_stride;
-    prefetch_bytes(src + min64(i + kRowsAhead, rows - 1) * src_stride, 2 * cols);
-    prefetch_bytes(src + min64(i + 1 + kRowsAhead, rows - 1) * src_stride, 2 * cols);
     if (i + 1 < rows) {
       for (int64_t j = 0; j < cols; ++j) row[j] = Pair{low[j].bits, high[j].bits};
     } else {
