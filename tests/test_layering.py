@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fastattn"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-SOURCES = sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cpp")])
+SOURCES = sorted(p for end in ("h", "cpp", "cu") for p in (ROOT / "csrc").rglob(f"*.{end}"))
 
 # layer -> the layers of fastattn that it may import; "" is the package itself
 ALLOWED = {
@@ -32,7 +32,14 @@ ALLOWED = {
 THIRD_PARTY = {"ops": {"triton"}, "integrations": {"transformers", "rich"}, "cli": None}
 
 # csrc layer -> the layers whose headers it may include
-INCLUDES = {"common": {"common"}, "cpu": {"common", "cpu"}, "": {"common", "cpu"}}
+INCLUDES = {
+    "common": {"common"},
+    "cpu": {"common", "cpu"},
+    "cuda": {"common", "cuda"},
+    "": {"common", "cpu"},
+}
+# within csrc/cuda: who stands on whom; the emulator is the one other home of ptx's functions
+STRATA = {"ptx": {"ptx", "emulator"}, "emulator": {"emulator"}, "kernels": {"kernels", "ptx"}}
 TORCH_HOMES = re.compile(r"ops\.cpp|register_\w+\.cpp|validate\.h|check\.h")
 
 
@@ -95,6 +102,10 @@ def test_includes(path):
     layer = path.relative_to(ROOT / "csrc").parts[0] if path.parent.name != "csrc" else ""
     ours = {i.split("/")[0] for i in included if (ROOT / "csrc" / i).exists()}
     assert ours <= INCLUDES[layer]
+    if layer == "cuda":
+        strata = {i.split("/")[1] for i in included if i.startswith("cuda/")}
+        assert strata <= STRATA[path.parent.name]
+        assert "asm" not in path.read_text() or path.parent.name == "ptx", "asm lives in ptx"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -1,0 +1,296 @@
+// One thread block on the CPU: its threads are fibers, taken in an order drawn from a seed; copies
+// and matrix products that the hardware does asynchronously are done as late as what waits for them
+// allows, or at a drawn moment before. Shared memory begins as NaN, is NaN again while a copy into
+// it is under way, and has guard pages around it. What the hardware would leave undefined shows as
+// a NaN, as a stale value, as a deadlock or as an Error.
+#pragma once
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace fastattn::cuda::emulator {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+constexpr int kWarp = 32, kWarpgroup = 128;
+constexpr int64_t kMostSharedBytes = 227 * 1024;
+constexpr int kNamedBarriers = 16;
+
+// How asynchronous work is timed.
+struct Timing {
+  uint64_t seed = 0;
+  bool latest = true;  // only when nobody can go on without it; else at drawn moments too
+};
+
+// Shared memory as the threads see it, and as the asynchronous units do: what a thread stores
+// reaches those only by its proxy fence.
+class SharedMemory {
+ public:
+  explicit SharedMemory(int64_t bytes) : bytes_(bytes) {
+    const int64_t page = 4096, body = (bytes + page - 1) / page * page;
+    mapped_ = body + 2 * page;
+    base_ = static_cast<char*>(
+        mmap(nullptr, static_cast<size_t>(mapped_), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED) throw std::bad_alloc();
+    // The last byte ends at a guard page; addresses are then aligned as the size is.
+    mprotect(base_ + page, static_cast<size_t>(body), PROT_READ | PROT_WRITE);
+    data_ = base_ + page + (body - bytes) / 1024 * 1024;
+    async_.assign(static_cast<size_t>(bytes), '\xff');
+    std::memset(data_, 0xff, static_cast<size_t>(bytes));
+  }
+  ~SharedMemory() { munmap(base_, static_cast<size_t>(mapped_)); }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
+  char* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+  int64_t offset(const void* p, int64_t size) const {
+    const int64_t at = static_cast<const char*>(p) - data_;
+    check(at, size);
+    return at;
+  }
+  void check(int64_t at, int64_t size) const {
+    if (at < 0 || size < 0 || at + size > bytes_)
+      throw Error("shared memory: [" + std::to_string(at) + ", " + std::to_string(at + size) +
+                  ") of " + std::to_string(bytes_) + " bytes");
+  }
+  // The asynchronous units' view.
+  const char* read(int64_t at, int64_t size) const {
+    check(at, size);
+    return async_.data() + at;
+  }
+  void write(int64_t at, const void* from, int64_t size) {
+    check(at, size);
+    std::memcpy(async_.data() + at, from, static_cast<size_t>(size));
+    std::memcpy(data_ + at, from, static_cast<size_t>(size));
+  }
+  void poison(int64_t at, int64_t size) {
+    check(at, size);
+    std::memset(async_.data() + at, 0xff, static_cast<size_t>(size));
+    std::memset(data_ + at, 0xff, static_cast<size_t>(size));
+  }
+  // A thread's store is seen by the asynchronous units from here on.
+  void publish(int64_t at, int64_t size) {
+    std::memcpy(async_.data() + at, data_ + at, static_cast<size_t>(size));
+  }
+
+ private:
+  int64_t bytes_, mapped_;
+  char *base_, *data_;
+  std::vector<char> async_;
+};
+
+// One thread block.
+class Block {
+ public:
+  struct Thread {
+    ucontext_t context;
+    std::vector<char> stack;
+    std::function<bool()> ready;  // of a waiting thread: may it go on?
+    std::string waits_for;
+    bool done = false;
+    std::vector<std::pair<int64_t, int64_t>> unfenced;  // stores that its proxy fence publishes
+  };
+
+  Block(int threads, int64_t shared_bytes, Timing timing)
+      : shared(shared_bytes),
+        groups(static_cast<size_t>((threads + kWarpgroup - 1) / kWarpgroup)),
+        warps(static_cast<size_t>((threads + kWarp - 1) / kWarp)),
+        threads_(static_cast<size_t>(threads)),
+        timing_(timing),
+        random_(timing.seed) {}
+
+  static Block*& current() {
+    static thread_local Block* block = nullptr;
+    return block;
+  }
+
+  // Runs `body` on every thread, to its end; then nothing may be left half done.
+  void run(std::function<void()> body) {
+    current() = this;
+    body_ = std::move(body);
+    for (Thread& t : threads_) {
+      t.stack.assign(kStackBytes, 0);
+      getcontext(&t.context);
+      t.context.uc_stack.ss_sp = t.stack.data();
+      t.context.uc_stack.ss_size = t.stack.size();
+      t.context.uc_link = &scheduler_;
+      makecontext(&t.context, &Block::enter, 0);
+    }
+    while (step()) {
+    }
+    while (!copies_.empty()) finish_copy(draw(copies_.size()));
+    for (size_t g = 0; g < groups.size(); ++g) {
+      if (groups[g].pending()) throw Error("a thread block ended with matrix products under way");
+    }
+    current() = nullptr;
+  }
+
+  int id() const { return static_cast<int>(id_); }
+  Thread& self() { return threads_[id_]; }
+  int threads() const { return static_cast<int>(threads_.size()); }
+  size_t draw(size_t below) { return static_cast<size_t>(random_() % below); }
+
+  // The running thread goes on when `ready` says so; others run meanwhile.
+  void wait(std::string what, std::function<bool()> ready) {
+    Thread& t = self();
+    t.waits_for = std::move(what);
+    t.ready = std::move(ready);
+    swapcontext(&t.context, &scheduler_);
+  }
+  void start_copy(std::function<void()> finish) { copies_.push_back(std::move(finish)); }
+
+  // --- mbarriers
+  struct Barrier {
+    int64_t expected = 0, arrivals = 0, bytes = 0, phase = 0;
+  };
+  std::map<int64_t, Barrier> barriers;  // by their place in shared memory
+  Barrier& barrier(const void* p) {
+    const auto found = barriers.find(shared.offset(p, 8));
+    if (found == barriers.end()) throw Error("mbarrier: used before its init");
+    return found->second;
+  }
+  // A phase ends when all have arrived and all bytes are there.
+  void advance(Barrier& b) {
+    if (b.arrivals < 0) throw Error("mbarrier: more arrivals than it was made for");
+    if (b.arrivals > 0 || b.bytes != 0) return;
+    b.arrivals = b.expected;
+    ++b.phase;
+  }
+
+  // --- named barriers
+  struct Named {
+    int64_t arrived = 0, phase = 0, threads = 0;
+  };
+  Named named[kNamedBarriers];
+  // Returns the phase that the arrival belongs to.
+  int64_t arrive(int barrier, int64_t threads) {
+    if (barrier < 0 || barrier >= kNamedBarriers) throw Error("named barrier: 0 to 15");
+    if (threads % kWarp != 0 || threads <= 0) throw Error("named barrier: whole warps");
+    Named& n = named[barrier];
+    if (n.arrived > 0 && n.threads != threads)
+      throw Error("named barrier: two counts of threads in one phase");
+    n.threads = threads;
+    const int64_t phase = n.phase;
+    if (++n.arrived == threads) {
+      n.arrived = 0;
+      ++n.phase;
+    }
+    return phase;
+  }
+
+  // --- matrix products of a warpgroup: what its 128 threads ask for, one by one, in order
+  struct Product {
+    int asked = 0;  // threads so far
+    int64_t group = 0;
+    std::shared_ptr<void> state;
+    std::function<void()> multiply;
+  };
+  struct Warpgroup {
+    std::vector<Product> products;
+    size_t done = 0;                                                       // of them, in order
+    std::vector<size_t> asked = std::vector<size_t>(kWarpgroup, 0);        // by each thread
+    std::vector<int64_t> committed = std::vector<int64_t>(kWarpgroup, 0);  // groups, likewise
+    std::vector<char> fenced = std::vector<char>(kWarpgroup, 0);
+    bool pending() const { return done < products.size(); }
+  };
+
+  // --- values that the lanes of a warp exchange; a lane can be one exchange ahead of another
+  struct Exchange {
+    uint32_t values[kWarp] = {};
+    int written = 0, read = 0;
+  };
+  struct Warp {
+    size_t turn[kWarp] = {};
+    Exchange exchanges[2];
+  };
+
+  SharedMemory shared;
+  std::vector<Warpgroup> groups;
+  std::vector<Warp> warps;
+
+ private:
+  static constexpr size_t kStackBytes = 256 << 10;
+
+  static void enter() {
+    Block& block = *current();
+    try {
+      block.body_();
+    } catch (...) {
+      block.failure_ = std::current_exception();
+    }
+    block.self().done = true;
+  }
+
+  // Lets every thread that can go on do so once, in a drawn order; false when all have ended.
+  bool step() {
+    std::vector<size_t> order;
+    bool all_done = true;
+    for (size_t i = 0; i < threads_.size(); ++i) {
+      Thread& t = threads_[i];
+      all_done = all_done && t.done;
+      if (!t.done && (!t.ready || t.ready())) order.push_back(i);
+    }
+    if (all_done) return false;
+    const bool early = !timing_.latest && !copies_.empty() && draw(4) == 0;
+    if (order.empty() || early) {
+      if (copies_.empty()) throw Error("deadlock: " + waiting());
+      finish_copy(draw(copies_.size()));
+      return true;
+    }
+    std::shuffle(order.begin(), order.end(), random_);
+    for (const size_t i : order) {
+      Thread& t = threads_[i];
+      if (t.ready && !t.ready()) continue;
+      t.ready = nullptr;
+      id_ = i;
+      swapcontext(&scheduler_, &t.context);
+      if (failure_) std::rethrow_exception(failure_);
+    }
+    return true;
+  }
+
+  void finish_copy(size_t i) {
+    const std::function<void()> finish = std::move(copies_[i]);
+    copies_.erase(copies_.begin() + static_cast<int64_t>(i));
+    finish();
+  }
+
+  std::string waiting() const {
+    std::map<std::string, int> count;
+    for (const Thread& t : threads_) {
+      if (!t.done) ++count[t.waits_for];
+    }
+    std::string text;
+    for (const auto& [what, threads] : count)
+      text += (text.empty() ? "" : ", ") + std::to_string(threads) + " threads wait for " + what;
+    return text;
+  }
+
+  std::vector<Thread> threads_;
+  std::vector<std::function<void()>> copies_;
+
+  Timing timing_;
+  std::mt19937_64 random_;
+  std::function<void()> body_;
+  ucontext_t scheduler_;
+  size_t id_ = 0;
+  std::exception_ptr failure_;
+};
+
+}  // namespace fastattn::cuda::emulator
