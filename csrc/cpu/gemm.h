@@ -54,10 +54,10 @@ constexpr int64_t kBlockM = 96;       // 16 strips of 6 rows
 constexpr int64_t kBlockDepth = 384;  // words: a panel of 16 columns is 24 KB of L1
 constexpr int64_t kDepthUnit = 8;     // of a block of depth: whole bytes of a bit-mask
 constexpr int64_t kPackedBytes = int64_t{13} << 18;  // of B at a time: they stay in L3
-constexpr int64_t kMostBlocks = 8;
-constexpr int64_t kFlatPanels = 6144;  // elements of all panels: 24 KB of L1
-constexpr int64_t kKeptRows = 960;     // of a task whose C is kept from round to round of B
-constexpr int64_t kTaskVecs = 96;      // of a task's columns: 768 floats on AVX2, 1536 on AVX-512
+constexpr int64_t kMostBlocks = 8;                   // of depth at a time: an array on the stack
+constexpr int64_t kFlatPanels = 6144;                // elements of all panels: 24 KB of L1
+constexpr int64_t kKeptRows = 960;  // of a task whose C is kept from round to round of B
+constexpr int64_t kTaskVecs = 96;   // of a task's columns: 768 floats on AVX2, 1536 on AVX-512
 
 // The threads, or one for a product of which a second thread costs more than it saves.
 FASTATTN_INLINE Parallel worthwhile(Parallel threads, int64_t m, int64_t n, int64_t k) {

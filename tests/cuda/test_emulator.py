@@ -47,8 +47,8 @@ def mutants() -> list[tuple[int, str]]:
     found = []
     for number, line in enumerate(KERNEL.read_text().splitlines()):
         match = re.search(
-            r"ptx::(barrier_wait|barrier_arrive|barrier_init_fence|block_sync|named_barrier\w+"
-            r"|fence_async_proxy|wgmma_fence|wgmma_commit|wgmma_wait|registers_\w+)"
+            r"ptx::(barrier_wait|barrier_arrive|barrier_init_fence|block_sync"
+            r"|wgmma_fence|wgmma_commit|wgmma_wait|registers_\w+)"
             r"(<\d+>)?\([^;]*\);",
             line,
         )

@@ -37,8 +37,7 @@ struct Timing {
   bool latest = true;  // only when nobody can go on without it; else at drawn moments too
 };
 
-// Shared memory as the threads see it, and as the asynchronous units do: what a thread stores
-// reaches those only by its proxy fence.
+// Shared memory as the threads see it, and as the asynchronous units do.
 class SharedMemory {
  public:
   explicit SharedMemory(int64_t bytes) : bytes_(bytes) {
@@ -84,10 +83,6 @@ class SharedMemory {
     std::memset(async_.data() + at, 0xff, static_cast<size_t>(size));
     std::memset(data_ + at, 0xff, static_cast<size_t>(size));
   }
-  // A thread's store is seen by the asynchronous units from here on.
-  void publish(int64_t at, int64_t size) {
-    std::memcpy(async_.data() + at, data_ + at, static_cast<size_t>(size));
-  }
 
  private:
   int64_t bytes_, mapped_;
@@ -104,7 +99,6 @@ class Block {
     std::function<bool()> ready;  // of a waiting thread: may it go on?
     std::string waits_for;
     bool done = false;
-    std::vector<std::pair<int64_t, int64_t>> unfenced;  // stores that its proxy fence publishes
   };
 
   Block(int threads, int64_t shared_bytes, Timing timing)

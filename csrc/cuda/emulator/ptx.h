@@ -38,14 +38,6 @@ inline void block_sync() {
   const int64_t phase = b.arrive(0, b.threads());
   b.wait("the block's barrier", [&b, phase] { return b.named[0].phase != phase; });
 }
-inline void named_barrier_sync(int id, int threads) {
-  Block& b = *Block::current();
-  const int64_t phase = b.arrive(id, threads);
-  b.wait("named barrier " + std::to_string(id),
-         [&b, id, phase] { return b.named[id].phase != phase; });
-}
-inline void named_barrier_arrive(int id, int threads) { Block::current()->arrive(id, threads); }
-
 struct alignas(8) Barrier {
   uint64_t state;
 };
@@ -87,20 +79,6 @@ inline uint32_t shuffle_xor(uint32_t value, int mask) {
   const uint32_t result = exchange.values[lane ^ static_cast<size_t>(mask)];
   if (++exchange.read == kWarp) exchange = {};
   return result;
-}
-
-// --- stores to shared memory, unseen by the asynchronous units before the thread's fence
-template <class V>
-void store_shared(void* p, const V& value) {
-  Block& b = *Block::current();
-  const int64_t at = b.shared.offset(p, sizeof(V));
-  std::memcpy(p, &value, sizeof(V));
-  b.self().unfenced.push_back({at, static_cast<int64_t>(sizeof(V))});
-}
-inline void fence_async_proxy() {
-  Block& b = *Block::current();
-  for (const auto& [at, size] : b.self().unfenced) b.shared.publish(at, size);
-  b.self().unfenced.clear();
 }
 
 // --- tensor copies
@@ -233,8 +211,7 @@ struct ProductBase {
 template <class T, int kN>
 struct ProductState : ProductBase {
   uint64_t a = 0, b = 0;
-  bool accumulate = false, transpose_a = false, transpose_b = false, a_in_registers = false;
-  const uint32_t* a_registers[kWarpgroup] = {};
+  bool accumulate = false, transpose_a = false, transpose_b = false;
   std::vector<float> before[kWarpgroup];  // d's values where no earlier product is under way
 
   static int row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + 8 * (i / 2 % 2); }
@@ -242,22 +219,10 @@ struct ProductState : ProductBase {
 
   void multiply(const Block& block) {
     std::vector<float> left(64 * 16), right(static_cast<size_t>(kN) * 16);
-    if (a_in_registers) {
-      for (int t = 0; t < kWarpgroup; ++t) {
-        for (int r = 0; r < 4; ++r) {
-          T pair[2];
-          std::memcpy(pair, a_registers[t] + r, 4);
-          const int m = t / 32 * 16 + t % 32 / 4 + 8 * (r % 2), k = 2 * (t % 4) + 8 * (r / 2);
-          left[static_cast<size_t>(m * 16 + k)] = static_cast<float>(pair[0]);
-          left[static_cast<size_t>(m * 16 + k + 1)] = static_cast<float>(pair[1]);
-        }
-      }
-    } else {
-      for (int m = 0; m < 64; ++m) {
-        for (int k = 0; k < 16; ++k)
-          left[static_cast<size_t>(m * 16 + k)] =
-              static_cast<float>(Descriptor{a}.load<T>(block, m, k, transpose_a));
-      }
+    for (int m = 0; m < 64; ++m) {
+      for (int k = 0; k < 16; ++k)
+        left[static_cast<size_t>(m * 16 + k)] =
+            static_cast<float>(Descriptor{a}.load<T>(block, m, k, transpose_a));
     }
     for (int n = 0; n < kN; ++n) {
       for (int k = 0; k < 16; ++k)
@@ -278,7 +243,7 @@ struct ProductState : ProductBase {
 };
 
 template <class T, int kN>
-void ask_for_product(float* d, const ProductState<T, kN>& wanted, const uint32_t* a_registers) {
+void ask_for_product(float* d, const ProductState<T, kN>& wanted) {
   Block& block = *Block::current();
   auto& g = block.groups[static_cast<size_t>(block.id() / kWarpgroup)];
   const auto t = static_cast<size_t>(block.id() % kWarpgroup);
@@ -298,7 +263,6 @@ void ask_for_product(float* d, const ProductState<T, kN>& wanted, const uint32_t
     under_way = under_way || static_cast<ProductBase*>(g.products[i].state.get())->d[t] == d;
   }
   state.d[t] = d;
-  state.a_registers[t] = a_registers;
   if (!under_way) {
     state.before[t].assign(d, d + kN / 2);
     for (int i = 0; i < kN / 2; ++i) d[i] = NAN;  // not to be read before the wait
@@ -315,17 +279,7 @@ void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   wanted.accumulate = accumulate;
   wanted.transpose_a = kTransposeA;
   wanted.transpose_b = kTransposeB;
-  ask_for_product(d, wanted, nullptr);
-}
-// A in registers.
-template <class T, int kN, bool kTransposeB = false>
-void wgmma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  ProductState<T, kN> wanted;
-  wanted.b = b;
-  wanted.accumulate = accumulate;
-  wanted.transpose_b = kTransposeB;
-  wanted.a_in_registers = true;
-  ask_for_product(d, wanted, a);
+  ask_for_product(d, wanted);
 }
 
 }  // namespace fastattn::cuda::ptx

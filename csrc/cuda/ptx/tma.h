@@ -21,9 +21,4 @@ FASTATTN_DEVICE void tma_load(void* to, const TensorMap* map, Barrier* barrier, 
       : "memory");
 }
 
-// What this thread stored to shared memory before is seen by the asynchronous units.
-FASTATTN_DEVICE void fence_async_proxy() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 }  // namespace fastattn::cuda::ptx

@@ -27,18 +27,6 @@ FASTATTN_DEVICE void wgmma_wait() {
       "+f"(d[i + 6]), "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9]), "+f"(d[i + 10]),        \
       "+f"(d[i + 11]), "+f"(d[i + 12]), "+f"(d[i + 13]), "+f"(d[i + 14]), "+f"(d[i + 15])
 
-#define FASTATTN_WGMMA_64(type)                                                        \
-  asm volatile(                                                                        \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                     \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                      \
-      " {"                                                                             \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "         \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-      "}, %32, %33, p, 1, 1, %35, %36;\n}\n"                                           \
-      : FASTATTN_D16(d, 0), FASTATTN_D16(d, 16)                                        \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(int{kTransposeA}),      \
-        "n"(int{kTransposeB}))
-
 #define FASTATTN_WGMMA_128(type)                                                          \
   asm volatile(                                                                           \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                        \
@@ -77,14 +65,12 @@ FASTATTN_DEVICE void wgmma_wait() {
 // d [64, kN] (+)= A [64, 16] B [16, kN], both in shared memory, of T = __nv_bfloat16 or __half.
 template <class T, int kN, bool kTransposeA = false, bool kTransposeB = false>
 FASTATTN_DEVICE void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(kN == 64 || kN == 128 || kN == 256, "add its width above");
+  static_assert(kN == 128 || kN == 256, "add its width above");
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    if constexpr (kN == 64) FASTATTN_WGMMA_64("bf16");
     if constexpr (kN == 128) FASTATTN_WGMMA_128("bf16");
     if constexpr (kN == 256) FASTATTN_WGMMA_256("bf16");
   } else {
     static_assert(std::is_same_v<T, __half>);
-    if constexpr (kN == 64) FASTATTN_WGMMA_64("f16");
     if constexpr (kN == 128) FASTATTN_WGMMA_128("f16");
     if constexpr (kN == 256) FASTATTN_WGMMA_256("f16");
   }
