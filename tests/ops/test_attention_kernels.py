@@ -72,6 +72,11 @@ def unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def takes_p_rounded(dtype: torch.dtype) -> bool:
+    """Whether the products of the kernel set in use take P in bf16."""
+    return dtype == torch.bfloat16 and _extension.cpu_isa() in ("avx512bf16", "emulated")
+
+
 def check(name: str, actual: Tensor, expected: Tensor, bound: Tensor | float) -> None:
     """|actual - expected| <= bound everywhere; NaN fails, infinities must coincide."""
     assert actual.shape == expected.shape, name
@@ -105,8 +110,7 @@ def run_and_check(dtype, shape, mask_kind, options) -> None:
     u, accumulator = unit(dtype), unit(torch.float64 if dtype == torch.float64 else torch.float32)
     size = wide[2].abs().max() / (1 - p)
     bound = 2 * u * expected_out.abs() + 32 * accumulator * size
-    if dtype == torch.bfloat16 and _extension.cpu_isa() in ("avx512bf16", "emulated"):
-        # Their products take P in bf16, each element rounded: u * P |V|.
+    if takes_p_rounded(dtype):  # each element: u * P |V|
         bound += u * reference.attention_forward(*wide[:2], wide[2].abs(), wide[3], **options)[0]
     check("out", out, expected_out, bound)
     check("lse", lse, expected_lse, 64 * accumulator * (1 + expected_lse.nan_to_num(0, 0, 0).abs()))
@@ -283,9 +287,8 @@ def test_a_mask_of_the_lowest_number_weighs_all_keys_alike(dtype):
     torch.testing.assert_close(out[..., 7, :], v.mean(-2))
     assert lse[0, 0, 7] == torch.tensor(torch.finfo(dtype).min, dtype=lse.dtype)
     expected = reference.attention_forward(q, k, v, mask, scale=0.25)[0]
-    # In bf16 a product may take P rounded.
-    rounded = {"atol": unit(dtype) * v.abs().max().item(), "rtol": 0.016}
-    torch.testing.assert_close(out, expected, **(rounded if dtype == torch.bfloat16 else {}))
+    rounded = {"atol": unit(dtype) * v.abs().max().item(), "rtol": 0.016}  # 0.016: the default
+    torch.testing.assert_close(out, expected, **(rounded if takes_p_rounded(dtype) else {}))
 
 
 def test_an_empty_row_with_nan_harms_nobody():
