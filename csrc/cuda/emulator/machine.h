@@ -1,4 +1,4 @@
-// One thread block on the CPU: its threads are fibers, taken in an order drawn from a seed; copies
+// Thread blocks on the CPU: their threads are fibers, taken in an order drawn from a seed; copies
 // and matrix products that the hardware does asynchronously are done as late as what waits for them
 // allows, or at a drawn moment before. Shared memory begins as NaN, is NaN again while a copy into
 // it is under way, and has guard pages around it. What the hardware would leave undefined shows as
@@ -37,7 +37,8 @@ struct Timing {
   bool latest = true;  // only when nobody can go on without it; else at drawn moments too
 };
 
-// Shared memory as the threads see it, and as the asynchronous units do.
+// Shared memory as the threads see it, and as the asynchronous units do: what a thread stores
+// reaches those only by its proxy fence.
 class SharedMemory {
  public:
   explicit SharedMemory(int64_t bytes) : bytes_(bytes) {
@@ -83,6 +84,10 @@ class SharedMemory {
     std::memset(async_.data() + at, 0xff, static_cast<size_t>(size));
     std::memset(data_ + at, 0xff, static_cast<size_t>(size));
   }
+  // A thread's store is seen by the asynchronous units from here on.
+  void publish(int64_t at, int64_t size) {
+    std::memcpy(async_.data() + at, data_ + at, static_cast<size_t>(size));
+  }
 
  private:
   int64_t bytes_, mapped_;
@@ -90,34 +95,39 @@ class SharedMemory {
   std::vector<char> async_;
 };
 
-// One thread block.
+// One thread block of a grid.
 class Block {
  public:
+  // A bulk store of a thread: it reads shared memory, later it writes.
+  struct BulkStore {
+    std::function<void()> read, write;
+    bool committed = false, has_read = false;
+  };
   struct Thread {
     ucontext_t context;
     std::vector<char> stack;
     std::function<bool()> ready;  // of a waiting thread: may it go on?
     std::string waits_for;
     bool done = false;
+    std::vector<std::pair<int64_t, int64_t>> unfenced;  // stores that its proxy fence publishes
+    std::vector<BulkStore> bulk_stores;
   };
+  enum class Step { kDone, kRan, kStuck };
 
-  Block(int threads, int64_t shared_bytes, Timing timing)
-      : shared(shared_bytes),
+  const int index, grid;  // the block's number, and of how many
+
+  // Runs `body` on every thread.
+  Block(int block, int blocks, int threads, int64_t shared_bytes, Timing timing,
+        std::function<void()> body)
+      : index(block),
+        grid(blocks),
+        shared(shared_bytes),
         groups(static_cast<size_t>((threads + kWarpgroup - 1) / kWarpgroup)),
         warps(static_cast<size_t>((threads + kWarp - 1) / kWarp)),
         threads_(static_cast<size_t>(threads)),
         timing_(timing),
-        random_(timing.seed) {}
-
-  static Block*& current() {
-    static thread_local Block* block = nullptr;
-    return block;
-  }
-
-  // Runs `body` on every thread, to its end; then nothing may be left half done.
-  void run(std::function<void()> body) {
-    current() = this;
-    body_ = std::move(body);
+        random_(timing.seed + static_cast<uint64_t>(block)),
+        body_(std::move(body)) {
     for (Thread& t : threads_) {
       t.stack.assign(kStackBytes, 0);
       getcontext(&t.context);
@@ -126,13 +136,21 @@ class Block {
       t.context.uc_link = &scheduler_;
       makecontext(&t.context, &Block::enter, 0);
     }
-    while (step()) {
-    }
-    while (!copies_.empty()) finish_copy(draw(copies_.size()));
-    for (size_t g = 0; g < groups.size(); ++g) {
-      if (groups[g].pending()) throw Error("a thread block ended with matrix products under way");
-    }
+  }
+
+  static Block*& current() {
+    static thread_local Block* block = nullptr;
+    return block;
+  }
+
+  // Lets every thread that can go on do so once, in a drawn order. At the block's end nothing may
+  // be left half done.
+  Step step() {
+    current() = this;
+    const Step result = advance_threads();
+    if (result == Step::kDone) finish();
     current() = nullptr;
+    return result;
   }
 
   int id() const { return static_cast<int>(id_); }
@@ -214,25 +232,23 @@ class Block {
     Exchange exchanges[2];
   };
 
+  std::string waiting() const {
+    std::map<std::string, int> count;
+    for (const Thread& t : threads_) {
+      if (!t.done) ++count[t.waits_for];
+    }
+    std::string text;
+    for (const auto& [what, threads] : count)
+      text += (text.empty() ? "" : ", ") + std::to_string(threads) + " threads wait for " + what;
+    return text;
+  }
+
   SharedMemory shared;
   std::vector<Warpgroup> groups;
   std::vector<Warp> warps;
 
  private:
-  static constexpr size_t kStackBytes = 256 << 10;
-
-  static void enter() {
-    Block& block = *current();
-    try {
-      block.body_();
-    } catch (...) {
-      block.failure_ = std::current_exception();
-    }
-    block.self().done = true;
-  }
-
-  // Lets every thread that can go on do so once, in a drawn order; false when all have ended.
-  bool step() {
+  Step advance_threads() {
     std::vector<size_t> order;
     bool all_done = true;
     for (size_t i = 0; i < threads_.size(); ++i) {
@@ -240,12 +256,12 @@ class Block {
       all_done = all_done && t.done;
       if (!t.done && (!t.ready || t.ready())) order.push_back(i);
     }
-    if (all_done) return false;
+    if (all_done) return Step::kDone;
     const bool early = !timing_.latest && !copies_.empty() && draw(4) == 0;
     if (order.empty() || early) {
-      if (copies_.empty()) throw Error("deadlock: " + waiting());
+      if (copies_.empty()) return Step::kStuck;
       finish_copy(draw(copies_.size()));
-      return true;
+      return Step::kRan;
     }
     std::shuffle(order.begin(), order.end(), random_);
     for (const size_t i : order) {
@@ -256,7 +272,20 @@ class Block {
       swapcontext(&scheduler_, &t.context);
       if (failure_) std::rethrow_exception(failure_);
     }
-    return true;
+    return Step::kRan;
+  }
+
+  void finish() {
+    while (!copies_.empty()) finish_copy(draw(copies_.size()));
+    for (Thread& t : threads_) {
+      for (BulkStore& store : t.bulk_stores) {
+        if (!store.has_read) throw Error("a thread ended before its bulk store had read");
+        store.write();
+      }
+    }
+    for (const Warpgroup& group : groups) {
+      if (group.pending()) throw Error("a thread block ended with matrix products under way");
+    }
   }
 
   void finish_copy(size_t i) {
@@ -265,15 +294,16 @@ class Block {
     finish();
   }
 
-  std::string waiting() const {
-    std::map<std::string, int> count;
-    for (const Thread& t : threads_) {
-      if (!t.done) ++count[t.waits_for];
+  static constexpr size_t kStackBytes = 64 << 10;
+
+  static void enter() {
+    Block& block = *current();
+    try {
+      block.body_();
+    } catch (...) {
+      block.failure_ = std::current_exception();
     }
-    std::string text;
-    for (const auto& [what, threads] : count)
-      text += (text.empty() ? "" : ", ") + std::to_string(threads) + " threads wait for " + what;
-    return text;
+    block.self().done = true;
   }
 
   std::vector<Thread> threads_;
@@ -286,5 +316,25 @@ class Block {
   size_t id_ = 0;
   std::exception_ptr failure_;
 };
+
+// Runs `body` on every thread of every block, all blocks at a time, to the end.
+inline void run_grid(int blocks, int threads, int64_t shared_bytes, Timing timing,
+                     const std::function<void()>& body) {
+  std::vector<std::unique_ptr<Block>> running;
+  for (int b = 0; b < blocks; ++b)
+    running.push_back(std::make_unique<Block>(b, blocks, threads, shared_bytes, timing, body));
+  std::mt19937_64 random(timing.seed);
+  while (!running.empty()) {
+    std::shuffle(running.begin(), running.end(), random);
+    bool stuck = true;
+    for (auto& block : running) {
+      const Block::Step step = block->step();
+      stuck = stuck && step == Block::Step::kStuck;
+      if (step == Block::Step::kDone) block.reset();
+    }
+    if (stuck) throw Error("deadlock: " + running.front()->waiting());
+    std::erase(running, nullptr);
+  }
+}
 
 }  // namespace fastattn::cuda::emulator

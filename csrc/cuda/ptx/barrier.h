@@ -1,4 +1,4 @@
-// Barriers: of the block, and mbarriers in shared memory.
+// Barriers: of the block, named ones, and mbarriers in shared memory.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,13 @@
 namespace fastattn::cuda::ptx {
 
 FASTATTN_DEVICE void block_sync() { __syncthreads(); }
+// Barriers 1 to 15 of the block: `threads` of it meet, or arrive without waiting.
+FASTATTN_DEVICE void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+FASTATTN_DEVICE void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 struct alignas(8) Barrier {
   uint64_t state;

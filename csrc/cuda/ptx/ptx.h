@@ -12,5 +12,5 @@
 #else
 #define FASTATTN_DEVICE inline
 #define FASTATTN_UNROLL
-#include "cuda/emulator/ptx.h"
+#include "cuda/emulator/wgmma.h"
 #endif

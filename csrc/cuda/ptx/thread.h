@@ -1,13 +1,24 @@
-// A thread's place, its registers, its arithmetic.
+// A thread's place, its registers, its arithmetic, its memory.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
+#include <type_traits>
 
 namespace fastattn::cuda::ptx {
 
 FASTATTN_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
 FASTATTN_DEVICE int block_id() { return static_cast<int>(blockIdx.x); }
 FASTATTN_DEVICE int grid_blocks() { return static_cast<int>(gridDim.x); }
+
+// The value, computed again rather than kept: what follows from it holds no registers across a
+// loop.
+FASTATTN_DEVICE int again(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 FASTATTN_DEVICE char* dynamic_shared_memory() {
   extern __shared__ __align__(1024) char fastattn_shared[];
@@ -28,6 +39,60 @@ FASTATTN_DEVICE void registers_decrease() {
 
 FASTATTN_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+FASTATTN_DEVICE float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+// Whether it holds for any lane of the warp.
+FASTATTN_DEVICE bool any(bool value) { return __any_sync(0xffffffffu, value); }
+
+// 2^x to 2 ulp; 2^-inf = 0.
+FASTATTN_DEVICE float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The greater; the number where one is NaN.
+FASTATTN_DEVICE float max(float a, float b) { return fmaxf(a, b); }
+FASTATTN_DEVICE float log(float x) { return logf(x); }
+// Two floats rounded to T, the first in the low half.
+template <class T>
+FASTATTN_DEVICE uint32_t pack(float low, float high) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    static_assert(std::is_same_v<T, __half>);
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+}
+
+struct alignas(16) Words4 {
+  uint32_t word[4];
+};
+// To shared memory; the asynchronous units see it after fence_async_proxy.
+template <class V>
+FASTATTN_DEVICE void store_shared(void* p, const V& value) {
+  *static_cast<V*>(p) = value;
+}
+
+// Counters in global memory that blocks share. Each of them has one thread at a time.
+FASTATTN_DEVICE int take(int* counter) { return atomicAdd(counter, 1); }
+// Until the counter has come to `count`: what other blocks wrote before their last
+// counter_release is then seen.
+FASTATTN_DEVICE void counter_wait(const int* counter, int count) {
+  int now;
+  do {
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  } while (now != count);
+}
+FASTATTN_DEVICE void counter_release(int* counter) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+// Between the thread's own accesses to global memory and those of the asynchronous units.
+FASTATTN_DEVICE void fence_async_proxy_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 }  // namespace fastattn::cuda::ptx

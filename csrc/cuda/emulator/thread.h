@@ -1,0 +1,137 @@
+// cuda/ptx/thread.h and barrier.h in plain C++, on the emulated blocks of machine.h.
+#pragma once
+
+#include <bit>
+#include <cmath>
+
+#include "cuda/emulator/machine.h"
+
+namespace fastattn::cuda::ptx {
+
+using emulator::Block;
+using emulator::Error;
+using emulator::kWarp;
+using emulator::kWarpgroup;
+
+inline int thread_id() { return Block::current()->id(); }
+inline int block_id() { return Block::current()->index; }
+inline int grid_blocks() { return Block::current()->grid; }
+inline int again(int value) { return value; }
+inline char* dynamic_shared_memory() { return Block::current()->shared.data(); }
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(Block::current()->shared.offset(p, 0));
+}
+template <int kCount>
+void registers_increase() {}
+template <int kCount>
+void registers_decrease() {}
+
+// --- barriers
+inline void block_sync() {
+  Block& b = *Block::current();
+  const int64_t phase = b.arrive(0, b.threads());
+  b.wait("the block's barrier", [&b, phase] { return b.named[0].phase != phase; });
+}
+inline void named_sync(int id, int threads) {
+  Block& b = *Block::current();
+  const int64_t phase = b.arrive(id, threads);
+  b.wait("named barrier " + std::to_string(id),
+         [&b, id, phase] { return b.named[id].phase != phase; });
+}
+inline void named_arrive(int id, int threads) { Block::current()->arrive(id, threads); }
+
+struct alignas(8) Barrier {
+  uint64_t state;
+};
+inline void barrier_init(Barrier* p, int arrivals) {
+  Block& b = *Block::current();
+  b.barriers[b.shared.offset(p, 8)] = {arrivals, arrivals, 0, 0};
+}
+inline void barrier_init_fence() {}
+inline void barrier_arrive(Barrier* p) {
+  Block& block = *Block::current();
+  auto& b = block.barrier(p);
+  --b.arrivals;
+  block.advance(b);
+}
+inline void barrier_arrive_expect(Barrier* p, int bytes) {
+  Block& block = *Block::current();
+  auto& b = block.barrier(p);
+  b.bytes += bytes;
+  --b.arrivals;
+  block.advance(b);
+}
+// Until the phase of this parity has ended.
+inline void barrier_wait(Barrier* p, int parity) {
+  auto& b = Block::current()->barrier(p);
+  Block::current()->wait("mbarrier at " + std::to_string(shared_address(p)),
+                         [&b, parity] { return (b.phase & 1) != parity; });
+}
+
+// --- between the lanes of a warp
+inline uint32_t exchange(uint32_t value, int from) {
+  Block& b = *Block::current();
+  auto& warp = b.warps[static_cast<size_t>(b.id() / kWarp)];
+  const auto lane = static_cast<size_t>(b.id() % kWarp);
+  const size_t turn = warp.turn[lane]++;
+  auto& slot = warp.exchanges[turn % 2];
+  slot.values[lane] = value;
+  ++slot.written;
+  b.wait("a shuffle", [&slot] { return slot.written >= kWarp; });
+  const uint32_t result = slot.values[static_cast<size_t>(from)];
+  if (++slot.read == kWarp) slot = {};
+  return result;
+}
+inline uint32_t shuffle_xor(uint32_t value, int mask) {
+  return exchange(value, Block::current()->id() % kWarp ^ mask);
+}
+inline float shuffle_xor(float value, int mask) {
+  return std::bit_cast<float>(shuffle_xor(std::bit_cast<uint32_t>(value), mask));
+}
+inline bool any(bool value) {
+  for (int mask = 1; mask < kWarp; mask *= 2) {
+    const bool other = shuffle_xor(uint32_t{value}, mask) != 0;
+    value = value || other;
+  }
+  return value;
+}
+
+// --- arithmetic
+inline float exp2(float x) { return std::exp2(x); }
+inline float max(float a, float b) { return std::fmax(a, b); }
+inline float log(float x) { return std::log(x); }
+template <class T>
+uint32_t pack(float low, float high) {
+  const T pair[2] = {T(low), T(high)};
+  uint32_t word;
+  std::memcpy(&word, pair, 4);
+  return word;
+}
+
+// --- stores to shared memory, unseen by the asynchronous units before the thread's fence
+struct alignas(16) Words4 {
+  uint32_t word[4];
+};
+template <class V>
+void store_shared(void* p, const V& value) {
+  Block& b = *Block::current();
+  const int64_t at = b.shared.offset(p, sizeof(V));
+  if (at % sizeof(V) != 0) throw Error("a store to shared memory is not aligned");
+  std::memcpy(p, &value, sizeof(V));
+  b.self().unfenced.push_back({at, static_cast<int64_t>(sizeof(V))});
+}
+inline void fence_async_proxy() {
+  Block& b = *Block::current();
+  for (const auto& [at, size] : b.self().unfenced) b.shared.publish(at, size);
+  b.self().unfenced.clear();
+}
+
+// --- counters of the grid
+inline int take(int* counter) { return (*counter)++; }
+inline void counter_wait(const int* counter, int count) {
+  Block::current()->wait("a counter of the grid", [counter, count] { return *counter == count; });
+}
+inline void counter_release(int* counter) { ++*counter; }
+inline void fence_async_proxy_global() {}
+
+}  // namespace fastattn::cuda::ptx

@@ -1,0 +1,42 @@
+// What a thread holds of a warpgroup's [64, N] sums, acc[N / 2]: rows row_of(t) and 8 below by
+// pairs, of every 8 columns those from 2 (t % 4) and the next. acc[4 c + 2 h + i] is row
+// row_of(t) + 8 h, column 8 c + column_of(t) + i. Packed by pairs, they are an operand A.
+#pragma once
+
+#include "cuda/tile/operand.h"
+
+namespace fastattn::cuda {
+
+FASTATTN_DEVICE int row_of(int t) { return t / 32 * 16 + t % 32 / 4; }
+FASTATTN_DEVICE int column_of(int t) { return 2 * (t % 4); }
+
+// Over the four threads that share a row.
+FASTATTN_DEVICE float row_max(float value) {
+  value = ptx::max(value, ptx::shuffle_xor(value, 1));
+  return ptx::max(value, ptx::shuffle_xor(value, 2));
+}
+FASTATTN_DEVICE float row_sum(float value) {
+  value += ptx::shuffle_xor(value, 1);
+  return value + ptx::shuffle_xor(value, 2);
+}
+
+template <class T, int kCount>
+FASTATTN_DEVICE void pack_pairs(const float (&acc)[2 * kCount], uint32_t (&words)[kCount]) {
+  FASTATTN_UNROLL
+  for (int i = 0; i < kCount; ++i) words[i] = ptx::pack<T>(acc[2 * i], acc[2 * i + 1]);
+}
+
+// Into a tile of 64 rows, 64 columns at every `apart` bytes; without bank conflicts.
+template <int kN>
+FASTATTN_DEVICE void store_tile(char* tile, int apart, int t, const uint32_t (&words)[kN / 4]) {
+  FASTATTN_UNROLL
+  for (int c = 0; c < kN / 8; ++c) {
+    FASTATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int offset = swizzled_offset(row_of(t) + 8 * half, 8 * c % 64);
+      ptx::store_shared(tile + c / 8 * apart + offset + 2 * column_of(t), words[2 * c + half]);
+    }
+  }
+}
+
+}  // namespace fastattn::cuda
