@@ -4,6 +4,7 @@ fails."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -14,66 +15,118 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNEL = ROOT / "csrc/cuda/kernels/linear_relu_sm90.h"
+KERNELS = ROOT / "csrc/cuda/kernels"
 CXX = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-# m, k, n, blocks: tails everywhere, several tiles a block, one tile, fewer steps than stages.
-SHAPES = [(150, 200, 300, 2), (1, 8, 8, 1), (257, 448, 130, 1)]
+# Tails, several tiles a block, one tile, fewer steps than stages: m, k, n, blocks for the linear
+# layer; for attention head dim, heads of q and k, lengths, window, padded keys, blocks.
+LINEAR = [(150, 200, 300, 2), (1, 8, 8, 1), (257, 448, 130, 1)]
+ATTENTION = [
+    (128, 2, 1, 200, 300, -1, 0, 0, 2),
+    (64, 2, 1, 200, 300, -1, 0, 0, 2),
+    (128, 4, 2, 257, 300, -1, -1, 37, 3),
+    (64, 2, 2, 300, 140, 20, 5, 0, 1),
+    (64, 1, 1, 1, 1, -1, 0, 0, 1),
+    (80, 2, 1, 300, 300, -1, 0, 0, 2),
+    (128, 2, 2, 300, 300, 40, 0, 150, 2),
+    (64, 2, 1, 200, 150, 10, -1, 0, 2),
+    (64, 1, 1, 100, 260, -1, 30, 30, 2),
+    (40, 3, 3, 70, 90, -1, -1, 0, 4),
+]
+CASES = {
+    "linear_relu": LINEAR,
+    "attention_forward": [
+        *ATTENTION,
+        (256, 2, 2, 130, 200, -1, -1, 0, 1),
+        (192, 1, 1, 70, 70, -1, 0, 9, 1),
+    ],
+    "attention_backward": ATTENTION,
+}
+# What a kernel without a statement is run on: whole and partial tiles, with and without a mask.
+MUTANT_CASES = {
+    "linear_relu": LINEAR[:1],
+    "attention_forward": [(128, 2, 1, 200, 700, -1, -1, 0, 2), (64, 2, 1, 400, 300, -1, 0, 37, 2)],
+    "attention_backward": [(128, 2, 1, 300, 300, -1, -1, 0, 3), (64, 2, 1, 300, 300, -1, 0, 37, 2)],
+}
 # What may be missing unseen, and why.
 HARMLESS = {
     "ptx::barrier_init_fence();": "the emulated mbarriers are seen by everybody at once",
-    "ptx::registers_decrease<40>();": "registers are not counted",
-    "ptx::registers_increase<232>();": "registers are not counted",
+    "ptx::registers_": "registers are not counted",
+    "ptx::fence_async_proxy_global();": "global memory has one view in the emulation",
+    "ptx::named_sync(1 + warpgroup, 256);": "warpgroups take turns for speed alone",
+    "ptx::named_arrive(1 + (warpgroup + 1) % kConsumers, 256);": "likewise, if nobody waits",
 }
+SYNCHRONISATION = re.compile(
+    r"ptx::(barrier_wait|barrier_arrive|barrier_init_fence|block_sync|named_\w+|fence_\w+"
+    r"|wgmma_fence|wgmma_commit|wgmma_wait|registers_\w+|bulk_commit|bulk_wait\w*|counter_\w+)"
+    r"(<[^;>]+>)?\([^;]*\);"
+)
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 
 
-def build(program: Path, include: Path) -> None:
-    source = ROOT / "tests/cuda/linear_relu.cpp"
-    flags = ["-std=c++20", "-O1", f"-I{include}", f"-I{ROOT / 'csrc'}"]
-    command = [*shlex.split(CXX), *flags, str(source), "-o", str(program)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+def mutants(kernel: str) -> list[str]:
+    """Every synchronisation of the kernel."""
+    source = (KERNELS / f"{kernel}_sm90.h").read_text()
+    return [match[0] for match in SYNCHRONISATION.finditer(source)]
 
 
-def run(program: Path, *shapes: tuple[int, ...]) -> subprocess.CompletedProcess[str]:
-    arguments = [str(n) for shape in shapes for n in shape]
+ALL_MUTANTS = [(k, number, text) for k in CASES for number, text in enumerate(mutants(k))]
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    """The program that runs a kernel; its first argument is the synchronisation to leave out."""
+
+    @functools.cache
+    def build(kernel: str) -> Path:
+        folder = tmp_path_factory.mktemp(kernel)
+        source = (KERNELS / f"{kernel}_sm90.h").read_text()
+        numbers = iter(range(len(mutants(kernel))))
+        changed = SYNCHRONISATION.sub(
+            lambda match: f"if (left_out() != {next(numbers)}) {match[0]}", source
+        )
+        target = folder / "cuda/kernels" / f"{kernel}_sm90.h"
+        target.parent.mkdir(parents=True)
+        declared = "namespace fastattn::cuda {\n\nint& left_out();\n"
+        target.write_text(changed.replace("namespace fastattn::cuda {\n", declared, 1))
+        flags = [
+            "-std=c++20",
+            "-O1",
+            f"-I{folder}",
+            f"-I{ROOT / 'csrc'}",
+            f"-I{ROOT / 'tests/cuda'}",
+        ]
+        command = [*shlex.split(CXX), *flags, str(ROOT / f"tests/cuda/{kernel}.cpp")]
+        subprocess.run([*command, "-o", str(folder / "program")], check=True)
+        return folder / "program"
+
+    return build
+
+
+def run(program: Path, left_out: int, cases: list[tuple]) -> subprocess.CompletedProcess[str]:
+    arguments = [str(left_out), *(str(n) for case in cases for n in case)]
     return subprocess.run(
         [program, *arguments], capture_output=True, text=True, timeout=120, check=False
     )
 
 
-def mutants() -> list[tuple[int, str]]:
-    """(line, statement) of every synchronisation of the kernel."""
-    found = []
-    for number, line in enumerate(KERNEL.read_text().splitlines()):
-        match = re.search(
-            r"ptx::(barrier_wait|barrier_arrive|barrier_init_fence|block_sync"
-            r"|wgmma_fence|wgmma_commit|wgmma_wait|registers_\w+)"
-            r"(<\d+>)?\([^;]*\);",
-            line,
-        )
-        if match:
-            found.append((number, match[0]))
-    return found
+@pytest.mark.parametrize(
+    ("kernel", "case"), [(k, c) for k in CASES for c in CASES[k]], ids=lambda x: str(x)
+)
+def test_kernel(program, kernel, case):
+    result = run(program(kernel), -1, [case])
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_linear_relu(tmp_path):
-    build(tmp_path / "program", tmp_path)
-    result = run(tmp_path / "program", *SHAPES)
-    assert result.returncode == 0, result.stdout
-
-
-@pytest.mark.parametrize(("line", "statement"), mutants(), ids=lambda x: str(x)[:40])
-def test_a_kernel_without_it_fails(tmp_path, line, statement):
-    lines = KERNEL.read_text().splitlines()
-    lines[line] = lines[line].replace(statement, ";")
-    mutant = tmp_path / "cuda/kernels" / KERNEL.name
-    mutant.parent.mkdir(parents=True)
-    mutant.write_text("\n".join(lines))
-    build(tmp_path / "program", tmp_path)
-    result = run(tmp_path / "program", *SHAPES[:1])
-    print(f"{statement}: {result.stdout.strip() or 'nothing seen'}")
-    assert (result.returncode != 0) == (statement not in HARMLESS), result.stdout
+@pytest.mark.parametrize(
+    ("kernel", "number", "statement"), ALL_MUTANTS, ids=[f"{k}-{n}" for k, n, _ in ALL_MUTANTS]
+)
+def test_a_kernel_without_it_fails(program, kernel, number, statement):
+    result = run(program(kernel), number, MUTANT_CASES[kernel])
+    seen = result.stdout.strip() or f"exit status {result.returncode}"
+    print(f"{kernel} without {statement} {seen if result.returncode else 'nothing seen'}")
+    harmless = statement.startswith(tuple(HARMLESS))
+    assert (result.returncode != 0) == (not harmless), result.stdout
 
 
 def test_shared_memory_ends_where_it_ends(tmp_path):
@@ -87,8 +140,7 @@ int main() {
   map.rank = 1;
   map.box[0] = 64;
   try {
-    emulator::Block block(32, 1024, {});
-    block.run([&] {
+    emulator::run_grid(1, 32, 1024, {}, [&] {
       auto* barrier = reinterpret_cast<ptx::Barrier*>(ptx::dynamic_shared_memory());
       if (ptx::thread_id() != 0) return;
       ptx::barrier_init(barrier, 1);

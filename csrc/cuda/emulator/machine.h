@@ -5,6 +5,7 @@
 // a NaN, as a stale value, as a deadlock or as an Error.
 #pragma once
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -104,8 +105,10 @@ class Block {
     bool committed = false, has_read = false;
   };
   struct Thread {
-    ucontext_t context;
-    std::vector<char> stack;
+    ucontext_t context;  // where it begins
+    jmp_buf place;       // where it waits
+    char* stack = nullptr;
+    bool begun = false;
     std::function<bool()> ready;  // of a waiting thread: may it go on?
     std::string waits_for;
     bool done = false;
@@ -129,13 +132,16 @@ class Block {
         random_(timing.seed + static_cast<uint64_t>(block)),
         body_(std::move(body)) {
     for (Thread& t : threads_) {
-      t.stack.assign(kStackBytes, 0);
+      t.stack = take_stack();
       getcontext(&t.context);
-      t.context.uc_stack.ss_sp = t.stack.data();
-      t.context.uc_stack.ss_size = t.stack.size();
-      t.context.uc_link = &scheduler_;
+      t.context.uc_stack.ss_sp = t.stack;
+      t.context.uc_stack.ss_size = kStackBytes;
       makecontext(&t.context, &Block::enter, 0);
     }
+  }
+
+  ~Block() {
+    for (const Thread& t : threads_) free_stacks().push_back(t.stack);
   }
 
   static Block*& current() {
@@ -163,7 +169,7 @@ class Block {
     Thread& t = self();
     t.waits_for = std::move(what);
     t.ready = std::move(ready);
-    swapcontext(&t.context, &scheduler_);
+    if (_setjmp(t.place) == 0) _longjmp(scheduler_, 1);
   }
   void start_copy(std::function<void()> finish) { copies_.push_back(std::move(finish)); }
 
@@ -269,7 +275,7 @@ class Block {
       if (t.ready && !t.ready()) continue;
       t.ready = nullptr;
       id_ = i;
-      swapcontext(&scheduler_, &t.context);
+      resume(t);
       if (failure_) std::rethrow_exception(failure_);
     }
     return Step::kRan;
@@ -295,6 +301,16 @@ class Block {
   }
 
   static constexpr size_t kStackBytes = 64 << 10;
+  static std::vector<char*>& free_stacks() {  // of earlier blocks; kept to the program's end
+    static std::vector<char*> stacks;
+    return stacks;
+  }
+  static char* take_stack() {
+    if (free_stacks().empty()) return static_cast<char*>(std::malloc(kStackBytes));
+    char* stack = free_stacks().back();
+    free_stacks().pop_back();
+    return stack;
+  }
 
   static void enter() {
     Block& block = *current();
@@ -304,6 +320,14 @@ class Block {
       block.failure_ = std::current_exception();
     }
     block.self().done = true;
+    _longjmp(block.scheduler_, 1);
+  }
+  // To the thread and back, without the system calls of swapcontext.
+  __attribute__((noinline)) void resume(Thread& t) {
+    if (_setjmp(scheduler_) != 0) return;
+    if (t.begun) _longjmp(t.place, 1);
+    t.begun = true;
+    setcontext(&t.context);
   }
 
   std::vector<Thread> threads_;
@@ -312,19 +336,22 @@ class Block {
   Timing timing_;
   std::mt19937_64 random_;
   std::function<void()> body_;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   size_t id_ = 0;
   std::exception_ptr failure_;
 };
 
-// Runs `body` on every thread of every block, all blocks at a time, to the end.
+// Runs `body` on every thread of every block to the end, kResident blocks at a time.
+constexpr size_t kResident = 4;
 inline void run_grid(int blocks, int threads, int64_t shared_bytes, Timing timing,
                      const std::function<void()>& body) {
   std::vector<std::unique_ptr<Block>> running;
-  for (int b = 0; b < blocks; ++b)
-    running.push_back(std::make_unique<Block>(b, blocks, threads, shared_bytes, timing, body));
   std::mt19937_64 random(timing.seed);
-  while (!running.empty()) {
+  int next = 0;
+  while (next < blocks || !running.empty()) {
+    for (; next < blocks && running.size() < kResident; ++next)
+      running.push_back(
+          std::make_unique<Block>(next, blocks, threads, shared_bytes, timing, body));
     std::shuffle(running.begin(), running.end(), random);
     bool stuck = true;
     for (auto& block : running) {

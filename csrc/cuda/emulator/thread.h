@@ -112,6 +112,9 @@ uint32_t pack(float low, float high) {
 struct alignas(16) Words4 {
   uint32_t word[4];
 };
+struct alignas(16) Floats4 {
+  float x, y, z, w;
+};
 template <class V>
 void store_shared(void* p, const V& value) {
   Block& b = *Block::current();

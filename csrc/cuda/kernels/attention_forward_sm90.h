@@ -198,7 +198,7 @@ struct AttentionForward {
         v_ring.advance();
       }
       finish(p, tile, q0, t, softmax, o);
-      store(p, smem, tile, q_smem, q0, warpgroup, ptx::again(t), o);
+      store(p, smem, tile, q_smem, q0, warpgroup, t, o);
     }
   }
 

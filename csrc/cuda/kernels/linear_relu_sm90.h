@@ -4,7 +4,7 @@
 // [kStages][kBlockN][64] (128-byte swizzle), full [kStages], empty [kStages].
 #pragma once
 
-#include "cuda/ptx/ptx.h"
+#include "cuda/tile/operand.h"
 
 namespace fastattn::cuda {
 
@@ -16,16 +16,9 @@ struct LinearParameters {
   int64_t m, n, k;
 };
 
-// 64-bit descriptor of a K-major operand tile with rows of 128 bytes.
-FASTATTN_DEVICE uint64_t k_major_descriptor(const void* tile) {
-  const uint64_t address = ptx::shared_address(tile);
-  return (address >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
-         uint64_t{1} << 62;
-}
-
-template <class T, int kBlockN, int kStages>
+template <class T, int kBlockN_, int kStages_>
 struct LinearForward {
-  static constexpr int kBlockM = 128, kBlockK = 64, kThreads = 384;
+  static constexpr int kBlockN = kBlockN_, kStages = kStages_, kBlockM = 128, kBlockK = 64, kThreads = 384;
   static constexpr int kBytesX = kBlockM * kBlockK * 2, kBytesW = kBlockN * kBlockK * 2;
   static constexpr int kSharedBytes = kStages * (kBytesX + kBytesW + 16);
   static_assert(kSharedBytes <= 227 * 1024);
@@ -77,8 +70,8 @@ struct LinearForward {
         ptx::wgmma_fence();
         FASTATTN_UNROLL
         for (int k = 0; k < kBlockK; k += 16) {
-          ptx::wgmma_ss<T, kBlockN>(acc, k_major_descriptor(x_tile + 2 * k),
-                                    k_major_descriptor(w_tile + 2 * k), step > 0 || k > 0);
+          ptx::wgmma_ss<T, kBlockN>(acc, k_major(x_tile + 2 * k),
+                                    k_major(w_tile + 2 * k), step > 0 || k > 0);
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();

@@ -71,6 +71,9 @@ FASTATTN_DEVICE uint32_t pack(float low, float high) {
 struct alignas(16) Words4 {
   uint32_t word[4];
 };
+struct alignas(16) Floats4 {
+  float x, y, z, w;
+};
 // To shared memory; the asynchronous units see it after fence_async_proxy.
 template <class V>
 FASTATTN_DEVICE void store_shared(void* p, const V& value) {

@@ -29,13 +29,13 @@ FASTATTN_DEVICE void pack_pairs(const float (&acc)[2 * kCount], uint32_t (&words
 // Into a tile of 64 rows, 64 columns at every `apart` bytes; without bank conflicts.
 template <int kN>
 FASTATTN_DEVICE void store_tile(char* tile, int apart, int t, const uint32_t (&words)[kN / 4]) {
+  const int row = row_of(t);
+  const int begin = ptx::again(row * kRowBytes + row % 8 * 16 + 2 * column_of(t));
   FASTATTN_UNROLL
   for (int c = 0; c < kN / 8; ++c) {
-    FASTATTN_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int offset = swizzled_offset(row_of(t) + 8 * half, 8 * c % 64);
-      ptx::store_shared(tile + c / 8 * apart + offset + 2 * column_of(t), words[2 * c + half]);
-    }
+    char* to = tile + c / 8 * apart + (begin ^ c % 8 * 16);  // the swizzle
+    ptx::store_shared(to, words[2 * c]);
+    ptx::store_shared(to + 8 * kRowBytes, words[2 * c + 1]);
   }
 }
 

@@ -20,11 +20,6 @@ FASTATTN_DEVICE uint64_t k_major(const void* tile) { return descriptor(tile, 16)
 // K along rows, M or N along columns, `apart` bytes for each 64 of them.
 FASTATTN_DEVICE uint64_t mn_major(const void* tile, int apart) { return descriptor(tile, apart); }
 
-// The bytes from a tile's begin to 8 columns from `column` (a multiple of 8, below 64) of a row.
-FASTATTN_DEVICE int swizzled_offset(int row, int column) {
-  return row * kRowBytes + ((column / 8) ^ (row % 8)) * 16;
-}
-
 // A ring of stages between a producer and consumers.
 template <int kStages>
 struct Ring {

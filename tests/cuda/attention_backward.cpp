@@ -1,0 +1,86 @@
+// The Hopper attention backward on emulated blocks, with the kernels before and behind it.
+#include "cuda/kernels/attention_backward_sm90.h"
+
+#include "attention_case.h"
+#include "cuda/kernels/attention_rows.h"
+
+using namespace fastattn::cuda;
+
+namespace {
+
+Rows rows(Tensor4& x) {
+  return {reinterpret_cast<char*>(x.data.data()), x.heads * x.rows * x.cols, x.rows * x.cols,
+          x.cols};
+}
+
+template <class Kernel>
+int run(const std::vector<int64_t>& arguments, emulator::Timing timing) {
+  AttentionCase& a = AttentionCase::of(arguments);
+  Tensor4 dq(a.batch, a.heads_q, a.seq_q, a.dim), dk(a.batch, a.heads_k, a.seq_k, a.dim), dv(dk);
+  const auto on_grid = [&](int blocks, const std::function<void()>& body) {
+    emulator::run_grid(blocks, kRowThreads, 0, timing, body);
+  };
+  const auto batch = static_cast<int>(a.batch), heads = static_cast<int>(a.heads_q);
+  const auto dim = static_cast<int>(a.dim), seq_q = static_cast<int>(a.seq_q);
+  const auto seq_k = static_cast<int>(a.seq_k);
+
+  std::vector<uint32_t> words(a.key_words(128).size(), 0xffffffffu);
+  const auto per_batch = static_cast<int>(words.size()) / batch;
+  const KeyWordsParameters of_mask{a.mask.data(), 1,     {batch},   {a.seq_k},   1,
+                                   batch,         seq_k, per_batch, words.data()};
+  on_grid((static_cast<int>(words.size()) + kRowThreads - 1) / kRowThreads,
+          [&] { key_words(of_mask); });
+  if (words != a.key_words(128)) return failed("key words", timing, 0, 0, 0, 0);
+
+  const HeadBlocks of_queries = a.tiles(a.heads_q, a.seq_q, Kernel::kBlockQ);
+  const int all = of_queries.tiles(), padded = of_queries.blocks * Kernel::kBlockQ;
+  std::vector<float> lse_log2(static_cast<size_t>(all * Kernel::kBlockQ), NAN), delta(lse_log2);
+  const DeltaParameters of_rows{rows(a.out), rows(a.grad_out), a.lse.data(),    a.grad_lse.data(),
+                                batch,       heads,            seq_q,           padded,
+                                dim,         lse_log2.data(),  delta.data()};
+  on_grid(all * Kernel::kBlockQ / (kRowThreads / 32),
+          [&] { fastattn::cuda::delta<bf16>(of_rows); });
+
+  std::vector<float> sums(static_cast<size_t>(all * Kernel::kBlockQ * Kernel::kDim),
+                          a.padded > 0 ? 0.0f : NAN);
+  std::vector<int> turns(static_cast<size_t>(all), 0);
+  int next_tile = 0;
+  const AttentionBackwardParameters p{a.q.map(Kernel::kBlockQ),
+                                      a.k.map(128, a.reached),
+                                      a.v.map(128, a.reached),
+                                      a.grad_out.map(Kernel::kBlockQ),
+                                      dk.map(64),
+                                      dv.map(64),
+                                      lse_log2.data(),
+                                      delta.data(),
+                                      sums.data(),
+                                      turns.data(),
+                                      &next_tile,
+                                      a.band(128, words),
+                                      a.tiles(a.heads_k, a.seq_k, 128),
+                                      static_cast<int>(a.heads_k),
+                                      static_cast<int>(a.group),
+                                      of_queries.blocks,
+                                      static_cast<float>(a.scale),
+                                      static_cast<float>(a.scale * 1.4426950408889634)};
+  emulator::run_grid(a.blocks, Kernel::kThreads, Kernel::kSharedBytes, timing,
+                     [&] { Kernel::run(p); });
+  const GradQueryParameters of_dq{
+      sums.data(), lse_log2.data(),   rows(dq), heads,
+      seq_q,       of_queries.blocks, dim,      static_cast<float>(a.scale)};
+  on_grid(all, [&] { grad_query<bf16, Kernel::kDim>(of_dq); });
+  return compare("dq", timing, dq, a.dq) + compare("dk", timing, dk, a.dk) +
+         compare("dv", timing, dv, a.dv);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run_cases(argc, argv, 9, [](const std::vector<int64_t>& a, emulator::Timing timing) {
+    const bool masked = a[7] > 0;
+    return (a[0] <= 64 ? masked ? run<AttentionBackward<bf16, 64, 128, true>>
+                                : run<AttentionBackward<bf16, 64, 128, false>>
+            : masked   ? run<AttentionBackward<bf16, 128, 64, true>>
+                       : run<AttentionBackward<bf16, 128, 64, false>>)(a, timing);
+  });
+}
