@@ -32,10 +32,12 @@ constexpr int kWarp = 32, kWarpgroup = 128;
 constexpr int64_t kMostSharedBytes = 227 * 1024;
 constexpr int kNamedBarriers = 16;
 
-// How asynchronous work is timed.
+// When things happen; the seed draws the rest.
 struct Timing {
   uint64_t seed = 0;
-  bool latest = true;  // only when nobody can go on without it; else at drawn moments too
+  bool latest = true;  // copies end only when nobody can go on without; else at drawn moments too
+  bool eager = false;  // products read shared memory as soon as a warp has asked; else at their wait
+  bool uneven = false;  // one warp runs as far as it can before another is drawn
 };
 
 // Shared memory as the threads see it, and as the asynchronous units do: what a thread stores
@@ -162,6 +164,7 @@ class Block {
   int id() const { return static_cast<int>(id_); }
   Thread& self() { return threads_[id_]; }
   int threads() const { return static_cast<int>(threads_.size()); }
+  const Timing& timing() const { return timing_; }
   size_t draw(size_t below) { return static_cast<size_t>(random_() % below); }
 
   // The running thread goes on when `ready` says so; others run meanwhile.
@@ -270,6 +273,11 @@ class Block {
       return Step::kRan;
     }
     std::shuffle(order.begin(), order.end(), random_);
+    if (timing_.uneven) {
+      const auto other = [&](size_t i) { return i / kWarp != favoured_; };
+      if (std::all_of(order.begin(), order.end(), other)) favoured_ = order.front() / kWarp;
+      std::erase_if(order, other);
+    }
     for (const size_t i : order) {
       Thread& t = threads_[i];
       if (t.ready && !t.ready()) continue;
@@ -337,7 +345,7 @@ class Block {
   std::mt19937_64 random_;
   std::function<void()> body_;
   jmp_buf scheduler_;
-  size_t id_ = 0;
+  size_t id_ = 0, favoured_ = 0;
   std::exception_ptr failure_;
 };
 

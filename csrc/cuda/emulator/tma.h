@@ -122,20 +122,36 @@ inline void bulk_add(float* to, const void* from, int bytes) {
 inline void bulk_commit() {
   for (auto& store : Block::current()->self().bulk_stores) store.committed = true;
 }
+// Late as copies are: others run before.
+template <class F>
+void wait_for_stores(const F& finish) {
+  Block& b = *Block::current();
+  bool done = false;
+  b.start_copy([&] {
+    finish();
+    done = true;
+  });
+  b.wait("its bulk stores", [&] { return done; });
+}
 inline void bulk_wait_read() {
-  for (auto& store : Block::current()->self().bulk_stores) {
-    if (!store.committed || store.has_read) continue;
-    store.read();
-    store.has_read = true;
-  }
+  auto& stores = Block::current()->self().bulk_stores;
+  wait_for_stores([&stores] {
+    for (auto& store : stores) {
+      if (!store.committed || store.has_read) continue;
+      store.read();
+      store.has_read = true;
+    }
+  });
 }
 inline void bulk_wait() {
   bulk_wait_read();
   auto& stores = Block::current()->self().bulk_stores;
-  for (auto& store : stores) {
-    if (store.committed) store.write();
-  }
-  std::erase_if(stores, [](const auto& store) { return store.committed; });
+  wait_for_stores([&stores] {
+    for (auto& store : stores) {
+      if (store.committed) store.write();
+    }
+    std::erase_if(stores, [](const auto& store) { return store.committed; });
+  });
 }
 
 }  // namespace fastattn::cuda::ptx

@@ -69,43 +69,54 @@ struct ProductState : ProductBase {
   uint64_t a = 0, b = 0;
   bool accumulate = false, transpose_a = false, transpose_b = false, a_in_registers = false;
   const uint32_t* a_registers[kWarpgroup] = {};
+  std::vector<float> sums[kWarpgroup / kWarp];  // of the warps that have read their operands
+  int asked[kWarpgroup / kWarp] = {};
   std::vector<float> before[kWarpgroup];  // d's values where no earlier product is under way
 
   static int row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + 8 * (i / 2 % 2); }
   static int column(int thread, int i) { return 8 * (i / 4) + 2 * (thread % 4) + i % 2; }
 
-  void multiply(const Block& block) {
-    std::vector<float> left(64 * 16), right(static_cast<size_t>(kN) * 16);
-    if (a_in_registers) {
-      for (int t = 0; t < kWarpgroup; ++t) {
-        for (int r = 0; r < 4; ++r) {
-          T pair[2];
-          std::memcpy(pair, a_registers[t] + r, 4);
-          const int m = t / 32 * 16 + t % 32 / 4 + 8 * (r % 2), k = 2 * (t % 4) + 8 * (r / 2);
-          left[static_cast<size_t>(m * 16 + k)] = static_cast<float>(pair[0]);
-          left[static_cast<size_t>(m * 16 + k + 1)] = static_cast<float>(pair[1]);
-        }
-      }
-    } else {
-      for (int m = 0; m < 64; ++m) {
-        for (int k = 0; k < 16; ++k)
-          left[static_cast<size_t>(m * 16 + k)] =
-              static_cast<float>(Descriptor{a}.load<T>(block, m, k, transpose_a));
+  // The rows of one warp: reads the operands.
+  void read(const Block& block, int warp) {
+    float left[16 * 16], right[16 * kN];
+    for (int m = 0; m < 16 && !a_in_registers; ++m) {
+      for (int k = 0; k < 16; ++k)
+        left[m * 16 + k] = static_cast<float>(
+            Descriptor{a}.load<T>(block, warp * 16 + m, k, transpose_a));
+    }
+    for (int t = warp * kWarp; t < (warp + 1) * kWarp && a_in_registers; ++t) {
+      for (int r = 0; r < 4; ++r) {
+        T pair[2];
+        std::memcpy(pair, a_registers[t] + r, 4);
+        float* to = left + (t % 32 / 4 + 8 * (r % 2)) * 16 + 2 * (t % 4) + 8 * (r / 2);
+        to[0] = static_cast<float>(pair[0]);
+        to[1] = static_cast<float>(pair[1]);
       }
     }
     for (int n = 0; n < kN; ++n) {
       for (int k = 0; k < 16; ++k)
-        right[static_cast<size_t>(n * 16 + k)] =
+        right[n * 16 + k] =
             static_cast<float>(Descriptor{b}.load<T>(block, n, k, transpose_b));
     }
-    for (int t = 0; t < kWarpgroup; ++t) {
+    sums[warp].resize(kWarp * kN / 2);
+    for (int t = 0; t < kWarp; ++t) {
       for (int i = 0; i < kN / 2; ++i) {
-        const float* x = left.data() + row(t, i) * 16;
-        const float* y = right.data() + column(t, i) * 16;
+        const float* x = left + (row(t, i) % 16) * 16;
+        const float* y = right + column(t, i) * 16;
         float sum = 0;
         for (int k = 0; k < 16; ++k) sum += x[k] * y[k];
+        sums[warp][static_cast<size_t>(t * kN / 2 + i)] = sum;
+      }
+    }
+  }
+  // The result appears.
+  void multiply(const Block& block) {
+    for (int t = 0; t < kWarpgroup; ++t) {
+      if (sums[t / kWarp].empty()) read(block, t / kWarp);
+      for (int i = 0; i < kN / 2; ++i) {
         const float old = before[t].empty() ? d[t][i] : before[t][static_cast<size_t>(i)];
-        d[t][i] = (accumulate ? old : 0.0f) + sum;
+        d[t][i] = (accumulate ? old : 0.0f) +
+                  sums[t / kWarp][static_cast<size_t>(t % kWarp * kN / 2 + i)];
       }
     }
   }
@@ -138,6 +149,8 @@ void ask_for_product(float* d, const ProductState<T, kN>& wanted, const uint32_t
     for (int i = 0; i < kN / 2; ++i) d[i] = NAN;  // not to be read before the wait
   }
   ++product.asked;
+  const auto warp = static_cast<int>(t) / kWarp;
+  if (++state.asked[warp] == kWarp && block.timing().eager) state.read(block, warp);
 }
 
 // d [64, kN] (+)= A [64, 16] B [16, kN], both in shared memory.
