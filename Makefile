@@ -32,12 +32,12 @@ demo: setup ## Train real models on real data, stock torch beside fastattn
 lint: setup ## ruff and clang-format, nothing is changed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu*' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: setup ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu*' | xargs $(BIN)/clang-format -i
 
 OUT_BENCH ?= fastattn-bench
 bench: setup ## Paired timings against torch, into OUT_BENCH=dir
@@ -51,4 +51,4 @@ wheel: setup ## A wheel for this platform and Python in dist/
 	FASTATTN_REQUIRE_NATIVE=1 $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
 
 clean: ## Build products; .venv stays
-	rm -rf build dist *.egg-info fastattn/_ops.so fastattn/_C*.so fastattn/_build_info.json $(VENV)/.built
+	rm -rf build dist *.egg-info fastattn/_ops.so fastattn/_cuda.so fastattn/_C*.so fastattn/_build_info.json $(VENV)/.built

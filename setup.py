@@ -2,12 +2,15 @@
 
 Products, in the package directory:
   _ops.so           op registrations and kernels on LibTorch's stable ABI, no Python symbols
+  _cuda.so          the same for CUDA; loads under any torch and without a GPU
   _C.<suffix>       pybind11 module: build facts, CPU features
   _build_info.json  what was built, or why not and what to do
 
 FASTATTN_SKIP_NATIVE=1 leaves the native library out, FASTATTN_REQUIRE_NATIVE=1 makes its failure
-an error, FASTATTN_BUILD_EMULATED=1 adds the kernels that only tests run. CXX names the compiler,
-MAX_JOBS bounds the parallel compilations.
+an error, FASTATTN_BUILD_EMULATED=1 adds the kernels that only tests run. The CUDA library is built
+where nvcc is (in CUDA_HOME or on the PATH), unless FASTATTN_SKIP_CUDA_BUILD=1;
+FASTATTN_CUDA_ARCHS=90a is all there is so far. CXX names the compiler, MAX_JOBS bounds the
+parallel compilations.
 """
 
 import json
@@ -49,10 +52,11 @@ ISA_FLAGS = {
 }
 # avx512bf16's tiles without its instructions, for tests.
 EMULATED_FLAGS = {"emulated": [*AVX2, "-O2"]}
+CUDA_ARCHS = ("90a",)
 
 
 class NativeBuildError(Exception):
-    """The native library cannot be built; args are the reason and what to do."""
+    """A library cannot be built; args are the reason and what to do."""
 
 
 def compiler() -> str:
@@ -63,6 +67,31 @@ def compiler() -> str:
             "install g++ 11 or later (Debian: apt install g++) or set CXX, then reinstall",
         )
     return cxx
+
+
+def cuda_compiler() -> str:
+    if os.environ.get("FASTATTN_SKIP_CUDA_BUILD") == "1":
+        raise NativeBuildError("FASTATTN_SKIP_CUDA_BUILD=1 was set", "unset it and reinstall")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    if nvcc is None:
+        where = f"in CUDA_HOME={home}" if home else "on the PATH"
+        raise NativeBuildError(
+            f"no nvcc was found {where}", "install the CUDA toolkit 12.5 or later, then reinstall"
+        )
+    return nvcc
+
+
+def cuda_archs() -> list[str]:
+    archs = os.environ.get("FASTATTN_CUDA_ARCHS", "90a").replace(";", " ").split()
+    if unknown := sorted(set(archs) - set(CUDA_ARCHS)):
+        raise NativeBuildError(
+            f"FASTATTN_CUDA_ARCHS: expected names from {', '.join(CUDA_ARCHS)}, got {unknown}",
+            "other GPUs are served by Triton; unset it and reinstall",
+        )
+    if not archs:
+        raise NativeBuildError("FASTATTN_CUDA_ARCHS is empty", "unset it and reinstall")
+    return archs
 
 
 def isa_flags() -> dict[str, list[str]]:
@@ -182,6 +211,56 @@ def write_ninja(build_dir: Path, cxx: str, isas: list[str]) -> None:
     (build_dir / "build.ninja").write_text("\n".join(lines))
 
 
+def write_cuda_ninja(build_dir: Path, cxx: str, nvcc: str) -> None:
+    torch_includes, torch_lib = torch_paths()
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs()]
+    host = [flag for flag in COMMON if not flag.startswith(("-std", "-O"))]
+    lines = [
+        f"cxx = {cxx.replace('$', '$$')}",
+        f"nvcc = {shlex.quote(nvcc).replace('$', '$$')}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule compile_cuda",
+        "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $nvcc -shared -cudart static -o $out $in $flags",
+    ]
+    objects = []
+    for source in sorted([*CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/launch/*.cu")]):
+        target = "_".join(source.relative_to(CSRC).with_suffix(".o").parts)
+        objects.append(target)
+        if source.suffix == ".cu":
+            flags = ["-std=c++20", "-O3", *archs, f"-I{CSRC}", f"-Xcompiler={','.join(host)}"]
+            flags += ["-ccbin", shlex.split(cxx)[0]]
+        else:
+            flags = [*COMMON, f"-I{CSRC}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+            flags += [f"-isystem{path}" for path in torch_includes]
+        rule = "compile_cuda" if source.suffix == ".cu" else "compile"
+        lines += [
+            f"build {target}: {rule} {ninja_path(source)}",
+            f"  flags = {ninja_flags(flags)}",
+        ]
+    link = [f"-L{torch_lib}", "-ltorch_cpu", "-ccbin", shlex.split(cxx)[0]]
+    link += ["-Xlinker=--no-undefined", "-Xlinker=--exclude-libs=ALL", "-ldl"]
+    lines += [f"build _cuda.so: link {' '.join(objects)}", f"  flags = {ninja_flags(link)}", ""]
+    build_dir.mkdir(parents=True, exist_ok=True)
+    (build_dir / "build.ninja").write_text("\n".join(lines))
+
+
+def run_ninja(build_dir: Path, what: str, hint: str) -> None:
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    command = [ninja_program(), "-C", str(build_dir), *jobs]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        output = (result.stdout + result.stderr).splitlines()
+        errors = [line for line in output if "error:" in line] or output[-3:]
+        raise NativeBuildError(f"the {what} build failed: " + " | ".join(errors[:3]), hint)
+
+
 def build_native(build_dir: Path) -> list[str]:
     """Build _ops.so and the module in build_dir; returns the kernel sets that are in."""
     if os.environ.get("FASTATTN_SKIP_NATIVE") == "1":
@@ -189,17 +268,29 @@ def build_native(build_dir: Path) -> list[str]:
     cxx = compiler()
     isas = usable_isas(cxx)
     write_ninja(build_dir, cxx, isas)
-    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    command = [ninja_program(), "-C", str(build_dir), *jobs]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        output = (result.stdout + result.stderr).splitlines()
-        errors = [line for line in output if "error:" in line] or output[-3:]
-        raise NativeBuildError(
-            "the C++ build failed: " + " | ".join(errors[:3]),
-            "a compiler with C++20 is needed (g++ 11 or clang 14 and later); set CXX and reinstall",
-        )
+    run_ninja(
+        build_dir,
+        "C++",
+        "a compiler with C++20 is needed (g++ 11 or clang 14 and later); set CXX and reinstall",
+    )
     return isas
+
+
+def build_cuda(build_dir: Path) -> list[str]:
+    """Build _cuda.so in build_dir; returns the architectures that are in."""
+    if sys.platform != "linux":
+        raise NativeBuildError("the CUDA kernels are built on Linux only", "use Triton elsewhere")
+    write_cuda_ninja(build_dir, compiler(), cuda_compiler())
+    run_ninja(build_dir, "CUDA", "the CUDA toolkit 12.5 or later is needed; reinstall with it")
+    return cuda_archs()
+
+
+def install(build_dir: Path, package: Path, *names: str) -> None:
+    for name in names:
+        # A new file, never a rewrite: another process may have the old one mapped.
+        staged = package / f".{name}.new"
+        shutil.copy2(build_dir / name, staged)
+        staged.replace(package / name)
 
 
 class BuildNative(build_ext):
@@ -214,11 +305,7 @@ class BuildNative(build_ext):
         info = {"native": True, "reason": "", "hint": ""}
         try:
             info["isas"] = build_native(build_dir.resolve())
-            for name in ("_ops.so", MODULE):
-                # A new file, never a rewrite: another process may have the old one mapped.
-                staged = package / f".{name}.new"
-                shutil.copy2(build_dir / name, staged)
-                staged.replace(package / name)
+            install(build_dir, package, "_ops.so", MODULE)
         except NativeBuildError as error:
             reason, hint = error.args
             if os.environ.get("FASTATTN_REQUIRE_NATIVE") == "1":
@@ -227,7 +314,16 @@ class BuildNative(build_ext):
             info.update(native=False, reason=reason, hint=hint, isas=[])
             for name in ("_ops.so", MODULE):
                 (package / name).unlink(missing_ok=True)
-        info["cuda"] = {"built": False, "reason": "this version has no CUDA kernels"}
+        info["cuda"] = {"built": True, "reason": "", "hint": ""}
+        try:
+            if not info["native"]:
+                raise NativeBuildError("the native library was not built", info["hint"])
+            info["cuda"]["archs"] = build_cuda((build_dir / "cuda").resolve())
+            install(build_dir / "cuda", package, "_cuda.so")
+        except NativeBuildError as error:
+            reason, hint = error.args
+            info["cuda"] = {"built": False, "reason": reason, "hint": hint, "archs": []}
+            (package / "_cuda.so").unlink(missing_ok=True)
         (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
     def get_outputs(self) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
+from fastattn import backends
 
 L2_BYTES = 64 << 20
 TIMINGS = 20
@@ -67,12 +69,11 @@ class Linear(NamedTuple):
 
 
 ATTENTION = [
-    Attention(1, 16, 16384, 128, mask="causal"),
-    Attention(2, 16, 8192, 128, mask="causal"),
-    Attention(8, 16, 2048, 128, mask="causal"),
-    Attention(2, 16, 8192, 128),
-    Attention(2, 32, 8192, 64),
+    *(Attention(16384 // s, 16, s, 128, mask="causal") for s in (16384, 8192, 4096, 2048)),
+    *(Attention(16384 // s, 16, s, 128) for s in (16384, 8192, 4096, 2048)),
+    *(Attention(16384 // s, 32, s, 64) for s in (16384, 8192, 4096)),
     Attention(2, 32, 8192, 64, mask="causal"),
+    Attention(2, 8, 8192, 256),
     Attention(16, 12, 512, 64, mask="padding"),
     Attention(4, 16, 2048, 64, mask="bool"),
     Attention(4, 16, 2048, 64, mask="bias"),
@@ -172,10 +173,15 @@ def run_attention(case: Attention) -> list[tuple]:
     inputs, mask = attention_inputs(case)
     causal = case.mask == "causal"
 
-    def ours(q, k, v):
-        return fastattn.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    def ours(q, k, v, backend=None):
+        return fastattn.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, backend=backend
+        )
 
-    implementations = {"fastattn": ours, **attention_peers(case, mask)}
+    implementations = {"fastattn": ours}
+    if backends.explain("attention", *inputs[0], mask).backend == "cuda":
+        implementations["fastattn triton"] = functools.partial(ours, backend="triton")
+    implementations |= attention_peers(case, mask)
     checked, rows = None, []
     for name, function in implementations.items():
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,11 +16,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
-TESTS = ["test_gpu.py", "test_triton_attention.py", "test_triton_linear.py"]
+TESTS = [
+    "cuda/test_hopper.py",
+    "cuda/test_nvcc.py",
+    "ops/triton/test_gpu.py",
+    "ops/triton/test_triton_attention.py",
+    "ops/triton/test_triton_linear.py",
+]
 
 
 def build(output: Path, environment: dict[str, str], seconds: float) -> bool:
-    """The native library is welcome, but the Triton kernels do without."""
+    """The native libraries are welcome, but the Triton kernels do without."""
     with (output / "build.log").open("w") as log:
         try:
             result = subprocess.run(
@@ -38,7 +45,7 @@ def build(output: Path, environment: dict[str, str], seconds: float) -> bool:
 def test(output: Path, environment: dict[str, str], seconds: float) -> bool:
     """The GPU tests, dealt out to processes: most of their time is compiling."""
     processes = max(1, min(12, (os.cpu_count() or 2) - 2))
-    files = [str(ROOT / "tests/ops/triton" / name) for name in TESTS]
+    files = [str(ROOT / "tests" / name) for name in TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     stop, running = time.monotonic() + seconds, []
     for shard in range(processes):
@@ -65,6 +72,35 @@ def test(output: Path, environment: dict[str, str], seconds: float) -> bool:
     return good
 
 
+def sanitize(output: Path, environment: dict[str, str], seconds: float) -> bool:
+    """The CUDA kernels on small shapes under each of compute-sanitizer's tools."""
+    homes = filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda"))
+    paths = [environment.get("PATH", ""), *(f"{home}/bin" for home in homes)]
+    program = shutil.which("compute-sanitizer", path=os.pathsep.join(paths))
+    if program is None:
+        print("compute-sanitizer is not there", flush=True)
+        return True
+    good, stop = True, time.monotonic() + seconds
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        command = [program, "--tool", tool, "--error-exitcode", "1", sys.executable]
+        with (output / f"{tool}.log").open("w") as log:
+            try:
+                result = subprocess.run(
+                    [*command, str(ROOT / "tests/cuda/sanitized.py")],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    timeout=max(1.0, stop - time.monotonic()),
+                )
+                passed = result.returncode == 0
+            except subprocess.TimeoutExpired:
+                passed = False
+        print(f"{tool}: {'passed' if passed else 'FAILED'}", flush=True)
+        good &= passed
+    return good
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-check"))
@@ -76,11 +112,12 @@ def main() -> int:
     stop = time.monotonic() + options.seconds
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path}
-    print(
-        f"native library: {'built' if build(output, environment, 150) else 'not built'}", flush=True
-    )
+    built = build(output, environment, 150)
+    print(f"native libraries: {'built' if built else 'not built'}", flush=True)
     tested = test(output, environment, 0.5 * (stop - time.monotonic()))
     print(f"tests: {'passed' if tested else 'FAILED'}", flush=True)
+    if not options.tune:
+        tested &= sanitize(output, environment, 0.3 * (stop - time.monotonic()))
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--output", str(output)]
     # The last case that begins may take half a minute.
     command += ["--seconds", f"{max(20, stop - time.monotonic() - 30):.0f}"]

@@ -1,4 +1,4 @@
-"""Loads the native library if it was built. Importing this module never fails; using the library
+"""Loads the native libraries that were built. Importing this module never fails; using a library
 says why it cannot."""
 
 from __future__ import annotations
@@ -32,14 +32,35 @@ def _load() -> str | None:
     return None
 
 
+def _load_cuda() -> str | None:
+    """Loads the CUDA kernels, whether or not there is a GPU; returns why they could not be."""
+    facts = build_info.get("cuda") or {}
+    if not facts.get("built"):
+        return "; ".join(filter(None, [facts.get("reason"), facts.get("hint")])) or "never built"
+    if not HAS_NATIVE:
+        return "the native library is not loaded"
+    try:
+        torch.ops.load_library(str(_PACKAGE / "_cuda.so"))
+    except OSError as error:
+        return f"{error}; reinstall with torch {torch.__version__}"
+    return None
+
+
 build_info: dict = _read_build_info()
 _failure: str | None = _load()
 HAS_NATIVE: bool = _failure is None
+_cuda_failure: str | None = _load_cuda()
+HAS_CUDA: bool = _cuda_failure is None
 
 
 def why_not() -> str | None:
     """Why the native library is missing and what to do about it; None when it is loaded."""
     return _failure
+
+
+def why_not_cuda() -> str | None:
+    """Why the CUDA kernels are missing and what to do about it; None when they are loaded."""
+    return _cuda_failure
 
 
 def cpu_isa() -> str | None:

@@ -6,6 +6,7 @@ taken. An explicit backend is obeyed or raises with its reasons.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from fastattn.ops.triton.config import fused_product, why_not
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 OPS = ("attention", "varlen_attn", "linear_relu", "mlp")
 
+_HOPPER = 90  # compute capability 9.0
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _default = os.environ.get("FASTATTN_BACKEND") or None
 _warned: set[tuple[str, str]] = set()
@@ -39,6 +41,8 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     head_dim: int = 0  # the larger of D and Dv
     slopes_gradient: bool = False
+    gradient: bool = False  # autograd will ask for one of q, k, v
+    extras: tuple[str, ...] = ()  # what cuda's attention does not do; empty on other devices
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def reasons(problem: Problem, backend: str) -> list[str]:
     if backend == "reference":
         return []
     if backend == "cuda":
-        return [f"this version has no {backend} kernels"]
+        return _cuda_reasons(problem)
     return _triton_reasons(problem) if backend == "triton" else _cpu_reasons(problem)
 
 
@@ -78,6 +82,35 @@ def _cpu_reasons(problem: Problem) -> list[str]:
     if problem.slopes_gradient:
         found.append("the cpu kernels give alibi_slopes no gradient")
     return found
+
+
+def _cuda_reasons(problem: Problem) -> list[str]:
+    found = []
+    if not _extension.HAS_CUDA:
+        found.append(f"the CUDA kernels are not loaded ({_extension.why_not_cuda()})")
+    if problem.device != "cuda":
+        found.append(f"the inputs are on {problem.device}")
+    elif (capability := _capability()) != _HOPPER:
+        found.append(
+            f"compute capability {capability / 10:.1f} is not 9.0 (Triton serves other GPUs)"
+        )
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        found.append(f"{problem.dtype} is not one of bfloat16, float16")
+    if problem.op != "attention":
+        found.append(f"it has no kernel for {problem.op}")
+    most = 128 if problem.gradient else 256
+    if problem.head_dim > most:
+        found.append(
+            f"head dim {problem.head_dim} is above {most}{' with gradients' * (most == 128)}"
+        )
+    if problem.extras:
+        found.append(f"its attention has no {', no '.join(problem.extras)}")
+    return found
+
+
+@torch.compiler.assume_constant_result
+def _capability() -> int:
+    return triton.capability(torch.cuda.current_device())
 
 
 def _triton_reasons(problem: Problem) -> list[str]:
@@ -141,6 +174,8 @@ def _warn_reference(problem: Problem, against: list[str]) -> None:
 def available() -> list[str]:
     """The backends that can serve anything on this machine."""
     found = ["cpu"] if _extension.HAS_NATIVE else []
+    if _extension.HAS_CUDA and torch.cuda.is_available() and _capability() == _HOPPER:
+        found.append("cuda")
     if (torch.cuda.is_available() or triton.interpreting()) and triton.why_not() is None:
         found.append("triton")
     return [*found, "reference"]
@@ -154,16 +189,13 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
     tensors = [a for a in args if isinstance(a, Tensor)]
     if not tensors:
         raise TypeError("args: expected the op's tensors, got none")
-    slopes = options.get("alibi_slopes")
-    problem = Problem(
-        op,
-        tensors[0].device.type,
-        tensors[0].dtype,
-        max(tensors[0].shape[-1], tensors[min(2, len(tensors) - 1)].shape[-1])
-        if op in ("attention", "varlen_attn")
-        else 0,
-        needs_gradient(slopes),
-    )
+    if op in ("attention", "varlen_attn"):
+        names = ("attn_mask", "dropout_p", "is_causal", "scale") if op == "attention" else ()
+        call = dict(zip(names, args[3:], strict=False)) | options
+        packed = op == "varlen_attn"
+        problem = attention_problem(op, *tensors[:3], packed=packed, **call)
+    else:
+        problem = Problem(op, tensors[0].device.type, tensors[0].dtype)
     against = {name: reasons(problem, name) for name in BACKENDS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastAttnWarning)
@@ -175,6 +207,45 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
         fused = fused_product(rows, *weight.shape, input.element_size())
         detail = "one fused kernel" if fused else "cuBLAS and a kernel for the ReLU and its bits"
     return Explanation(op, chosen, against, detail)
+
+
+def attention_problem(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    packed: bool = False,
+    **_: object,
+) -> Problem:
+    """The Problem of an attention call."""
+    device = query.device.type
+    slopes_gradient = needs_gradient(alibi_slopes)
+    head_dim = max(query.shape[-1], value.shape[-1])
+    if device != "cuda":
+        return Problem(op, device, query.dtype, head_dim, slopes_gradient)
+    extras = {
+        "dropout": dropout_p > 0.0,
+        "softcap": softcap != 0.0,
+        "ALiBi slopes": alibi_slopes is not None,
+        "packed sequences": packed,
+        "scale of 0 or less": scale is not None and not scale > 0.0,
+        "head dim of 0": min(query.shape[-1], value.shape[-1]) == 0,
+        "extents of 2^29 and more": max(query.shape[-2], key.shape[-2]) >= 2**29
+        or query.shape[:-2].numel() >= 2**29,
+    }
+    if attn_mask is not None:
+        over_keys = isinstance(attn_mask, Tensor) and math.prod(attn_mask.shape[-3:-1]) == 1
+        extras["float mask"] = attn_mask.dtype != torch.bool
+        extras["mask that differs between heads or queries"] = not over_keys
+    gradient = any(map(needs_gradient, (query, key, value)))
+    against = tuple(name for name, there in extras.items() if there)
+    return Problem(op, device, query.dtype, head_dim, slopes_gradient, gradient, against)
 
 
 def needs_gradient(x: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fastattn"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-SOURCES = sorted(p for end in ("h", "cpp", "cu") for p in (ROOT / "csrc").rglob(f"*.{end}"))
+SOURCES = sorted(p for end in ("h", "cpp", "cu", "cuh") for p in (ROOT / "csrc").rglob(f"*.{end}"))
 
 # layer -> the layers of fastattn that it may import; "" is the package itself
 ALLOWED = {
@@ -39,7 +39,14 @@ INCLUDES = {
     "": {"common", "cpu"},
 }
 # within csrc/cuda: who stands on whom; the emulator is the one other home of ptx's functions
-STRATA = {"ptx": {"ptx", "emulator"}, "emulator": {"emulator"}, "kernels": {"kernels", "ptx"}}
+STRATA = {
+    "ptx": {"ptx", "emulator"},
+    "emulator": {"emulator"},
+    "tile": {"tile", "ptx"},
+    "kernels": {"kernels", "tile", "ptx"},
+    "launch": {"launch", "kernels", "tile"},
+    "cuda": {"launch"},
+}
 TORCH_HOMES = re.compile(r"ops\.cpp|register_\w+\.cpp|validate\.h|check\.h")
 
 

@@ -59,7 +59,7 @@ def setup_py(tree: Path, *command: str, **env: str) -> subprocess.CompletedProce
     return subprocess.run(
         [sys.executable, "setup.py", "-q", *command],
         cwd=tree,
-        env={**clean, **env},
+        env={**clean, "FASTATTN_SKIP_CUDA_BUILD": "1", **env},
         capture_output=True,
         text=True,
         timeout=120,
@@ -81,6 +81,15 @@ def fake_compiler(tree: Path, refuse: str = "no such flag") -> dict[str, str]:
     script.write_text(COMPILER)
     script.chmod(0o755)
     return {"CXX": str(script), "LOG": str(tree.parent / "log"), "REFUSE": refuse}
+
+
+def fake_nvcc(tree: Path) -> dict[str, str]:
+    """As fake_compiler, with the script as nvcc too."""
+    env = fake_compiler(tree) | {"FASTATTN_SKIP_CUDA_BUILD": "0"}
+    nvcc = tree.parent / "cuda home/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    shutil.copy(env["CXX"], nvcc)
+    return env | {"CUDA_HOME": str(tree.parent / "cuda home")}
 
 
 def test_metadata():
@@ -118,7 +127,8 @@ def test_build_facts():
     assert _C.build_info()["compiler"]
     assert _C.cpu_isa() in _extension.build_info["isas"]
     assert set(_extension.build_info["isas"]) <= ISAS
-    assert not _extension.build_info["cuda"]["built"]
+    facts = _extension.build_info["cuda"]
+    assert facts["built"] == (shutil.which("nvcc") is not None), facts["reason"]
 
 
 @pytest.mark.native
@@ -126,11 +136,11 @@ def test_only_the_stable_abi_is_linked():
     """A C++ symbol of torch would tie the library to one release."""
     if not (nm := shutil.which("nm")) or sys.platform != "linux":
         pytest.skip("needs nm")
-    library = ROOT / "fastattn/_ops.so"
-    command = [nm, "-D", "--undefined-only", "--demangle", str(library)]
-    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "aoti_torch_" in symbols
-    assert not re.findall(r"\b(?:at|c10|torch)::.*|\bPy[A-Z_].*", symbols)
+    for library in (ROOT / "fastattn").glob("_[oc]*.so"):
+        command = [nm, "-D", "--undefined-only", "--demangle", str(library)]
+        symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "aoti_torch_" in symbols
+        assert not re.findall(r"\b(?:at|c10|torch)::.*|\bPy[A-Z_].*|\bcu[A-Z_].*", symbols)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +198,7 @@ def test_flags(tree):
     info = build(tree, **env, MAX_JOBS="1")
     lines = Path(env["LOG"]).read_text().splitlines()
     compiled = {re.search(r"/([\w.]+\.cpp)", line)[1]: line for line in lines if " -c " in line}
-    sources = {p.name for p in (ROOT / "csrc").rglob("*.cpp")}
+    sources = {p.name for p in (ROOT / "csrc").rglob("*.cpp")} - {"register_cuda.cpp"}
     dropped = {f"isa_{isa}.cpp" for isa in ISAS - set(info["isas"])}
     assert set(compiled) == sources - dropped
     with_torch = {name for name, line in compiled.items() if "TORCH_TARGET_VERSION" in line}
@@ -199,6 +209,41 @@ def test_flags(tree):
     assert all(f"-DFASTATTN_HAVE_{isa.upper()}" in compiled["dispatch.cpp"] for isa in info["isas"])
     build(tree, **env)
     assert Path(env["LOG"]).read_text().splitlines() == lines, "the second build does nothing"
+
+
+def test_cuda_flags(tree):
+    """nvcc compiles the launches alone, for Hopper; the rest of the library is plain C++."""
+    env = fake_nvcc(tree)
+    info = build(tree, **env)
+    assert info["cuda"]["archs"] == ["90a"]
+    lines = Path(env["LOG"]).read_text().splitlines()
+    compiled = {re.search(r"/([\w.]+\.cu) ", line)[1] for line in lines if ".cu -o" in line}
+    assert compiled == {p.name for p in (ROOT / "csrc/cuda/launch").glob("*.cu")}
+    assert all("compute_90a,code=sm_90a" in line for line in lines if ".cu -o" in line)
+    (link,) = (line for line in lines if "_cuda.so" in line)
+    assert "-cudart static" in link
+    assert "-rpath" not in link
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"FASTATTN_SKIP_CUDA_BUILD": "1"}, "FASTATTN_SKIP_CUDA_BUILD=1 was set"),
+        ({"FASTATTN_CUDA_ARCHS": "90a;100"}, "got ['100']"),
+        ({"CUDA_HOME": "/nowhere"}, "no nvcc was found in CUDA_HOME=/nowhere"),
+        ({"REFUSE": ".cu -o"}, "the CUDA build failed: error: refused"),
+    ],
+    ids=["skipped", "arch", "missing", "error"],
+)
+def test_without_cuda_the_rest_is_built(tree, change, reason):
+    env = fake_nvcc(tree)
+    assert build(tree, **env)["cuda"]["built"]
+    (tree / "csrc/cuda/launch/refusal.cu").touch()
+    info = build(tree, **{**env, **change})
+    assert info["native"]
+    assert not info["cuda"]["built"]
+    assert reason in info["cuda"]["reason"]
+    assert not (tree / "fastattn/_cuda.so").exists()
 
 
 def test_a_compiler_without_avx512_leaves_only_that_out(tree):

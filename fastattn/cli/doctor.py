@@ -56,9 +56,10 @@ def doctor(console: Console | None = None) -> int:
         table.add_row(_GOOD, "CPU kernels", f"{_extension.cpu_isa()} (this CPU: {features})")
     else:
         table.add_row(_BAD, "native library", failure)
-    cuda = _extension.build_info.get("cuda", {}).get("reason", "this version has no CUDA kernels")
+    cuda = _extension.why_not_cuda() or "loaded"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "torch sees no GPU"
-    table.add_row(_NOTE, "CUDA backend", f"{cuda}; {gpu}")
+    serves = "cuda" in backends.available()
+    table.add_row(_GOOD if serves else _NOTE, "CUDA kernels (Hopper)", f"{cuda}; {gpu}")
     against = triton.why_not() or (None if torch.cuda.is_available() else "torch sees no GPU")
     table.add_row(_NOTE if against else _GOOD, "Triton kernels", against or "serve CUDA tensors")
     console.print(table)

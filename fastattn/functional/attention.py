@@ -155,12 +155,16 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         attn_mask, is_causal = _prepare_mask(attn_mask, is_causal, query, key)
 
-    problem = backends.Problem(
+    problem = backends.attention_problem(
         "attention",
-        query.device.type,
-        query.dtype,
-        max(query.shape[-1], value.shape[-1]),
-        backends.needs_gradient(alibi_slopes),
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
     )
     chosen = backends.select(problem, backend)
     seed = None

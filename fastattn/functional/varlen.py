@@ -65,12 +65,8 @@ def varlen_attn(
         raise ValueError(
             f"cu_seq_k: expected {cu_seq_q.shape[0]} entries as cu_seq_q, got {cu_seq_k.shape[0]}"
         )
-    problem = backends.Problem(
-        "varlen_attn",
-        query.device.type,
-        query.dtype,
-        max(query.shape[-1], value.shape[-1]),
-        backends.needs_gradient(alibi_slopes),
+    problem = backends.attention_problem(
+        "varlen_attn", query, key, value, alibi_slopes=alibi_slopes, packed=True
     )
     chosen = backends.select(problem, backend)
     if not query.is_cuda:

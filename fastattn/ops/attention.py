@@ -44,7 +44,7 @@ def attention_forward(
     ``[1]``; slopes is ``[Hq]`` or ``[B, Hq]``. Beside starts_q and starts_k ``[B + 1]`` query is
     ``[1, Hq, tokens, D]``."""
     left, right, softcap, max_q, max_k = options
-    if backend == "cpu":
+    if backend != "triton":  # one op, dispatched by device
         return torch.ops.fastattn.attention_forward(
             query, key, value, attn_mask, _in_lse_dtype(slopes, query), seed, starts_q, starts_k,
             is_causal, scale, dropout_p, left, right, softcap,
@@ -78,7 +78,7 @@ def attention_backward(
     """Gradients of query, key, value and the float mask; one that is not needed has shape
     ``[0]``."""
     left, right, softcap, max_q, max_k = options
-    if backend == "cpu":
+    if backend != "triton":  # one op, dispatched by device
         return torch.ops.fastattn.attention_backward(
             grad_out, grad_lse, query, key, value, attn_mask, _in_lse_dtype(slopes, query), out,
             lse, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap, needs,

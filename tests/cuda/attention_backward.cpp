@@ -35,9 +35,9 @@ int run(const std::vector<int64_t>& arguments, emulator::Timing timing) {
   const HeadBlocks of_queries = a.tiles(a.heads_q, a.seq_q, Kernel::kBlockQ);
   const int all = of_queries.tiles(), padded = of_queries.blocks * Kernel::kBlockQ;
   std::vector<float> lse_log2(static_cast<size_t>(all * Kernel::kBlockQ), NAN), delta(lse_log2);
-  const DeltaParameters of_rows{rows(a.out), rows(a.grad_out), a.lse.data(),    a.grad_lse.data(),
-                                batch,       heads,            seq_q,           padded,
-                                dim,         lse_log2.data(),  delta.data()};
+  const DeltaParameters of_rows{
+      rows(a.out), rows(a.grad_out), a.lse.data(), a.grad_lse.data(), batch,       heads,
+      seq_q,       padded,           dim,          lse_log2.data(),   delta.data()};
   on_grid(all * Kernel::kBlockQ / (kRowThreads / 32),
           [&] { fastattn::cuda::delta<bf16>(of_rows); });
 

@@ -140,8 +140,7 @@ struct AttentionCase {
       const size_t at = q.at(b, h, i, d);
       out.data[at] = bf16(static_cast<float>(o.value[at]));
     }
-    const double delta =
-        dot(grad_out, out, b, h, i, h, i) - static_cast<double>(grad_lse.back());
+    const double delta = dot(grad_out, out, b, h, i, h, i) - static_cast<double>(grad_lse.back());
     for (int64_t j = 0; j < seq_k; ++j) {
       const double weight = p[static_cast<size_t>(j)];
       if (weight == 0.0) continue;

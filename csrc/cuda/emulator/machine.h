@@ -36,7 +36,8 @@ constexpr int kNamedBarriers = 16;
 struct Timing {
   uint64_t seed = 0;
   bool latest = true;  // copies end only when nobody can go on without; else at drawn moments too
-  bool eager = false;  // products read shared memory as soon as a warp has asked; else at their wait
+  bool eager =
+      false;  // products read shared memory as soon as a warp has asked; else at their wait
   bool uneven = false;  // one warp runs as far as it can before another is drawn
 };
 
@@ -358,8 +359,7 @@ inline void run_grid(int blocks, int threads, int64_t shared_bytes, Timing timin
   int next = 0;
   while (next < blocks || !running.empty()) {
     for (; next < blocks && running.size() < kResident; ++next)
-      running.push_back(
-          std::make_unique<Block>(next, blocks, threads, shared_bytes, timing, body));
+      running.push_back(std::make_unique<Block>(next, blocks, threads, shared_bytes, timing, body));
     std::shuffle(running.begin(), running.end(), random);
     bool stuck = true;
     for (auto& block : running) {

@@ -90,11 +90,11 @@ inline void start_store(const void* from, int64_t bytes,
   Block& b = *Block::current();
   const int64_t at = b.shared.offset(from, bytes);
   auto data = std::make_shared<std::vector<char>>();
-  b.self().bulk_stores.push_back(
-      {[&b, data, at, bytes] {
-         data->assign(b.shared.read(at, bytes), b.shared.read(at, bytes) + bytes);
-       },
-       [data, write] { write(*data); }});
+  b.self().bulk_stores.push_back({[&b, data, at, bytes] {
+                                    data->assign(b.shared.read(at, bytes),
+                                                 b.shared.read(at, bytes) + bytes);
+                                  },
+                                  [data, write] { write(*data); }});
 }
 inline void tma_store(const TensorMap* map, const void* from, int c0, int c1 = 0, int c2 = 0,
                       int c3 = 0) {
@@ -109,9 +109,8 @@ inline void tma_store(const TensorMap* map, const void* from, int c0, int c1 = 0
   });
 }
 inline void bulk_store(void* to, const void* from, int bytes) {
-  start_store(from, bytes, [to](const std::vector<char>& data) {
-    std::memcpy(to, data.data(), data.size());
-  });
+  start_store(from, bytes,
+              [to](const std::vector<char>& data) { std::memcpy(to, data.data(), data.size()); });
 }
 inline void bulk_add(float* to, const void* from, int bytes) {
   start_store(from, bytes, [to](const std::vector<char>& data) {

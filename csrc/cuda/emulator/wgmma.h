@@ -81,8 +81,8 @@ struct ProductState : ProductBase {
     float left[16 * 16], right[16 * kN];
     for (int m = 0; m < 16 && !a_in_registers; ++m) {
       for (int k = 0; k < 16; ++k)
-        left[m * 16 + k] = static_cast<float>(
-            Descriptor{a}.load<T>(block, warp * 16 + m, k, transpose_a));
+        left[m * 16 + k] =
+            static_cast<float>(Descriptor{a}.load<T>(block, warp * 16 + m, k, transpose_a));
     }
     for (int t = warp * kWarp; t < (warp + 1) * kWarp && a_in_registers; ++t) {
       for (int r = 0; r < 4; ++r) {
@@ -95,8 +95,7 @@ struct ProductState : ProductBase {
     }
     for (int n = 0; n < kN; ++n) {
       for (int k = 0; k < 16; ++k)
-        right[n * 16 + k] =
-            static_cast<float>(Descriptor{b}.load<T>(block, n, k, transpose_b));
+        right[n * 16 + k] = static_cast<float>(Descriptor{b}.load<T>(block, n, k, transpose_b));
     }
     sums[warp].resize(kWarp * kN / 2);
     for (int t = 0; t < kWarp; ++t) {

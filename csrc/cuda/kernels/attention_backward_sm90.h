@@ -325,8 +325,7 @@ struct AttentionBackward {
     for (int half = 0; half < 2; ++half) {
       const int key = k0 + row_of(t) + 8 * half, query = q0 + column_of(t);
       const int from = key - band.right - query;
-      const int to =
-          key < band.seq_k && !(hidden_rows >> half & 1) ? key + band.left - query : -1;
+      const int to = key < band.seq_k && !(hidden_rows >> half & 1) ? key + band.left - query : -1;
       FASTATTN_UNROLL
       for (int i = 2 * half; i < kBlockQ / 2; i += 4) {
         FASTATTN_UNROLL

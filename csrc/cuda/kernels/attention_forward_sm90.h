@@ -12,9 +12,10 @@
 namespace fastattn::cuda {
 
 struct AttentionForwardParameters {
-  ptx::TensorMap q, k, v, o;  // [batch, heads, seq, dim]; boxes of 64 x 64, for k and v kBlockK x 64
-  float* lse;                 // [batch, heads_q, seq_q]
-  int* next_tile;             // 0 at launch
+  ptx::TensorMap q, k, v,
+      o;           // [batch, heads, seq, dim]; boxes of 64 x 64, for k and v kBlockK x 64
+  float* lse;      // [batch, heads_q, seq_q]
+  int* next_tile;  // 0 at launch
   Band band;
   HeadBlocks tiles;
   int heads_q, group;  // query heads; query heads for each key head
@@ -235,15 +236,15 @@ struct AttentionForward {
     if (!kKeyWords) return;
     const KeyWords<kBlockK, kKeyWords> words(p.band, batch, block);
     if (words.all()) return;
-    const uint32_t word = p.band.key_words[int64_t{batch} * p.band.words +
-                                           (block * kBlockK + t % kBlockK) / 32];
+    const uint32_t word =
+        p.band.key_words[int64_t{batch} * p.band.words + (block * kBlockK + t % kBlockK) / 32];
     if (!(word >> t % 32 & 1)) {
       for (int i = t / kBlockK; i < kChunks * 8; i += 128 / kBlockK) {
         ptx::store_shared(v_smem + i / 8 * kChunkK + t % kBlockK * kRowBytes + i % 8 * 16,
                           ptx::Words4{});
       }
     }
-    ptx::fence_async_proxy();               // the products see them
+    ptx::fence_async_proxy();             // the products see them
     ptx::named_sync(4 + warpgroup, 128);  // all rows are done
   }
 
@@ -274,7 +275,7 @@ struct AttentionForward {
     uint32_t words[kDim / 4];
     pack_pairs<T>(o, words);
     store_tile<kDim>(q_smem, kChunkQ, t, words);
-    ptx::fence_async_proxy();               // the store sees it
+    ptx::fence_async_proxy();             // the store sees it
     ptx::named_sync(4 + warpgroup, 128);  // all of o is there
     if (t != 0) return;
     FASTATTN_UNROLL

@@ -18,7 +18,8 @@ struct LinearParameters {
 
 template <class T, int kBlockN_, int kStages_>
 struct LinearForward {
-  static constexpr int kBlockN = kBlockN_, kStages = kStages_, kBlockM = 128, kBlockK = 64, kThreads = 384;
+  static constexpr int kBlockN = kBlockN_, kStages = kStages_, kBlockM = 128, kBlockK = 64,
+                       kThreads = 384;
   static constexpr int kBytesX = kBlockM * kBlockK * 2, kBytesW = kBlockN * kBlockK * 2;
   static constexpr int kSharedBytes = kStages * (kBytesX + kBytesW + 16);
   static_assert(kSharedBytes <= 227 * 1024);
@@ -70,8 +71,8 @@ struct LinearForward {
         ptx::wgmma_fence();
         FASTATTN_UNROLL
         for (int k = 0; k < kBlockK; k += 16) {
-          ptx::wgmma_ss<T, kBlockN>(acc, k_major(x_tile + 2 * k),
-                                    k_major(w_tile + 2 * k), step > 0 || k > 0);
+          ptx::wgmma_ss<T, kBlockN>(acc, k_major(x_tile + 2 * k), k_major(w_tile + 2 * k),
+                                    step > 0 || k > 0);
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();

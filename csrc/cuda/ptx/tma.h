@@ -44,9 +44,10 @@ FASTATTN_DEVICE void fence_async_proxy() {
 
 // The box at (c0, c1, ...), where the tensor has it. Belongs to the thread's next bulk_commit.
 FASTATTN_DEVICE void tma_store(const TensorMap* map, const void* from, int c0, int c1) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-               "r"(shared_address(from)), "r"(c0), "r"(c1)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(shared_address(from)), "r"(c0), "r"(c1)
+      : "memory");
 }
 FASTATTN_DEVICE void tma_store(const TensorMap* map, const void* from, int c0, int c1, int c2,
                                int c3) {

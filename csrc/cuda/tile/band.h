@@ -1,5 +1,5 @@
-// Which keys queries see: query i the keys from i - left to i + right, and of these, with key words,
-// those whose bit is set. Blocks that nobody sees are left out.
+// Which keys queries see: query i the keys from i - left to i + right, and of these, with key
+// words, those whose bit is set. Blocks that nobody sees are left out.
 #pragma once
 
 #include "cuda/ptx/ptx.h"

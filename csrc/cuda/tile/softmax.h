@@ -8,8 +8,8 @@ namespace fastattn::cuda {
 
 // Scores that row row_of(t) + 8 h of the queries from q0 does not see become -inf.
 template <int kBlock, bool kHas>
-FASTATTN_DEVICE void hide(const Band& band, const KeyWords<kBlock, kHas>& words, int q0, int k0, int t,
-                          float (&s)[kBlock / 2]) {
+FASTATTN_DEVICE void hide(const Band& band, const KeyWords<kBlock, kHas>& words, int q0, int k0,
+                          int t, float (&s)[kBlock / 2]) {
   uint32_t seen[words.kCount];
   FASTATTN_UNROLL
   for (int i = 0; i < words.kCount; ++i) seen[i] = kHas ? words.word[i] >> column_of(t) : ~0u;

@@ -1,0 +1,41 @@
+// The tiles of every kernel, with what limits them on an H100 or H200: 227 KB of shared memory and
+// 64 Ki registers a multiprocessor; a block has one to itself.
+#pragma once
+
+#include "cuda/kernels/attention_backward_sm90.h"
+#include "cuda/kernels/attention_forward_sm90.h"
+
+namespace fastattn::cuda {
+
+// Heads are taken in sections whose keys and values (backward: queries and their gradients) fit
+// here: half of the 50 MB of L2.
+constexpr int64_t kSectionBytes = 32 << 20;
+
+// Attention forward: head dim, keys a block, warpgroups of 64 queries, stages.
+//             shared memory   registers of a consumer
+//   D = 64       120 KB            160: 3 x 64 queries; of them 128 hold o, s and p
+//   D = 64       112 KB            232: with a key mask 160 do not suffice
+//   D = 128      160 KB            232: more keys a block would spill
+//   D = 256      192 KB            232: shared memory allows 64 keys
+template <class T, int kDim, bool kKeyWords>
+struct ForwardTile;
+template <class T>
+struct ForwardTile<T, 64, false> : AttentionForward<T, 64, 128, 3, 3, false> {};
+template <class T>
+struct ForwardTile<T, 64, true> : AttentionForward<T, 64, 128, 2, 3, true> {};
+template <class T, bool kKeyWords>
+struct ForwardTile<T, 128, kKeyWords> : AttentionForward<T, 128, 128, 2, 2, kKeyWords> {};
+template <class T, bool kKeyWords>
+struct ForwardTile<T, 256, kKeyWords> : AttentionForward<T, 256, 64, 2, 2, kKeyWords> {};
+
+// Attention backward: head dim, queries a step; always 128 keys.
+//   D = 64       193 KB            240: s and dp of 128 queries, 128 of them
+//   D = 128      193 KB            240: dk and dv, 128 of them
+template <class T, int kDim, bool kKeyWords>
+struct BackwardTile;
+template <class T, bool kKeyWords>
+struct BackwardTile<T, 64, kKeyWords> : AttentionBackward<T, 64, 128, kKeyWords> {};
+template <class T, bool kKeyWords>
+struct BackwardTile<T, 128, kKeyWords> : AttentionBackward<T, 128, 64, kKeyWords> {};
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,32 @@
+// From problems to launches. Torch-free, and free of CUDA's headers. Everything throws
+// std::runtime_error with the CUDA call that failed; nothing waits for the GPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "common/problem.h"
+
+namespace fastattn::cuda {
+
+// Where to launch: a cudaStream_t of the current device, and scratch memory of the size asked for.
+struct Launch {
+  void* stream = nullptr;
+  char* workspace = nullptr;  // on the device, 256-byte aligned
+};
+
+// The compute capability of the current device, 10 x major + minor.
+int capability();
+
+// Why no kernel serves the problem; empty where one does.
+std::string refusal(const AttentionProblem& p, bool backward);
+
+// Tensors come with one batch dimension, and rows that begin at multiples of 16 bytes; the mask
+// with the problem's batch dimensions.
+size_t attention_forward_workspace(const AttentionProblem& p);
+void launch_attention_forward(const AttentionProblem& p, const Launch& launch);
+size_t attention_backward_workspace(const AttentionBackwardProblem& p);
+void launch_attention_backward(const AttentionBackwardProblem& p, const Launch& launch);
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,203 @@
+// The CUDA implementations: validate, make strides readable, allocate, launch.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "common/validate.h"
+#include "cuda/launch/launch.h"
+
+namespace fastattn::cuda {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// torch's stream on the device. Its function is looked up: the library loads without it, under a
+// torch for CPUs.
+void* current_stream(const Tensor& t) {
+  using Function = int32_t (*)(int32_t, void**);
+  static const auto function = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Function>(dlsym(torch_cuda == nullptr ? RTLD_DEFAULT : torch_cuda,
+                                            "aoti_torch_get_current_cuda_stream"));
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(function != nullptr && function(t.get_device_index(), &stream) == 0,
+                  "fastattn: torch gave no CUDA stream");
+  return stream;
+}
+
+Launch launch_on(const Tensor& t, const Tensor& workspace) {
+  return {current_stream(t), static_cast<char*>(workspace.data_ptr())};
+}
+Tensor workspace_of(const Tensor& t, size_t bytes) {
+  return empty_like_device(t, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+Tensor reshaped(const Tensor& t, const Shape& shape) {
+  return torch::stable::reshape(t, {shape.data(), shape.size()});
+}
+
+// [*, rows, cols] with the leading dimensions as one, for attention; [batch, heads, rows, cols].
+Tensor four_dims(const Tensor& t, int64_t batch) {
+  const int64_t rank = t.dim();
+  if (rank == 4) return t;
+  return reshaped(t, {batch, t.size(rank - 3), t.size(rank - 2), t.size(rank - 1)});
+}
+
+// Uninitialised, every row at a multiple of 16 bytes.
+Tensor with_aligned_rows(const Tensor& like, Shape shape) {
+  const int64_t cols = shape.back();
+  shape.back() = (cols + 7) / 8 * 8;
+  Tensor wide = empty_like_device(like, shape, like.scalar_type());
+  return shape.back() == cols ? wide : torch::stable::narrow(wide, wide.dim() - 1, 0, cols);
+}
+// The tensor, or a copy, as TMA can read it.
+Tensor readable(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  bool good = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 &&
+              (t.size(last) == 1 || t.stride(last) == 1);
+  for (int64_t d = 0; good && d < last; ++d)
+    good = t.size(d) == 1 || (t.stride(d) > 0 && t.stride(d) % 8 == 0);
+  if (good) return t;
+  Tensor copy = with_aligned_rows(t, shape_of(t));
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+Tensor as_result(const Tensor& t, const Shape& shape) {
+  return reshaped(torch::stable::contiguous(t), shape);
+}
+
+void check_served(const char* op, const std::string& reason) {
+  STD_TORCH_CHECK(reason.empty(), "fastattn::", op,
+                  ": the CUDA kernels do not serve this: ", reason);
+}
+
+// The inputs of an attention op, checked, and their 4-dimensional readable tensors.
+struct Attention {
+  AttentionInputs in;
+  Tensor q, k, v;
+
+  Attention(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+            const OptionalTensor& attn_mask, const AttentionOptions& options, bool backward)
+      : in(checked(op, query, key, value, attn_mask, options)) {
+    check_served(op, refusal(in.problem, backward));
+    const int64_t batch = in.problem.batch;
+    q = readable(four_dims(in.query, batch));
+    k = readable(four_dims(in.key, batch));
+    v = readable(four_dims(in.value, batch));
+    in.problem.q = view_of(q);
+    in.problem.k = view_of(k);
+    in.problem.v = view_of(v);
+  }
+  bool nothing() const {
+    const AttentionProblem& p = in.problem;
+    return p.batch * p.heads_q * p.seq_q * p.seq_k * p.head_dim * p.head_dim_v == 0;
+  }
+
+ private:
+  static AttentionInputs checked(const char* op, const Tensor& query, const Tensor& key,
+                                 const Tensor& value, const OptionalTensor& attn_mask,
+                                 const AttentionOptions& options) {
+    // Both would be read on this side.
+    check_served(op, options.dropout_p > 0.0 ? "there is dropout" : "");
+    check_served(op, options.starts_q.has_value() ? "the sequences are packed" : "");
+    return validate_attention(op, query, key, value, attn_mask, options);
+  }
+};
+
+Tensor filled(const Tensor& like, const Shape& shape, ScalarType dtype, double value) {
+  Tensor t = empty_like_device(like, shape, dtype);
+  return torch::stable::fill_(t, value);
+}
+
+std::tuple<Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& starts_q,
+    const OptionalTensor& starts_k, bool is_causal, double scale, double dropout_p, int64_t left,
+    int64_t right, double softcap) {
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  Attention a("attention_forward", query, key, value, attn_mask,
+              {slopes, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap},
+              false);
+  AttentionProblem& p = a.in.problem;
+  if (a.nothing()) {
+    return {filled(query, a.in.out_shape(), query.scalar_type(), 0.0),
+            filled(query, a.in.lse_shape(), ScalarType::Float, -INFINITY)};
+  }
+  Tensor out = with_aligned_rows(query, {p.batch, p.heads_q, p.seq_q, p.head_dim_v});
+  Tensor lse = empty_like_device(query, a.in.lse_shape(), ScalarType::Float);
+  p.out = view_of(out);
+  p.lse = lse.data_ptr();
+  const Tensor workspace = workspace_of(query, attention_forward_workspace(p));
+  launch_attention_forward(p, launch_on(query, workspace));
+  return {as_result(out, a.in.out_shape()), lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& slopes,
+    const Tensor& out, const Tensor& lse, const OptionalTensor& seed,
+    const OptionalTensor& starts_q, const OptionalTensor& starts_k, bool is_causal, double scale,
+    double dropout_p, int64_t left, int64_t right, double softcap, const std::vector<bool>& needs) {
+  const char* op = "attention_backward";
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  Attention a(op, query, key, value, attn_mask,
+              {slopes, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap},
+              true);
+  AttentionProblem& p = a.in.problem;
+  const ScalarType dtype = query.scalar_type();
+  FASTATTN_CHECK(needs.size() == 4, op, "needs", "4 flags (query, key, value, attn_mask)",
+                 needs.size());
+  FASTATTN_CHECK(!needs[3], op, "attn_mask", "a floating-point mask, as its gradient is needed",
+                 p.mask_kind == MaskKind::kBool ? "bool" : "None");
+  check_like(op, "grad_out", grad_out, dtype, query);
+  check_shape(op, "grad_out", grad_out, a.in.out_shape());
+  check_like(op, "out", out, dtype, query);
+  check_shape(op, "out", out, a.in.out_shape());
+  check_like(op, "lse", lse, ScalarType::Float, query);
+  check_shape(op, "lse", lse, a.in.lse_shape());
+  const Tensor absent = empty_like_device(query, {0}, dtype);
+  if (a.nothing()) {
+    const auto zeros = [&](bool needed, const Tensor& like) {
+      return needed ? filled(query, shape_of(like), dtype, 0.0) : absent;
+    };
+    return {zeros(needs[0], query), zeros(needs[1], key), zeros(needs[2], value), absent};
+  }
+  const Tensor go = readable(four_dims(unit_last_stride(grad_out), p.batch));
+  const Tensor o = four_dims(unit_last_stride(out), p.batch);
+  const Tensor l = torch::stable::contiguous(lse);
+  AttentionBackwardProblem b;
+  OptionalTensor gl;
+  if (grad_lse.has_value()) {
+    check_like(op, "grad_lse", *grad_lse, ScalarType::Float, query);
+    check_shape(op, "grad_lse", *grad_lse, a.in.lse_shape());
+    gl = torch::stable::contiguous(*grad_lse);
+    b.grad_lse = gl->data_ptr();
+  }
+  p.out = view_of(o);
+  p.lse = l.data_ptr();
+  b.grad_out = view_of(go);
+  // One kernel makes dK and dV whether or not both are asked for.
+  Tensor grad_q = needs[0] ? empty_like_device(query, shape_of(query), dtype) : absent;
+  Tensor grad_k = with_aligned_rows(query, {p.batch, p.heads_k, p.seq_k, p.head_dim});
+  Tensor grad_v = with_aligned_rows(query, {p.batch, p.heads_k, p.seq_k, p.head_dim_v});
+  b.needs_q = needs[0];
+  if (needs[0]) b.grad_q = view_of(four_dims(grad_q, p.batch));
+  b.grad_k = view_of(grad_k);
+  b.grad_v = view_of(grad_v);
+  b.forward = p;
+  const Tensor workspace = workspace_of(query, attention_backward_workspace(b));
+  launch_attention_backward(b, launch_on(query, workspace));
+  return {grad_q, needs[1] ? as_result(grad_k, shape_of(key)) : absent,
+          needs[2] ? as_result(grad_v, shape_of(value)) : absent, absent};
+}
+
+}  // namespace
+}  // namespace fastattn::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+  m.impl("attention_forward", TORCH_BOX(&fastattn::cuda::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&fastattn::cuda::attention_backward));
+}

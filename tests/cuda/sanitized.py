@@ -1,0 +1,19 @@
+"""Small attention calls for compute-sanitizer: tails, masks, groups, two tiles a block."""
+
+import torch
+
+from fastattn import scaled_dot_product_attention
+
+for dim in (64, 128):
+    q = torch.randn(1, 4, 200, dim, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    k, v = (
+        torch.randn(1, 2, 300, dim, dtype=q.dtype, device="cuda", requires_grad=True) for _ in "kv"
+    )
+    keys = torch.rand(1, 1, 1, 300, device="cuda") > 0.3
+    for mask, causal in ((None, False), (None, True), (keys, False)):
+        out = scaled_dot_product_attention(
+            q, k, v, mask, 0.0, causal, enable_gqa=True, backend="cuda"
+        )
+        torch.autograd.grad(out.float().square().sum(), (q, k, v))
+torch.cuda.synchronize()
+print("done")

@@ -1,0 +1,209 @@
+"""The CUDA kernels on a Hopper GPU: error policy, tails and views, determinism, streams, graphs,
+other devices, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastattn import backends, reference, scaled_dot_product_attention
+from fastattn.testing import assert_accurate
+
+pytestmark = pytest.mark.skipif(
+    "cuda" not in backends.available(), reason="needs a Hopper GPU and the CUDA kernels"
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def inputs(batch, heads_q, heads_k, seq_q, seq_k, dim, dim_v=None, dtype=torch.bfloat16):
+    shapes = [(heads_q, seq_q, dim), (heads_k, seq_k, dim), (heads_k, seq_k, dim_v or dim)]
+    return [torch.randn(batch, *s, dtype=dtype, device="cuda", requires_grad=True) for s in shapes]
+
+
+def run(function, qkv, cotangent):
+    qkv = [x.detach().to(cotangent.dtype).requires_grad_() for x in qkv]
+    out = function(*qkv)
+    return [out.detach(), *torch.autograd.grad(out, qkv, cotangent)]
+
+
+def compare(qkv, mask=None, is_causal=False, window=None):
+    """Output and gradients, forward alone for head dims that have no backward."""
+    q, k, v = qkv
+    group = q.shape[-3] // k.shape[-3]
+    cotangent = torch.randn(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device="cuda")
+
+    def oracle(q, k, v):
+        options = {"is_causal": is_causal, "window_size": window}
+        return reference.attention(q, k, v, mask, **options)[0]
+
+    def peer(q, k, v):
+        k, v = (x.repeat_interleave(group, -3) for x in (k, v))
+        seen = None if mask is None else mask
+        if window is not None or is_causal:
+            i, j = (torch.arange(n, device="cuda") for n in (q.shape[-2], k.shape[-2]))
+            offset = j[None] - i[:, None]
+            left, right = window or (-1, -1)
+            band = torch.ones_like(offset, dtype=torch.bool)
+            band &= (offset >= -left) if left >= 0 else True
+            band &= (offset <= right) if right >= 0 else True
+            band &= (offset <= 0) if is_causal else True
+            seen = band if seen is None else seen & band
+        return F.scaled_dot_product_attention(q, k, v, seen)
+
+    def ours(q, k, v):
+        options = {"enable_gqa": True, "window_size": window, "backend": "cuda"}
+        return scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, **options)
+
+    if q.shape[-1] > 128:
+        with torch.no_grad():
+            wide, theirs, actual = oracle(*[x.double() for x in qkv]), peer(*qkv), ours(*qkv)
+        assert_accurate("out", actual, wide, theirs)
+        return
+    wide = run(oracle, qkv, cotangent.double())
+    theirs, actual = run(peer, qkv, cotangent), run(ours, qkv, cotangent)
+    for name, a, o, p in zip(("out", "dq", "dk", "dv"), actual, wide, theirs, strict=True):
+        assert_accurate(name, a, o, p)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "window", "keys"])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@DTYPES
+def test_error_policy(dtype, head_dim, mask):
+    qkv = inputs(2, 4, 4, 1000, 1111, head_dim, dtype=dtype)
+    keys = None
+    if mask == "keys":
+        keys = torch.rand(2, 1, 1, 1111, device="cuda") > 0.3
+        keys[1, ..., 600:] = False
+    compare(qkv, keys, mask == "causal", (100, 30) if mask == "window" else None)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1, 1, 64), (2, 6, 2, 300, 77, 128), (3, 4, 1, 63, 513, 40), (1, 2, 2, 257, 130, 60),
+     (1, 2, 2, 129, 191, 64, 96), (2, 8, 8, 2048, 2048, 128)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_shapes(shape, is_causal):
+    compare(inputs(*shape), is_causal=is_causal)
+
+
+def test_views():
+    """Heads beside each other, offsets, broadcast keys: what TMA cannot read is copied."""
+    packed = torch.randn(2, 300, 3, 4, 64, dtype=torch.bfloat16, device="cuda")
+    q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
+    compare([q, k, v])
+    compare([q[..., 3:], k[..., 3:], v])
+    compare([q, k[:1].expand(2, -1, -1, -1), v[:, :, :1].expand(-1, -1, 300, -1)])
+
+
+def test_masked_keys_never_matter():
+    q, k, v = inputs(2, 4, 4, 200, 300, 64)
+    keys = torch.ones(2, 1, 1, 300, dtype=torch.bool, device="cuda")
+    keys[0, ..., 250:], keys[1] = False, False
+    expected = run(lambda *x: scaled_dot_product_attention(*x, keys, backend="cuda"), (q, k, v),
+                   torch.ones_like(q))  # fmt: skip
+    with torch.no_grad():
+        k[0, :, 250:], v[0, :, 250:], k[1], v[1] = torch.nan, torch.inf, torch.nan, torch.nan
+    actual = run(lambda *x: scaled_dot_product_attention(*x, keys, backend="cuda"), (q, k, v),
+                 torch.ones_like(q))  # fmt: skip
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert not actual[0][1].any(), "a row with nothing to attend to is 0"
+
+
+def test_sizes_of_0():
+    for shape in ((0, 2, 2, 5, 5, 64), (1, 2, 2, 0, 5, 64), (1, 2, 2, 5, 0, 64)):
+        q, k, v = inputs(*shape)
+        out, lse = scaled_dot_product_attention(q, k, v, return_lse=True, backend="cuda")
+        assert out.shape == q.shape
+        assert not out.any()
+        assert (lse == -torch.inf).all()
+        torch.autograd.grad(out.sum(), (q, k, v))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_100_runs_are_one(is_causal):
+    qkv = inputs(2, 8, 2, 1500, 1700, 128)
+    cotangent = torch.randn_like(qkv[0])
+
+    def call(q, k, v):
+        return scaled_dot_product_attention(q, k, v, None, 0.0, is_causal, enable_gqa=True,
+                                            backend="cuda")  # fmt: skip
+
+    first = run(call, qkv, cotangent)
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(run(call, qkv, cotangent), first, strict=True))
+
+
+def test_two_streams_at_once():
+    """Two persistent kernels that share the multiprocessors must not wait for each other."""
+    qkv = [inputs(4, 16, 16, 2048, 2048, 128) for _ in range(2)]
+
+    def step(x):
+        out = scaled_dot_product_attention(*x, is_causal=True, backend="cuda")
+        return [out, *torch.autograd.grad(out.float().square().sum(), x)]
+
+    expected = [step(x) for x in qkv]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in qkv]
+    actual = []
+    for stream, x in zip(streams, qkv, strict=True):
+        with torch.cuda.stream(stream):
+            actual.append(step(x))
+    torch.cuda.synchronize()
+    for a, e in zip(actual, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, e, strict=True))
+
+
+def test_in_a_cuda_graph():
+    q, k, v = (x.detach() for x in inputs(1, 4, 4, 512, 512, 64))
+    g = torch.randn_like(q)
+
+    options = (None, None, None, True, 0.125, 0.0, -1, -1, 0.0)  # seed, starts, causal, scale, ...
+
+    def step():
+        ops = torch.ops.fastattn
+        out, lse = ops.attention_forward(q, k, v, None, None, *options)
+        needs = [True, True, True, False]
+        grads = ops.attention_backward(g, None, q, k, v, None, None, out, lse, *options, needs)
+        return out, *grads[:3]
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for x in (q, k, v):
+        x.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    qkv = [x.detach().to("cuda:1") for x in inputs(1, 2, 2, 300, 300, 64)]
+    with torch.cuda.device(0):
+        out = scaled_dot_product_attention(*qkv, backend="cuda")
+    assert out.device == qkv[0].device
+    assert_accurate("out", out, reference.attention(*[x.double() for x in qkv])[0],
+                    F.scaled_dot_product_attention(*qkv))  # fmt: skip
+
+
+def test_bad_input_is_refused_before_the_launch():
+    q, k, v = (x.detach() for x in inputs(1, 2, 2, 8, 8, 64))
+    call = torch.ops.fastattn.attention_forward
+    rest = (None, None, None, None, None, False)
+    for change, reason in (
+        (((q.float(), k.float(), v.float()), rest, (1.0, 0.0, -1, -1, 0.0)), "dtype"),
+        (((q, k[..., :32], v), rest, (1.0, 0.0, -1, -1, 0.0)), "key: expected"),
+        (((q, k, v), rest, (-1.0, 0.0, -1, -1, 0.0)), "scale"),
+        (((q, k, v), rest, (1.0, 0.5, -1, -1, 0.0)), "dropout"),
+        (((q, k, v), rest, (1.0, 0.0, -1, -1, 3.0)), "softcap"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            call(*change[0], *change[1], *change[2])
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve attention"):
+        scaled_dot_product_attention(q, k, v, dropout_p=0.5, backend="cuda")

@@ -1,0 +1,102 @@
+"""Which backend is taken for tensors on a GPU, told without one: fake tensors, made-up
+capabilities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastattn import _extension, backends
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Sets the capability of the GPU there would be; tensors are fake."""
+
+    def set_capability(capability: int) -> None:
+        monkeypatch.setattr(backends, "_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(backends.triton, "capability", lambda device: capability)
+
+    monkeypatch.setattr(_extension, "HAS_CUDA", True)
+    monkeypatch.setattr(backends.triton, "why_not", lambda: None)
+    set_capability(90)
+    with FakeTensorMode():
+        yield set_capability
+
+
+def tensors(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, **options):
+    return [torch.empty(2, 4, 100, head_dim, dtype=dtype, device="cuda", **options) for _ in "qkv"]
+
+
+def test_hopper_takes_cuda(gpu):
+    q, k, v = tensors()
+    keys = torch.ones(2, 1, 1, 100, dtype=torch.bool, device="cuda")
+    for call in ({}, {"attn_mask": keys}, {"is_causal": True, "window_size": (8, 0)}):
+        assert backends.explain("attention", q, k, v, **call).backend == "cuda", call
+    assert backends.explain("attention", q, k, v, keys).backend == "cuda"
+    assert backends.explain("attention", *tensors(256)).backend == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"dropout_p": 0.1}, "no dropout"),
+        ({"softcap": 20.0}, "no softcap"),
+        ({"alibi_slopes": (4,)}, "no ALiBi slopes"),
+        ({"attn_mask": (2, 1, 1, 100)}, "no float mask"),
+        ({"attn_mask": (100, 100)}, "no mask that differs between heads or queries"),
+        ({"scale": 0.0}, "no scale of 0 or less"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_cuda_leaves_to_triton(gpu, call, reason):
+    call = {
+        name: torch.empty(value, device="cuda") if isinstance(value, tuple) else value
+        for name, value in call.items()
+    }
+    explanation = backends.explain("attention", *tensors(), **call)
+    assert explanation.backend == "triton"
+    assert reason in str(explanation)
+
+
+def test_dtype_head_dim_gradients_and_capability(gpu):
+    def chosen(*args, **options):
+        return backends.explain("attention", *tensors(*args, **options))
+
+    assert "torch.float32 is not one of" in chosen(dtype=torch.float32).reasons["cuda"][0]
+    assert chosen(128, requires_grad=True).backend == "cuda"
+    wide = chosen(256, requires_grad=True)
+    assert wide.backend == "triton"
+    assert wide.reasons["cuda"] == ["head dim 256 is above 128 with gradients"]
+    with torch.no_grad():
+        assert chosen(256, requires_grad=True).backend == "cuda"
+    gpu(80)
+    assert "compute capability 8.0 is not 9.0" in chosen().reasons["cuda"][0]
+    assert chosen().backend == "triton"
+
+
+def test_packed_sequences_and_layers_are_tritons(gpu):
+    q, k, v = (x.flatten(0, 1) for x in tensors())
+    assert backends.explain("varlen_attn", q, k, v).backend == "triton"
+    x, w = torch.empty(4, 8, device="cuda"), torch.empty(3, 8, device="cuda")
+    assert backends.explain("mlp", x, w).backend == "triton"
+
+
+def test_an_explicit_backend_is_obeyed_or_raises(gpu):
+    problem = backends.attention_problem("attention", *tensors(), dropout_p=0.1)
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot serve attention: .*no dropout"):
+        backends.select(problem, "cuda")
+    assert backends.select(problem, "triton") == "triton"
+
+
+def test_a_capability_is_a_constant_to_the_compiler(monkeypatch):
+    monkeypatch.setattr(backends.triton, "capability", lambda device: 90)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def function(x):
+        return x + backends._capability()
+
+    assert function(torch.zeros(1)).item() == 90
