@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Problem(NamedTuple):
     head_dim: int = 0  # the larger of D and Dv
     slopes_gradient: bool = False
     gradient: bool = False  # autograd will ask for one of q, k, v
-    extras: tuple[str, ...] = ()  # what cuda's attention does not do; empty on other devices
+    extras: tuple[str, ...] = ()  # what cuda does not do; not looked for on other devices
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,15 @@ def _cuda_reasons(problem: Problem) -> list[str]:
         )
     if problem.dtype not in (torch.bfloat16, torch.float16):
         found.append(f"{problem.dtype} is not one of bfloat16, float16")
-    if problem.op != "attention":
-        found.append(f"it has no kernel for {problem.op}")
+    if problem.op == "varlen_attn":
+        found.append("it has no kernel for packed sequences")
     most = 128 if problem.gradient else 256
     if problem.head_dim > most:
         found.append(
             f"head dim {problem.head_dim} is above {most}{' with gradients' * (most == 128)}"
         )
     if problem.extras:
-        found.append(f"its attention has no {', no '.join(problem.extras)}")
+        found.append(f"it has no {', no '.join(problem.extras)}")
     return found
 
 
@@ -192,10 +193,10 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
     if op in ("attention", "varlen_attn"):
         names = ("attn_mask", "dropout_p", "is_causal", "scale") if op == "attention" else ()
         call = dict(zip(names, args[3:], strict=False)) | options
-        packed = op == "varlen_attn"
-        problem = attention_problem(op, *tensors[:3], packed=packed, **call)
+        problem = attention_problem(op, *tensors[:3], **call)
     else:
-        problem = Problem(op, tensors[0].device.type, tensors[0].dtype)
+        weights = tensors[1:2] if op == "linear_relu" else args[1]
+        problem = linear_problem(op, tensors[0], weights)
     against = {name: reasons(problem, name) for name in BACKENDS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastAttnWarning)
@@ -220,7 +221,6 @@ def attention_problem(
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-    packed: bool = False,
     **_: object,
 ) -> Problem:
     """The Problem of an attention call."""
@@ -233,7 +233,6 @@ def attention_problem(
         "dropout": dropout_p > 0.0,
         "softcap": softcap != 0.0,
         "ALiBi slopes": alibi_slopes is not None,
-        "packed sequences": packed,
         "scale of 0 or less": scale is not None and not scale > 0.0,
         "head dim of 0": min(query.shape[-1], value.shape[-1]) == 0,
         "extents of 2^29 and more": max(query.shape[-2], key.shape[-2]) >= 2**29
@@ -246,6 +245,15 @@ def attention_problem(
     gradient = any(map(needs_gradient, (query, key, value)))
     against = tuple(name for name, there in extras.items() if there)
     return Problem(op, device, query.dtype, head_dim, slopes_gradient, gradient, against)
+
+
+def linear_problem(op: str, input: Tensor, weights: Sequence[Tensor]) -> Problem:
+    """The Problem of a linear+ReLU or MLP call."""
+    empty = input.is_cuda and any(
+        isinstance(x, Tensor) and x.numel() == 0 for x in (input, *weights)
+    )
+    extras = ("sizes of 0",) if empty else ()
+    return Problem(op, input.device.type, input.dtype, extras=extras)
 
 
 def needs_gradient(x: Tensor | None) -> bool:

@@ -77,11 +77,19 @@ def test_dtype_head_dim_gradients_and_capability(gpu):
     assert chosen().backend == "triton"
 
 
-def test_packed_sequences_and_layers_are_tritons(gpu):
+def test_packed_sequences_are_tritons(gpu):
     q, k, v = (x.flatten(0, 1) for x in tensors())
     assert backends.explain("varlen_attn", q, k, v).backend == "triton"
-    x, w = torch.empty(4, 8, device="cuda"), torch.empty(3, 8, device="cuda")
-    assert backends.explain("mlp", x, w).backend == "triton"
+
+
+def test_layers(gpu):
+    x, w = (torch.empty(n, 8, device="cuda", dtype=torch.bfloat16) for n in (4, 3))
+    assert backends.explain("linear_relu", x, w).backend == "cuda"
+    assert backends.explain("mlp", x, [w]).backend == "cuda"
+    assert backends.explain("mlp", x.float(), [w.float()]).backend == "triton"
+    explanation = backends.explain("linear_relu", x.new_empty(0, 8), w)
+    assert explanation.reasons["cuda"] == ["it has no sizes of 0"]
+    assert explanation.backend == "triton"
 
 
 def test_an_explicit_backend_is_obeyed_or_raises(gpu):

@@ -194,10 +194,83 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
           needs[2] ? as_result(grad_v, shape_of(value)) : absent, absent};
 }
 
+// Inputs of a linear op, checked, as TMA can read them.
+LinearInputs linear_inputs(const char* op, const Tensor& input, const Tensor& weight,
+                           const OptionalTensor& bias) {
+  LinearInputs in = validate_linear(op, input, weight, bias);
+  LinearProblem& p = in.problem;
+  check_served(op, linear_refusal(p.dtype, p.m, p.n, p.k));
+  in.x = readable(in.x);
+  in.w = readable(in.w);
+  p.x = in.x.data_ptr();
+  p.x_stride = in.x.stride(0);
+  p.w = in.w.data_ptr();
+  p.w_stride = in.w.stride(0);
+  return in;
+}
+
+std::tuple<Tensor, Tensor> linear_relu_forward(const Tensor& input, const Tensor& weight,
+                                               const OptionalTensor& bias) {
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  LinearInputs in = linear_inputs("linear_relu_forward", input, weight, bias);
+  LinearProblem& p = in.problem;
+  Tensor out = empty_like_device(input, in.out_shape, input.scalar_type());
+  Tensor mask = empty_like_device(input, {p.m, (p.n + 7) / 8}, ScalarType::Byte);
+  p.y = out.data_ptr();
+  p.relu_mask = static_cast<uint8_t*>(mask.data_ptr());
+  const Tensor workspace = workspace_of(input, linear_forward_workspace(p));
+  launch_linear_forward(p, launch_on(input, workspace));
+  return {out, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, const Tensor& input,
+                                                        const Tensor& weight, const Tensor& mask,
+                                                        const std::vector<bool>& needs) {
+  const char* op = "linear_relu_backward";
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const LinearInputs in = linear_inputs(op, input, weight, std::nullopt);
+  const LinearProblem& p = in.problem;
+  FASTATTN_CHECK(needs.size() == 3, op, "needs", "3 flags (input, weight, bias)", needs.size());
+  const ScalarType dtype = input.scalar_type();
+  check_like(op, "grad_out", grad_out, dtype, input);
+  check_shape(op, "grad_out", grad_out, in.out_shape);
+  check_like(op, "mask", mask, ScalarType::Byte, input);
+  check_shape(op, "mask", mask, {p.m, (p.n + 7) / 8});
+  const Tensor go = readable(reshaped(unit_last_stride(grad_out), {p.m, p.n}));
+  const Tensor bits = torch::stable::contiguous(mask),
+               absent = empty_like_device(input, {0}, dtype);
+  LinearBackwardProblem b;
+  b.dtype = p.dtype;
+  b.m = p.m;
+  b.n = p.n;
+  b.k = p.k;
+  b.x = p.x;
+  b.x_stride = p.x_stride;
+  b.w = p.w;
+  b.w_stride = p.w_stride;
+  b.grad_y = go.data_ptr();
+  b.grad_y_stride = go.stride(0);
+  b.relu_mask = static_cast<const uint8_t*>(bits.data_ptr());
+  const auto gradient = [&](bool needed, const Shape& shape, void*& data) {
+    if (!needed) return absent;
+    Tensor grad = empty_like_device(input, shape, dtype);
+    data = grad.data_ptr();
+    return grad;
+  };
+  Tensor grad_input = gradient(needs[0], shape_of(input), b.grad_x);
+  Tensor grad_weight = gradient(needs[1] || needs[2], shape_of(weight), b.grad_w);
+  Tensor grad_bias = gradient(needs[2], {p.n}, b.grad_bias);
+  const Tensor workspace = workspace_of(input, linear_backward_workspace(b));
+  launch_linear_backward(b, launch_on(input, workspace));
+  return {grad_input, needs[1] ? grad_weight : absent, grad_bias};
+}
+
 }  // namespace
 }  // namespace fastattn::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&fastattn::cuda::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&fastattn::cuda::attention_backward));
+  m.impl("linear_relu_forward", TORCH_BOX(&fastattn::cuda::linear_relu_forward));
+  m.impl("linear_relu_backward", TORCH_BOX(&fastattn::cuda::linear_relu_backward));
 }

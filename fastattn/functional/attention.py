@@ -128,7 +128,8 @@ def scaled_dot_product_attention(
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``: adds -slope·|i-j|.
         return_lse: also return the log-sum-exp of each row, ``[..., Hq, Sq]``, float32
             (float64 for float64), differentiable.
-        backend: ``cpu``, ``triton``, ``reference`` or None for the first that serves the call.
+        backend: ``cpu``, ``cuda``, ``triton``, ``reference`` or None for the first that serves the
+        call.
 
     Returns:
         ``[..., Hq, Sq, Dv]`` in query's dtype. A row with nothing to attend to is 0, its LSE -inf,

@@ -97,14 +97,15 @@ def linear_relu(
         input: ``[..., in_features]``, floating point.
         weight: ``[out_features, in_features]``; bias: ``[out_features]`` or None; input's dtype
         and device.
-        backend: ``cpu``, ``triton``, ``reference`` or None for the first that serves the call.
+        backend: ``cpu``, ``cuda``, ``triton``, ``reference`` or None for the first that serves the
+        call.
 
     Returns:
         ``[..., out_features]`` in input's dtype. A NaN stays a NaN.
     """
     _validate.tensor("input", input)
     input, weight, bias = autocast(input, weight, bias)
-    problem = backends.Problem("linear_relu", input.device.type, input.dtype)
+    problem = backends.linear_problem("linear_relu", input, (weight,))
     chosen = backends.select(problem, backend)
     if _op_validates(chosen):
         try:
@@ -137,7 +138,8 @@ def mlp(
         input: ``[..., N_0]``, floating point.
         weights: L >= 1 tensors ``[N_l, N_{l-1}]``; biases: L tensors ``[N_l]`` or Nones, or None
         for no bias at all.
-        backend: ``cpu``, ``triton``, ``reference`` or None for the first that serves the call.
+        backend: ``cpu``, ``cuda``, ``triton``, ``reference`` or None for the first that serves the
+        call.
 
     Returns:
         ``[..., N_L]`` in input's dtype.
@@ -150,7 +152,7 @@ def mlp(
         raise ValueError(f"biases: expected {len(weights)} entries as weights, got {len(biases)}")
     _validate.tensor("input", input)
     input, *parameters = autocast(input, *weights, *biases)
-    problem = backends.Problem("mlp", input.device.type, input.dtype)
+    problem = backends.linear_problem("mlp", input, weights)
     chosen = backends.select(problem, backend)
     if _op_validates(chosen):
         try:
@@ -162,7 +164,7 @@ def mlp(
     _validate.layers(input, weights, biases)
     if chosen == "reference":
         return reference.mlp(input, weights, biases)
-    if chosen == "triton":
+    if chosen != "cpu":
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             input = apply(LinearReLUFunction, input, weight, bias, chosen)[0]
         return torch.nn.functional.linear(input, weights[-1], biases[-1])

@@ -66,7 +66,7 @@ def varlen_attn(
             f"cu_seq_k: expected {cu_seq_q.shape[0]} entries as cu_seq_q, got {cu_seq_k.shape[0]}"
         )
     problem = backends.attention_problem(
-        "varlen_attn", query, key, value, alibi_slopes=alibi_slopes, packed=True
+        "varlen_attn", query, key, value, alibi_slopes=alibi_slopes
     )
     chosen = backends.select(problem, backend)
     if not query.is_cuda:

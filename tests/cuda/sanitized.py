@@ -1,8 +1,8 @@
-"""Small attention calls for compute-sanitizer: tails, masks, groups, two tiles a block."""
+"""Small calls for compute-sanitizer: tails, masks, groups, two tiles a block."""
 
 import torch
 
-from fastattn import scaled_dot_product_attention
+from fastattn import linear_relu, scaled_dot_product_attention
 
 for dim in (64, 128):
     q = torch.randn(1, 4, 200, dim, dtype=torch.bfloat16, device="cuda", requires_grad=True)
@@ -15,5 +15,10 @@ for dim in (64, 128):
             q, k, v, mask, 0.0, causal, enable_gqa=True, backend="cuda"
         )
         torch.autograd.grad(out.float().square().sum(), (q, k, v))
+for m, k, n in ((150, 200, 300), (600, 33, 19)):
+    x, w = (torch.randn(r, k, dtype=q.dtype, device="cuda", requires_grad=True) for r in (m, n))
+    b = torch.randn(n, dtype=q.dtype, device="cuda", requires_grad=True)
+    out = linear_relu(x, w, b, backend="cuda")
+    torch.autograd.grad(out.float().square().sum(), (x, w, b))
 torch.cuda.synchronize()
 print("done")

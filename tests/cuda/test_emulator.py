@@ -17,9 +17,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc/cuda/kernels"
 CXX = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-# Tails, several tiles a block, one tile, fewer steps than stages: m, k, n, blocks for the linear
-# layer; for attention head dim, heads of q and k, lengths, window, padded keys, blocks.
-LINEAR = [(150, 200, 300, 2), (1, 8, 8, 1), (257, 448, 130, 1)]
+# Tails, several tiles a block, one tile, fewer steps than stages: m, k, n, splits, blocks for
+# the linear layer; for attention head dim, heads of q and k, lengths, window, padded keys, blocks.
+LINEAR = [
+    (150, 200, 300, 2, 3),
+    (1, 8, 8, 1, 1),
+    (257, 448, 130, 1, 1),
+    (70, 33, 19, 1, 2),
+    (300, 136, 40, 3, 4),
+]
 ATTENTION = [
     (128, 2, 1, 200, 300, -1, 0, 0, 2),
     (64, 2, 1, 200, 300, -1, 0, 0, 2),
@@ -33,7 +39,7 @@ ATTENTION = [
     (40, 3, 3, 70, 90, -1, -1, 0, 4),
 ]
 CASES = {
-    "linear_relu": LINEAR,
+    "linear": LINEAR,
     "attention_forward": [
         *ATTENTION,
         (256, 2, 2, 130, 200, -1, -1, 0, 1),
@@ -43,7 +49,7 @@ CASES = {
 }
 # What a kernel without a statement is run on: whole and partial tiles, with and without a mask.
 MUTANT_CASES = {
-    "linear_relu": LINEAR[:1],
+    "linear": [(150, 200, 300, 1, 2)],
     "attention_forward": [(128, 2, 1, 200, 700, -1, -1, 0, 2), (64, 2, 1, 400, 300, -1, 0, 37, 2)],
     "attention_backward": [
         (128, 2, 1, 300, 300, -1, -1, 0, 3),

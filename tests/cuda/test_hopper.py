@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastattn import backends, reference, scaled_dot_product_attention
+from fastattn import backends, linear_relu, mlp, reference, scaled_dot_product_attention
 from fastattn.testing import assert_accurate
 
 pytestmark = pytest.mark.skipif(
@@ -110,6 +110,46 @@ def test_masked_keys_never_matter():
                  torch.ones_like(q))  # fmt: skip
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     assert not actual[0][1].any(), "a row with nothing to attend to is 0"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(64, 784, 128), (1024, 784, 128), (300, 1000, 77), (8192, 1024, 4096), (1, 33, 5)],
+    ids=str,
+)
+@DTYPES
+def test_linear_relu(dtype, shape):
+    m, k, n = shape
+    layer = [
+        torch.randn(*size, dtype=dtype, device="cuda") / scale
+        for size, scale in (((m, k), 1), ((n, k), k**0.5), ((n,), 1))
+    ]
+    cotangent = torch.randn(m, n, dtype=dtype, device="cuda")
+    # Elements that rounding may take to either side of 0 get no gradient.
+    exact = F.linear(*[x.double() for x in layer])
+    cotangent = torch.where(exact.abs() < 0.05, 0.0, cotangent)
+    wide = run(reference.linear_relu, layer, cotangent.double())
+    theirs = run(lambda *a: F.relu(F.linear(*a)), layer, cotangent)
+    actual = run(lambda *a: linear_relu(*a, backend="cuda"), layer, cotangent)
+    for name, a, o, p in zip(("out", "dx", "dw", "db"), actual, wide, theirs, strict=True):
+        assert_accurate(name, a, o, p)
+    again = run(lambda *a: linear_relu(*a, backend="cuda"), layer, cotangent)
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+def test_linear_views_nan_and_mlp():
+    x = torch.randn(70, 100, dtype=torch.bfloat16, device="cuda")
+    w, v = (torch.randn(*s, dtype=x.dtype, device="cuda") for s in ((50, 60), (7, 50)))
+    x[3, 5] = torch.nan
+    for rows in (x[:, 3:63], x.t()[:60].t(), x[::2, :60]):
+        torch.testing.assert_close(
+            linear_relu(rows, w, backend="cuda"), F.relu(F.linear(rows, w)), equal_nan=True,
+            atol=0.05, rtol=0.02,
+        )  # fmt: skip
+    torch.testing.assert_close(
+        mlp(x[4:, :60], [w, v], backend="cuda"), F.linear(F.relu(F.linear(x[4:, :60], w)), v),
+        atol=0.5, rtol=0.02,
+    )  # fmt: skip
 
 
 def test_sizes_of_0():

@@ -44,7 +44,7 @@ def test_kernels_keep_to_their_registers():
     assert len(usage) > 20
     for name, registers, stack, local in usage:
         assert (int(stack), int(local)) == (0, 0), name
-        multiplies = re.search(r"attention_(forward|backward)_kernel|linear_\w*kernelI", name)
+        multiplies = re.search(r"attention_(forward|backward)_kernel|13linear_kernelI", name)
         assert int(registers) in ENTRY.values() if multiplies else int(registers) <= 64, name
 
 
@@ -57,6 +57,5 @@ def test_matrix_products_run_asynchronously():
         name = text.split()[0]
         for instruction in ("UTMALDG", "USETMAXREG", "SYNCS"):
             assert instruction in text, (name, instruction)
-        products = re.findall(r"HGMMA|WARPGROUP\.DEPBAR", text)
-        waits = products.count("WARPGROUP.DEPBAR")
-        assert 3 * waits <= products.count("HGMMA"), name
+        products = " ".join(re.findall(r"HGMMA|WARPGROUP\.DEPBAR", text))
+        assert "DEPBAR HGMMA WARPGROUP.DEPBAR HGMMA" not in products, name

@@ -108,6 +108,30 @@ uint32_t pack(float low, float high) {
   return word;
 }
 
+template <class T>
+float sum_of_pair(uint32_t word) {
+  T pair[2];
+  std::memcpy(pair, &word, 4);
+  return static_cast<float>(pair[0]) + static_cast<float>(pair[1]);
+}
+template <bool kTranspose>
+void load_matrices(uint32_t* d, const void* row) {
+  Block& b = *Block::current();
+  const int64_t at = b.shared.offset(row, 16);
+  if (at % 16 != 0) throw Error("ldmatrix: a row is not aligned");
+  const int lane = b.id() % kWarp;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t pair[2];
+    for (int i = 0; i < 2; ++i) {
+      const int line = kTranspose ? 2 * (lane % 4) + i : lane / 4;
+      const int element = kTranspose ? lane / 4 : 2 * (lane % 4) + i;
+      const uint32_t from = exchange(static_cast<uint32_t>(at), 8 * matrix + line);
+      std::memcpy(pair + i, b.shared.data() + from + 2 * element, 2);
+    }
+    std::memcpy(d + matrix, pair, 4);
+  }
+}
+
 // --- stores to shared memory, unseen by the asynchronous units before the thread's fence
 struct alignas(16) Words4 {
   uint32_t word[4];

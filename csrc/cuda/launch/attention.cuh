@@ -54,14 +54,4 @@ inline HeadBlocks blocks_of(int64_t heads, int64_t rows, int block, int64_t stre
           narrow((rows + block - 1) / block)};
 }
 
-// Calls f.template operator()<T>() for the problem's type.
-template <class F>
-void with_type(Dtype dtype, const F& f) {
-  if (dtype == Dtype::kBFloat16) {
-    f.template operator()<__nv_bfloat16>();
-  } else {
-    f.template operator()<__half>();
-  }
-}
-
 }  // namespace fastattn::cuda

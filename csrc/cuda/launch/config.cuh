@@ -4,6 +4,7 @@
 
 #include "cuda/kernels/attention_backward_sm90.h"
 #include "cuda/kernels/attention_forward_sm90.h"
+#include "cuda/kernels/linear_sm90.h"
 
 namespace fastattn::cuda {
 
@@ -37,5 +38,15 @@ template <class T, bool kKeyWords>
 struct BackwardTile<T, 64, kKeyWords> : AttentionBackward<T, 64, 128, kKeyWords> {};
 template <class T, bool kKeyWords>
 struct BackwardTile<T, 128, kKeyWords> : AttentionBackward<T, 128, 64, kKeyWords> {};
+
+// Linear: columns of a tile of 128 rows, stages.
+//   256 columns  192 KB            232: 128 sums and 16 words of dY; shared memory bandwidth
+//   128 columns  192 KB            232: where 256 would leave multiprocessors idle
+template <class T, LinearPass kPass, int kColumns>
+using LinearTile = Linear<T, kPass, kColumns, kColumns == 256 ? 4 : 6>;
+
+// A sum is split where its tiles are fewer than half of the multiprocessors, into parts of at least
+// so many steps of 64.
+constexpr int64_t kLeastSteps = 4, kMostSplits = 16;
 
 }  // namespace fastattn::cuda

@@ -29,4 +29,12 @@ void launch_attention_forward(const AttentionProblem& p, const Launch& launch);
 size_t attention_backward_workspace(const AttentionBackwardProblem& p);
 void launch_attention_backward(const AttentionBackwardProblem& p, const Launch& launch);
 
+// Rows that begin at multiples of 16 bytes here too. A gradient of the bias comes beside one of the
+// weight.
+std::string linear_refusal(Dtype dtype, int64_t m, int64_t n, int64_t k);
+size_t linear_forward_workspace(const LinearProblem& p);
+void launch_linear_forward(const LinearProblem& p, const Launch& launch);
+size_t linear_backward_workspace(const LinearBackwardProblem& p);
+void launch_linear_backward(const LinearBackwardProblem& p, const Launch& launch);
+
 }  // namespace fastattn::cuda

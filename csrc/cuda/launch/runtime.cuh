@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -86,6 +88,16 @@ void launch_persistent(void (*kernel)(Parameters), const Parameters& p, int64_t 
   kernel<<<blocks, static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes),
            static_cast<cudaStream_t>(launch.stream)>>>(p);
   check(cudaGetLastError(), "launch");
+}
+
+// Calls f.template operator()<T>() for the problem's type.
+template <class F>
+void with_type(Dtype dtype, const F& f) {
+  if (dtype == Dtype::kBFloat16) {
+    f.template operator()<__nv_bfloat16>();
+  } else {
+    f.template operator()<__half>();
+  }
 }
 
 // Parts of a workspace, each 256-byte aligned; without memory behind it, it only counts.

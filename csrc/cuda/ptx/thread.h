@@ -68,6 +68,35 @@ FASTATTN_DEVICE uint32_t pack(float low, float high) {
   return word;
 }
 
+// The sum of both.
+template <class T>
+FASTATTN_DEVICE float sum_of_pair(uint32_t pair) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __uint_as_float(pair << 16) + __uint_as_float(pair & 0xffff0000u);
+  } else {
+    const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    return both.x + both.y;
+  }
+}
+
+// Four matrices of 8 x 8 elements of 16 bits from shared memory; lane i has the address of row
+// i % 8 of matrix i / 8. Thread t holds elements 2 (t % 4) and the next of row t / 4 of each, or of
+// column t / 4 if transposed.
+template <bool kTranspose>
+FASTATTN_DEVICE void load_matrices(uint32_t* d, const void* row) {
+  if constexpr (kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+
 struct alignas(16) Words4 {
   uint32_t word[4];
 };
