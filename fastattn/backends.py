@@ -202,6 +202,8 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
         warnings.simplefilter("ignore", FastAttnWarning)
         chosen = select(problem, backend)
     detail = ""
+    if chosen == "cuda" and op == "mlp":
+        detail = "one kernel for all layers" if fused_mlp(weights) else "a layer at a time"
     if chosen == "triton" and op in ("linear_relu", "mlp") and len(tensors) > 1:
         input, weight = tensors[:2]
         rows = input.numel() // max(1, input.shape[-1])
@@ -254,6 +256,11 @@ def linear_problem(op: str, input: Tensor, weights: Sequence[Tensor]) -> Problem
     )
     extras = ("sizes of 0",) if empty else ()
     return Problem(op, input.device.type, input.dtype, extras=extras)
+
+
+def fused_mlp(weights: Sequence[Tensor]) -> bool:
+    """Whether cuda takes all layers of an MLP in one kernel; else it takes one at a time."""
+    return len(weights) <= 8 and all(w.shape[0] <= 256 for w in weights)
 
 
 def needs_gradient(x: Tensor | None) -> bool:

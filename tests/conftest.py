@@ -21,6 +21,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"no native library: {_extension.why_not()}"))
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What each CUDA kernel does without each of its synchronisations (test_emulator.py)."""
+    reports = [r for key in ("passed", "failed") for r in terminalreporter.stats.get(key, [])]
+    mutants = sorted(
+        value for r in reports for name, value in r.user_properties if name == "mutant"
+    )
+    if not mutants:
+        return
+    terminalreporter.section("CUDA kernels without one of their waits, fences and barriers")
+    for kernel, statement, seen in mutants:
+        terminalreporter.write_line(f"{kernel:19} {statement[:58]:58} {seen[:60]}")
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory_and_seed():
     """torch.empty is filled with NaN, so that a kernel that leaves an element unwritten is seen."""

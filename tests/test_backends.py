@@ -85,7 +85,9 @@ def test_packed_sequences_are_tritons(gpu):
 def test_layers(gpu):
     x, w = (torch.empty(n, 8, device="cuda", dtype=torch.bfloat16) for n in (4, 3))
     assert backends.explain("linear_relu", x, w).backend == "cuda"
-    assert backends.explain("mlp", x, [w]).backend == "cuda"
+    assert "mlp: cuda (one kernel for all layers)" in str(backends.explain("mlp", x, [w]))
+    wide = torch.empty(300, 8, device="cuda", dtype=x.dtype)
+    assert "mlp: cuda (a layer at a time)" in str(backends.explain("mlp", x, [wide]))
     assert backends.explain("mlp", x.float(), [w.float()]).backend == "triton"
     explanation = backends.explain("linear_relu", x.new_empty(0, 8), w)
     assert explanation.reasons["cuda"] == ["it has no sizes of 0"]

@@ -100,4 +100,18 @@ struct LinearBackwardProblem {
   void* grad_bias = nullptr;
 };
 
+// The backward of a forward, without its gradients and its ReLU.
+inline LinearBackwardProblem backward_of(const LinearProblem& p) {
+  LinearBackwardProblem b;
+  b.dtype = p.dtype;
+  b.m = p.m;
+  b.n = p.n;
+  b.k = p.k;
+  b.x = p.x;
+  b.x_stride = p.x_stride;
+  b.w = p.w;
+  b.w_stride = p.w_stride;
+  return b;
+}
+
 }  // namespace fastattn

@@ -307,4 +307,35 @@ inline LinearInputs validate_linear(const char* op, const Tensor& input, const T
   return in;
 }
 
+// The layers of an MLP: layer l takes hidden[l - 1] (input for l = 0) and has a ReLU unless it is
+// the last.
+inline std::vector<LinearInputs> validate_layers(const char* op, const Tensor& input,
+                                                 const std::vector<Tensor>& weights,
+                                                 const std::vector<Tensor>* biases,
+                                                 const std::vector<Tensor>& activations) {
+  std::vector<LinearInputs> layers;
+  for (size_t l = 0; l < weights.size(); ++l) {
+    std::optional<Tensor> bias;
+    const bool absent_bias =
+        biases == nullptr || ((*biases)[l].dim() == 1 && (*biases)[l].numel() == 0 &&
+                              weights[l].dim() == 2 && weights[l].size(0) != 0);
+    if (!absent_bias) bias = (*biases)[l];
+    layers.push_back(validate_linear(op, l == 0 ? input : activations[l - 1], weights[l], bias));
+  }
+  return layers;
+}
+
+inline void check_layers(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                         const std::vector<Tensor>& biases) {
+  FASTATTN_CHECK(!weights.empty(), op, "weights", "at least 1 layer", 0);
+  FASTATTN_CHECK(biases.size() == weights.size(), op, "biases",
+                 std::to_string(weights.size()) + " tensors", biases.size());
+  FASTATTN_CHECK(input.dim() >= 1, op, "input", "at least 1 dimension [*, in_features]",
+                 text(shape_of(input)));
+  for (const Tensor& weight : weights) {
+    FASTATTN_CHECK(weight.dim() == 2, op, "weights", "2 dimensions [out_features, in_features]",
+                   text(shape_of(weight)));
+  }
+}
+
 }  // namespace fastattn

@@ -137,27 +137,13 @@ Tensor fold(const Tensor& t, int64_t m, int64_t n) {
   return contiguous.dim() == 2 ? contiguous : torch::stable::reshape(contiguous, {folded, 2});
 }
 
-LinearBackwardProblem backward_of(const LinearInputs& in) {
-  const LinearProblem& p = in.problem;
-  LinearBackwardProblem b;
-  b.dtype = p.dtype;
-  b.m = p.m;
-  b.n = p.n;
-  b.k = p.k;
-  b.x = p.x;
-  b.x_stride = p.x_stride;
-  b.w = p.w;
-  b.w_stride = p.w_stride;
-  return b;
-}
-
 std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, const Tensor& input,
                                                         const Tensor& weight, const Tensor& mask,
                                                         const std::vector<bool>& needs) {
   const char* op = "linear_relu_backward";
   const LinearInputs in = validate_linear(op, input, weight, std::nullopt);
   FASTATTN_CHECK(needs.size() == 3, op, "needs", "3 flags (input, weight, bias)", needs.size());
-  LinearBackwardProblem b = backward_of(in);
+  LinearBackwardProblem b = backward_of(in.problem);
   const ScalarType dtype = input.scalar_type();
   check_like(op, "grad_out", grad_out, dtype, input);
   check_shape(op, "grad_out", grad_out, in.out_shape);
@@ -175,37 +161,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, 
   if (needs[2]) b.grad_bias = grad_bias.data_ptr();
   kernels(b.dtype).linear_backward(b, parallel());
   return {grad_input, grad_weight, grad_bias};
-}
-
-// The layers of an MLP: layer l takes hidden[l - 1] (input for l = 0) and has a ReLU unless it is
-// the last.
-std::vector<LinearInputs> validate_layers(const char* op, const Tensor& input,
-                                          const std::vector<Tensor>& weights,
-                                          const std::vector<Tensor>* biases,
-                                          const std::vector<Tensor>& activations) {
-  std::vector<LinearInputs> layers;
-  for (size_t l = 0; l < weights.size(); ++l) {
-    OptionalTensor bias;
-    const bool absent_bias =
-        biases == nullptr || ((*biases)[l].dim() == 1 && (*biases)[l].numel() == 0 &&
-                              weights[l].dim() == 2 && weights[l].size(0) != 0);
-    if (!absent_bias) bias = (*biases)[l];
-    layers.push_back(validate_linear(op, l == 0 ? input : activations[l - 1], weights[l], bias));
-  }
-  return layers;
-}
-
-void check_layers(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
-                  const std::vector<Tensor>& biases) {
-  FASTATTN_CHECK(!weights.empty(), op, "weights", "at least 1 layer", 0);
-  FASTATTN_CHECK(biases.size() == weights.size(), op, "biases",
-                 std::to_string(weights.size()) + " tensors", biases.size());
-  FASTATTN_CHECK(input.dim() >= 1, op, "input", "at least 1 dimension [*, in_features]",
-                 text(shape_of(input)));
-  for (const Tensor& weight : weights) {
-    FASTATTN_CHECK(weight.dim() == 2, op, "weights", "2 dimensions [out_features, in_features]",
-                   text(shape_of(weight)));
-  }
 }
 
 std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& weights,
@@ -291,7 +246,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input,
   Tensor grad_y =
       go;  // between layers in the accumulator's type: gradients are not rounded on the way
   for (size_t l = count; l-- > first;) {
-    LinearBackwardProblem b = backward_of(layers[l]);
+    LinearBackwardProblem b = backward_of(layers[l].problem);
     b.grad_y = grad_y.data_ptr();
     b.grad_y_stride = grad_y.stride(0);
     b.grad_y_is_accumulator = l + 1 < count;

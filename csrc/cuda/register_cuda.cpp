@@ -194,18 +194,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
           needs[2] ? as_result(grad_v, shape_of(value)) : absent, absent};
 }
 
+void make_readable(LinearInputs& in, bool input_too = true) {
+  if (input_too) in.x = readable(in.x);
+  in.w = readable(in.w);
+  in.problem.x = in.x.data_ptr();
+  in.problem.x_stride = in.x.stride(0);
+  in.problem.w = in.w.data_ptr();
+  in.problem.w_stride = in.w.stride(0);
+}
+
 // Inputs of a linear op, checked, as TMA can read them.
 LinearInputs linear_inputs(const char* op, const Tensor& input, const Tensor& weight,
                            const OptionalTensor& bias) {
   LinearInputs in = validate_linear(op, input, weight, bias);
-  LinearProblem& p = in.problem;
+  const LinearProblem& p = in.problem;
   check_served(op, linear_refusal(p.dtype, p.m, p.n, p.k));
-  in.x = readable(in.x);
-  in.w = readable(in.w);
-  p.x = in.x.data_ptr();
-  p.x_stride = in.x.stride(0);
-  p.w = in.w.data_ptr();
-  p.w_stride = in.w.stride(0);
+  make_readable(in);
   return in;
 }
 
@@ -239,15 +243,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, 
   const Tensor go = readable(reshaped(unit_last_stride(grad_out), {p.m, p.n}));
   const Tensor bits = torch::stable::contiguous(mask),
                absent = empty_like_device(input, {0}, dtype);
-  LinearBackwardProblem b;
-  b.dtype = p.dtype;
-  b.m = p.m;
-  b.n = p.n;
-  b.k = p.k;
-  b.x = p.x;
-  b.x_stride = p.x_stride;
-  b.w = p.w;
-  b.w_stride = p.w_stride;
+  LinearBackwardProblem b = backward_of(p);
   b.grad_y = go.data_ptr();
   b.grad_y_stride = go.stride(0);
   b.relu_mask = static_cast<const uint8_t*>(bits.data_ptr());
@@ -265,6 +261,101 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, 
   return {grad_input, needs[1] ? grad_weight : absent, grad_bias};
 }
 
+// The layers of an MLP, checked, as TMA can read them; what keeps their memory alive.
+struct MlpLayers {
+  std::vector<LinearInputs> inputs;
+  std::vector<LinearProblem> problems;
+
+  MlpLayers(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+            const std::vector<Tensor>* biases, const std::vector<Tensor>& activations)
+      : inputs(validate_layers(op, input, weights, biases, activations)) {
+    const bool forward = biases != nullptr;  // which has no use for what is between the layers
+    for (LinearInputs& in : inputs) {
+      make_readable(in, problems.empty() || !forward);
+      problems.push_back(in.problem);
+    }
+    check_served(op, mlp_refusal(problems.data(), problems.size()));
+  }
+};
+
+// [out, h_1, ...]; only out where the hidden activations are not kept.
+std::vector<Tensor> mlp(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                        const std::vector<Tensor>& biases, bool keep) {
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  check_layers(op, input, weights, biases);
+  std::vector<Tensor> activations;
+  for (const Tensor& weight : weights) {
+    Shape shape = shape_of(input);
+    shape.back() = weight.size(0);
+    activations.push_back(empty_like_device(input, shape, input.scalar_type()));
+  }
+  MlpLayers layers(op, input, weights, &biases, activations);
+  for (size_t l = 0; l < weights.size(); ++l) {
+    if (keep || l + 1 == weights.size()) layers.problems[l].y = activations[l].data_ptr();
+  }
+  launch_mlp_forward(layers.problems.data(), weights.size(), {current_stream(input), nullptr});
+  std::vector<Tensor> result = {activations.back()};
+  if (keep) result.insert(result.end(), activations.begin(), activations.end() - 1);
+  return result;
+}
+
+std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& weights,
+                                const std::vector<Tensor>& biases) {
+  return mlp("mlp_forward", input, weights, biases, true);
+}
+Tensor mlp_inference(const Tensor& input, const std::vector<Tensor>& weights,
+                     const std::vector<Tensor>& biases) {
+  return mlp("mlp_inference", input, weights, biases, false)[0];
+}
+
+std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input,
+                                 const std::vector<Tensor>& weights,
+                                 const std::vector<Tensor>& hidden,
+                                 const std::vector<bool>& needs) {
+  const char* op = "mlp_backward";
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const size_t count = weights.size();
+  FASTATTN_CHECK(count > 0, op, "weights", "at least 1 layer", 0);
+  FASTATTN_CHECK(hidden.size() + 1 == count, op, "hidden", std::to_string(count - 1) + " tensors",
+                 hidden.size());
+  FASTATTN_CHECK(needs.size() == 1 + 2 * count, op, "needs",
+                 std::to_string(1 + 2 * count) + " flags", needs.size());
+  const ScalarType dtype = input.scalar_type();
+  std::vector<Tensor> kept;  // the ReLU is read from these: contiguous
+  for (const Tensor& h : hidden) kept.push_back(torch::stable::contiguous(h));
+  const MlpLayers layers(op, input, weights, nullptr, kept);
+  for (size_t l = 0; l + 1 < count; ++l)
+    check_shape(op, "hidden", kept[l], layers.inputs[l].out_shape);
+  check_like(op, "grad_out", grad_out, dtype, input);
+  check_shape(op, "grad_out", grad_out, layers.inputs.back().out_shape);
+  const LinearProblem& last = layers.problems.back();
+  const Tensor go = readable(reshaped(unit_last_stride(grad_out), {last.m, last.n}));
+  const Tensor absent = empty_like_device(input, {0}, dtype);
+  std::vector<Tensor> grads(1 + 2 * count, absent), alive;
+  const auto gradient = [&](size_t index, bool wanted, const Shape& shape, void*& data) {
+    if (!wanted) return;
+    Tensor grad = empty_like_device(input, shape, dtype);
+    data = grad.data_ptr();
+    alive.push_back(grad);
+    if (needs[index]) grads[index] = grad;
+  };
+  std::vector<LinearBackwardProblem> problems(count);
+  for (size_t l = 0; l < count; ++l) {
+    const LinearProblem& p = layers.problems[l];
+    LinearBackwardProblem& b = problems[l] = backward_of(p);
+    if (l + 1 < count) b.relu_output = kept[l].data_ptr();
+    const bool needs_bias = needs[1 + count + l];
+    gradient(1 + l, needs[1 + l] || needs_bias, shape_of(weights[l]), b.grad_w);
+    gradient(1 + count + l, needs_bias, {p.n}, b.grad_bias);
+  }
+  gradient(0, needs[0], shape_of(input), problems[0].grad_x);
+  problems.back().grad_y = go.data_ptr();
+  problems.back().grad_y_stride = go.stride(0);
+  const Tensor workspace = workspace_of(input, mlp_backward_workspace(problems.data(), count));
+  launch_mlp_backward(problems.data(), count, launch_on(input, workspace));
+  return grads;
+}
+
 }  // namespace
 }  // namespace fastattn::cuda
 
@@ -273,4 +364,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("attention_backward", TORCH_BOX(&fastattn::cuda::attention_backward));
   m.impl("linear_relu_forward", TORCH_BOX(&fastattn::cuda::linear_relu_forward));
   m.impl("linear_relu_backward", TORCH_BOX(&fastattn::cuda::linear_relu_backward));
+  m.impl("mlp_forward", TORCH_BOX(&fastattn::cuda::mlp_forward));
+  m.impl("mlp_inference", TORCH_BOX(&fastattn::cuda::mlp_inference));
+  m.impl("mlp_backward", TORCH_BOX(&fastattn::cuda::mlp_backward));
 }

@@ -164,7 +164,8 @@ def mlp(
     _validate.layers(input, weights, biases)
     if chosen == "reference":
         return reference.mlp(input, weights, biases)
-    if chosen != "cpu":
+    layerwise = chosen == "triton" or (chosen == "cuda" and not backends.fused_mlp(weights))
+    if layerwise:
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             input = apply(LinearReLUFunction, input, weight, bias, chosen)[0]
         return torch.nn.functional.linear(input, weights[-1], biases[-1])

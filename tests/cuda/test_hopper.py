@@ -3,6 +3,8 @@ other devices, bad input."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,6 +152,34 @@ def test_linear_views_nan_and_mlp():
         mlp(x[4:, :60], [w, v], backend="cuda"), F.linear(F.relu(F.linear(x[4:, :60], w)), v),
         atol=0.5, rtol=0.02,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 64, 1000])
+@DTYPES
+def test_small_mlp(dtype, rows):
+    """784-128-10, all layers in one kernel, against the layers one by one."""
+    widths = (784, 128, 10)
+    pairs = list(itertools.pairwise(widths))
+    weights = [torch.randn(n, k, dtype=dtype, device="cuda") / k**0.5 for k, n in pairs]
+    biases = [torch.randn(n, dtype=dtype, device="cuda") for _, n in pairs]
+    tensors = [torch.randn(rows, 784, dtype=dtype, device="cuda"), *weights, *biases]
+    cotangent = torch.randn(rows, 10, dtype=dtype, device="cuda")
+
+    def layers(x, *parameters, last=lambda x, w, b: F.linear(x, w, b)):
+        return last(F.relu(F.linear(x, parameters[0], parameters[2])), *parameters[1::2])
+
+    def ours(x, *parameters):
+        return mlp(x, list(parameters[:2]), list(parameters[2:]), backend="cuda")
+
+    wide = run(layers, tensors, cotangent.double())
+    theirs, actual = run(layers, tensors, cotangent), run(ours, tensors, cotangent)
+    assert_accurate("out", actual[0], wide[0], theirs[0])
+    for name, a, o in zip(("dx", "dw1", "dw2", "db1", "db2"), actual[1:], wide[1:], strict=True):
+        # A ReLU that rounding takes to its other side changes a gradient by more than its ulps.
+        error = (a.double() - o).norm() / o.norm()
+        assert error < 0.03, (name, error)
+    with torch.no_grad():
+        assert torch.equal(ours(*tensors), actual[0])
 
 
 def test_sizes_of_0():

@@ -44,7 +44,9 @@ def test_kernels_keep_to_their_registers():
     assert len(usage) > 20
     for name, registers, stack, local in usage:
         assert (int(stack), int(local)) == (0, 0), name
-        multiplies = re.search(r"attention_(forward|backward)_kernel|13linear_kernelI", name)
+        multiplies = re.search(
+            r"attention_(forward|backward)_kernel|13linear_kernelI|10mlp_kernelI", name
+        )
         assert int(registers) in ENTRY.values() if multiplies else int(registers) <= 64, name
 
 

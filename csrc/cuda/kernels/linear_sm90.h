@@ -21,7 +21,7 @@ struct LinearParameters {
   const void* bias;           // forward: [cols], may be absent
   void* out;                  // [rows, cols] contiguous; absent where splits > 1
   float* sums;                // [splits, rows, cols] where splits > 1
-  uint8_t* relu_mask;         // [m, mask_bytes]: forward writes it (where splits = 1), others read
+  uint8_t* relu_mask;         // [m, mask_bytes]: the forward writes it, others read it if there
   int64_t mask_bytes;
   void* grad_bias;   // gradient of w: [rows], may be absent, as out
   float* bias_sums;  // [splits, rows], as sums
@@ -200,6 +200,7 @@ struct Linear {
   template <class Word, int kBytes>
   FASTATTN_DEVICE static uint32_t mask_word(const LinearParameters& p, int64_t rows, int64_t row,
                                             int64_t byte) {
+    if (p.relu_mask == nullptr) return 0xffffffffu;
     if (row >= rows || byte >= p.mask_bytes) return 0;
     const uint8_t* from = p.relu_mask + row * p.mask_bytes + byte;
     if (p.mask_bytes % kBytes == 0) return *reinterpret_cast<const Word*>(from);
@@ -266,14 +267,8 @@ struct Linear {
         }
       }
       const uint32_t pair = ptx::pack<T>(v[0], v[1]);
-      T* to = static_cast<T*>(p.out) + at;
-      if (in_row && col + 1 < p.cols && p.cols % 2 == 0) {
-        *reinterpret_cast<uint32_t*>(to) = pair;
-      } else {
-        if (in_row && col < p.cols) *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(pair);
-        if (in_row && col + 1 < p.cols)
-          *reinterpret_cast<uint16_t*>(to + 1) = static_cast<uint16_t>(pair >> 16);
-      }
+      if (in_row)
+        store_pair(static_cast<T*>(p.out) + row * p.cols, col, p.cols, p.cols % 2 == 0, pair);
       if constexpr (kForward) {
         // What is not 0 once it is rounded; neither is ever -0.
         if (col < p.cols) bits |= static_cast<uint32_t>((pair & 0xffff) != 0) << column_of(t);

@@ -5,6 +5,7 @@
 #include "cuda/kernels/attention_backward_sm90.h"
 #include "cuda/kernels/attention_forward_sm90.h"
 #include "cuda/kernels/linear_sm90.h"
+#include "cuda/kernels/mlp_sm90.h"
 
 namespace fastattn::cuda {
 
@@ -44,6 +45,12 @@ struct BackwardTile<T, 128, kKeyWords> : AttentionBackward<T, 128, 64, kKeyWords
 //   128 columns  192 KB            232: where 256 would leave multiprocessors idle
 template <class T, LinearPass kPass, int kColumns>
 using LinearTile = Linear<T, kPass, kColumns, kColumns == 256 ? 4 : 6>;
+
+// Small MLP, both directions: the widest layer, stages.
+//   256 columns  184 KB            232: shared memory
+//   128 columns  152 KB            232: stages hide the latency of what one block loads
+template <class T, bool kForward, int kColumns>
+using MlpTile = Mlp<T, kForward, kColumns, kColumns == 256 ? 3 : 5>;
 
 // A sum is split where its tiles are fewer than half of the multiprocessors, into parts of at least
 // so many steps of 64.

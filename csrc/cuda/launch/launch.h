@@ -37,4 +37,13 @@ void launch_linear_forward(const LinearProblem& p, const Launch& launch);
 size_t linear_backward_workspace(const LinearBackwardProblem& p);
 void launch_linear_backward(const LinearBackwardProblem& p, const Launch& launch);
 
+// MLPs of up to eight layers, at most 256 wide but for the input, a ReLU behind all but the last.
+// Of the forward's layers only the first needs x, and y may be absent but for the last; of the
+// backward's only the last needs grad_y and only the first may want grad_x, and relu_output is
+// there but for the last.
+std::string mlp_refusal(const LinearProblem* layers, size_t count);
+void launch_mlp_forward(const LinearProblem* layers, size_t count, const Launch& launch);
+size_t mlp_backward_workspace(const LinearBackwardProblem* layers, size_t count);
+void launch_mlp_backward(const LinearBackwardProblem* layers, size_t count, const Launch& launch);
+
 }  // namespace fastattn::cuda

@@ -1,4 +1,5 @@
-// Linear+ReLU: a kernel for each product, and one more where its sum is split.
+// Linear+ReLU: a kernel for each product, and one more where its sum is split. Small MLPs: a kernel
+// for all layers in each direction, and for each gradient of a weight one as of a linear layer.
 #include <algorithm>
 
 #include "cuda/launch/config.cuh"
@@ -18,11 +19,21 @@ __global__ void __launch_bounds__(256)
   add_splits<T, kPass>(p);
 }
 
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    mlp_kernel(const __grid_constant__ MlpParameters p) {
+  Tile::run(p);
+}
+
 // A matrix [rows, cols] in memory.
 struct Matrix {
   const void* data;
   int64_t rows, cols, stride;
 };
+
+CUtensorMap map_of(Dtype dtype, const Matrix& m, int box_rows) {
+  return tensor_map<2>(dtype, m.data, {m.cols, m.rows}, {m.stride}, box_rows);
+}
 
 struct Plan {
   int columns, splits;
@@ -52,11 +63,8 @@ void launch_pass(Dtype dtype, LinearParameters p, const Matrix& a, const Matrix&
                  const Launch& launch) {
   constexpr bool kForward = kPass == LinearPass::kForward;
   const Plan plan(p.rows, p.cols, p.depth);
-  const auto map = [&](const Matrix& m, int box_rows) {
-    return tensor_map<2>(dtype, m.data, {m.cols, m.rows}, {m.stride}, box_rows);
-  };
-  p.a = map(a, kPass == LinearPass::kGradWeight ? 64 : 128);
-  p.b = map(b, kForward ? plan.columns : 64);
+  p.a = map_of(dtype, a, kPass == LinearPass::kGradWeight ? 64 : 128);
+  p.b = map_of(dtype, b, kForward ? plan.columns : 64);
   p.splits = plan.splits;
   if (p.splits > 1) {
     p.sums = reinterpret_cast<float*>(launch.workspace);
@@ -78,7 +86,136 @@ void launch_pass(Dtype dtype, LinearParameters p, const Matrix& a, const Matrix&
   check(cudaGetLastError(), "launch of add_splits");
 }
 
+template <class T, bool kForward>
+void launch_chain(const MlpParameters& p, int columns, const Launch& launch) {
+  const auto run = [&]<class Tile>() {
+    allow_shared(mlp_kernel<Tile>, Tile::kSharedBytes);
+    mlp_kernel<Tile><<<static_cast<unsigned>((p.rows + 63) / 64), Tile::kThreads,
+                       Tile::kSharedBytes, static_cast<cudaStream_t>(launch.stream)>>>(p);
+    check(cudaGetLastError(), "launch of mlp");
+  };
+  if (columns == 256) {
+    run.template operator()<MlpTile<T, kForward, 256>>();
+  } else {
+    run.template operator()<MlpTile<T, kForward, 128>>();
+  }
+}
+
+// Of the layers whose results the kernel holds.
+template <class Layers>
+int columns_of(const Layers* layers, size_t count) {
+  int64_t widest = 0;
+  for (size_t l = 0; l < count; ++l) widest = std::max(widest, layers[l].n);
+  return widest > 128 ? 256 : 128;
+}
+
+// The gradients of the hidden activations, and what is behind them: sums of split products.
+struct MlpWorkspace {
+  char* hidden[MlpParameters::kMostLayers];  // [m, strides[l]]
+  int64_t strides[MlpParameters::kMostLayers];
+  float* sums;
+  size_t bytes;
+
+  MlpWorkspace(const LinearBackwardProblem* layers, size_t count, char* memory) {
+    Carver carver(memory);
+    int64_t most = 0;
+    for (size_t l = 0; l < count; ++l) {
+      const LinearBackwardProblem& b = layers[l];
+      strides[l] = (b.n + 7) / 8 * 8;
+      if (l + 1 < count) hidden[l] = carver.take<char>(2 * b.m * strides[l]);
+      if (b.grad_w != nullptr) most = std::max(most, floats(b.n, b.k, b.m));
+      if (b.grad_x != nullptr) most = std::max(most, floats(b.m, b.k, b.n));
+    }
+    sums = carver.take<float>(most);
+    bytes = carver.bytes();
+  }
+};
+
 }  // namespace
+
+std::string mlp_refusal(const LinearProblem* layers, size_t count) {
+  if (count > MlpParameters::kMostLayers) return "there are more than 8 layers";
+  for (size_t l = 0; l < count; ++l) {
+    const LinearProblem& p = layers[l];
+    std::string reason = linear_refusal(p.dtype, p.m, p.n, p.k);
+    if (reason.empty() && p.n > 256) reason = "a layer is wider than 256";
+    if (!reason.empty()) return reason;
+  }
+  return "";
+}
+
+void launch_mlp_forward(const LinearProblem* layers, size_t count, const Launch& launch) {
+  with_type(layers[0].dtype, [&]<class T>() {
+    const LinearProblem& first = layers[0];
+    const int columns = columns_of(layers, count);
+    MlpParameters p{};
+    p.first = map_of(first.dtype, {first.x, first.m, first.k, first.x_stride}, 64);
+    p.count = static_cast<int>(count);
+    p.rows = first.m;
+    for (size_t l = 0; l < count; ++l) {
+      const LinearProblem& layer = layers[l];
+      p.layers[l] = {map_of(layer.dtype, {layer.w, layer.n, layer.k, layer.w_stride}, columns),
+                     layer.bias,
+                     nullptr,
+                     layer.y,
+                     layer.n,
+                     static_cast<int>(layer.n),
+                     static_cast<int>(layer.k)};
+    }
+    launch_chain<T, true>(p, columns, launch);
+  });
+}
+
+size_t mlp_backward_workspace(const LinearBackwardProblem* layers, size_t count) {
+  return MlpWorkspace(layers, count, nullptr).bytes;
+}
+
+void launch_mlp_backward(const LinearBackwardProblem* layers, size_t count, const Launch& launch) {
+  with_type(layers[0].dtype, [&]<class T>() {
+    const MlpWorkspace workspace(layers, count, launch.workspace);
+    const LinearBackwardProblem& last = layers[count - 1];
+    const auto gradient_of = [&](size_t l) -> Matrix {
+      if (l + 1 == count) return {last.grad_y, last.m, last.n, last.grad_y_stride};
+      return {workspace.hidden[l], last.m, layers[l].n, workspace.strides[l]};
+    };
+    MlpParameters p{};
+    p.first = map_of(last.dtype, gradient_of(count - 1), 64);
+    p.rows = last.m;
+    for (size_t l = count - 1; l > 0; --l) {
+      const LinearBackwardProblem& layer = layers[l];
+      p.layers[p.count++] = {map_of(layer.dtype, {layer.w, layer.n, layer.k, layer.w_stride}, 64),
+                             nullptr,
+                             layers[l - 1].relu_output,
+                             workspace.hidden[l - 1],
+                             workspace.strides[l - 1],
+                             static_cast<int>(layer.k),
+                             static_cast<int>(layer.n)};
+    }
+    if (p.count > 0) launch_chain<T, false>(p, columns_of(layers, count - 1), launch);
+    const Launch products{launch.stream, reinterpret_cast<char*>(workspace.sums)};
+    for (size_t l = 0; l < count; ++l) {
+      const LinearBackwardProblem& layer = layers[l];
+      LinearParameters q{};
+      if (layer.grad_x != nullptr) {
+        q.rows = layer.m;
+        q.cols = layer.k;
+        q.depth = layer.n;
+        q.out = layer.grad_x;
+        launch_pass<T, LinearPass::kGradInput>(
+            layer.dtype, q, gradient_of(l), {layer.w, layer.n, layer.k, layer.w_stride}, products);
+      }
+      if (layer.grad_w != nullptr) {
+        q.rows = layer.n;
+        q.cols = layer.k;
+        q.depth = layer.m;
+        q.out = layer.grad_w;
+        q.grad_bias = layer.grad_bias;
+        launch_pass<T, LinearPass::kGradWeight>(
+            layer.dtype, q, gradient_of(l), {layer.x, layer.m, layer.k, layer.x_stride}, products);
+      }
+    }
+  });
+}
 
 std::string linear_refusal(Dtype dtype, int64_t m, int64_t n, int64_t k) {
   if (capability() != 90) return "the GPU is not of compute capability 9.0";

@@ -76,13 +76,19 @@ CUtensorMap tensor_map(Dtype dtype, const void* data, const int64_t (&extents)[k
   return map;
 }
 
+// Beyond 48 KB shared memory must be asked for, of the current device.
+template <class Parameters>
+void allow_shared(void (*kernel)(Parameters), int bytes) {
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "cudaFuncSetAttribute");
+}
+
 // Launches `kernel` on at most one block a multiprocessor.
 template <class Parameters>
 void launch_persistent(void (*kernel)(Parameters), const Parameters& p, int64_t tiles, int threads,
                        int shared_bytes, const Launch& launch) {
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-        "cudaFuncSetAttribute");
+  allow_shared(kernel, shared_bytes);
   const int64_t most = device_attribute(cudaDevAttrMultiProcessorCount);
   const auto blocks = static_cast<unsigned>(tiles < most ? tiles : most);
   kernel<<<blocks, static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes),

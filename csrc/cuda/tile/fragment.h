@@ -39,4 +39,18 @@ FASTATTN_DEVICE void store_tile(char* tile, int apart, int t, const uint32_t (&w
   }
 }
 
+// A packed pair to columns `column` and the next of a row in global memory, where they are below
+// `columns`; at once if rows begin at multiples of 4 bytes.
+template <class T>
+FASTATTN_DEVICE void store_pair(T* row, int64_t column, int64_t columns, bool aligned,
+                                uint32_t pair) {
+  if (aligned && column + 1 < columns) {
+    *reinterpret_cast<uint32_t*>(row + column) = pair;
+    return;
+  }
+  auto* to = reinterpret_cast<uint16_t*>(row + column);
+  if (column < columns) to[0] = static_cast<uint16_t>(pair);
+  if (column + 1 < columns) to[1] = static_cast<uint16_t>(pair >> 16);
+}
+
 }  // namespace fastattn::cuda
