@@ -1,0 +1,319 @@
+"""Softmax attention, E1-E11, in O(S²) memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.reference.philox import philox_keep_mask
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _grouped(query: Tensor, x: Tensor) -> Tensor:
+    """Repeats the key heads ``[*, Hk, S, D]`` for the query heads that share them."""
+    if x.dim() < 3 or x.shape[-3] == query.shape[-3]:
+        return x
+    return x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of an attention call; what they mean is in DESIGN.md."""
+
+    seed: Tensor | None = None  # int64 [n], n a divisor of the batch
+    is_causal: bool = False
+    scale: float | None = None
+    dropout_p: float = 0.0
+    window_size: tuple[int, int] | None = None
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    first_row: int = 0  # query's first row is this row of a longer one
+
+
+def _scale(query: Tensor, options: Options) -> float:
+    return query.shape[-1] ** -0.5 if options.scale is None else options.scale
+
+
+def _scores(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked scores S, the softcap's tanh (0 without it), and which (i, j) are visible, ``[*, Hq,
+    Sq, Sk]``."""
+    seq_q, seq_k = query.shape[-2], key.shape[-2]
+    s = _scale(query, options) * (query @ key.transpose(-1, -2))  # E1
+    capped = torch.zeros_like(s)
+    if options.softcap > 0.0:
+        capped = torch.tanh(s / options.softcap)
+        s = options.softcap * capped
+    first = options.first_row
+    i = torch.arange(first, first + seq_q, device=s.device)[:, None]
+    j = torch.arange(seq_k, device=s.device)[None, :]
+    if options.alibi_slopes is not None:
+        slopes = options.alibi_slopes.to(s.dtype)
+        if slopes.dim() == 2:
+            slopes = slopes.view(slopes.shape[0], *[1] * (s.dim() - 4), slopes.shape[1])
+        s = s - slopes[..., None, None] * (i - j).abs()
+    visible = torch.ones((seq_q, seq_k), dtype=torch.bool, device=s.device)
+    if options.is_causal:
+        visible = visible & (j <= i)
+    if options.window_size is not None:
+        left, right = options.window_size
+        if left >= 0:
+            visible = visible & (j >= i - left)
+        if right >= 0:
+            visible = visible & (j <= i + right)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            visible = visible & attn_mask
+        else:
+            visible = visible & (attn_mask != -math.inf)
+            s = s + torch.where(attn_mask == -math.inf, 0.0, attn_mask).to(s.dtype)
+    visible = visible.expand(s.shape)
+    return torch.where(visible, s, -math.inf), capped, visible
+
+
+def _hide(x: Tensor, used: Tensor) -> Tensor:
+    """Clears the rows of x that nobody uses, so that not even a NaN in them gets out."""
+    return torch.where(used[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+class Weights(NamedTuple):
+    """What the formulas are made of, in the accumulator's type."""
+
+    p: Tensor  # [*, Hq, Sq, Sk]  E6
+    lse: Tensor  # [*, Hq, Sq]
+    capped: Tensor  # [*, Hq, Sq, Sk], the softcap's tanh
+    visible: Tensor  # bool [*, Hq, Sq, Sk]
+    q: Tensor  # [*, Hq, Sq, D] without the rows that nobody uses, as k and v
+    k: Tensor  # [*, Hq, Sk, D]
+    v: Tensor  # [*, Hq, Sk, Dv]
+
+    def keys(self, x: Tensor) -> Tensor:
+        """x of the keys ``[*, Hk, Sk, dim]`` as k and v are here."""
+        return _hide(_grouped(self.k, x.to(self.p.dtype)), self.visible.any(-2))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x of the queries ``[*, Hq, Sq, dim]`` as q is here."""
+        return _hide(x.to(self.p.dtype), self.visible.any(-1))
+
+
+def weights(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, options: Options
+) -> Weights:
+    """P and what it is made of, differentiable."""
+    dtype = _accumulator(query.dtype)
+    q = query.to(dtype)
+    k, v = _grouped(query, key.to(dtype)), _grouped(query, value.to(dtype))
+    mask = attn_mask
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype)
+    with torch.no_grad():
+        visible = _scores(q, k, mask, options)[2]
+    k, v = _hide(k, visible.any(-2)), _hide(v, visible.any(-2))
+    q = _hide(q, visible.any(-1))
+    s, capped, _ = _scores(q, k, mask, options)
+    if s.shape[-1] == 0:
+        return Weights(s, s.new_full(s.shape[:-1], -math.inf), capped, visible, q, k, v)
+    empty = ~visible.any(-1, keepdim=True)
+    finite = torch.where(empty, 0.0, s)
+    m = torch.where(visible, finite, -math.inf).amax(-1, keepdim=True)
+    m = torch.where(empty, 0.0, m).detach()
+    powers = torch.where(visible, torch.exp(finite - m), 0.0)  # E3
+    total = powers.sum(-1, keepdim=True)
+    p = powers / torch.where(empty, 1.0, total)  # E5, E6
+    lse = torch.where(empty, -math.inf, m + torch.log(torch.where(empty, 1.0, total)))[..., 0]
+    return Weights(p, lse, capped, visible, q, k, v)
+
+
+def dropped(p: Tensor, options: Options) -> Tensor:
+    """Z∘p, p ``[*, Hq, Sq, Sk]``: Z is the keep-mask divided by 1 - dropout_p."""
+    if options.dropout_p == 0.0 or options.seed is None:
+        return p
+    batch, heads = math.prod(p.shape[:-3]), p.shape[-3] if p.dim() > 2 else 1
+    keep = philox_keep_mask(
+        options.seed, batch, heads, *p.shape[-2:], options.dropout_p, p.device, options.first_row
+    )
+    return p * (keep.reshape(p.shape).to(p.dtype) / (1.0 - options.dropout_p))
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention, E1-E5, differentiable by autograd; options are the fields of ``Options``.
+
+    query ``[*, Hq, Sq, D]``, key ``[*, Hk, Sk, D]``, value ``[*, Hk, Sk, Dv]``, attn_mask bool or
+    float, broadcastable
+    to ``[*, Hq, Sq, Sk]`` -> out ``[*, Hq, Sq, Dv]`` in query's dtype, LSE ``[*, Hq, Sq]`` in
+    float32 (float64).
+    """
+    options = Options(**options)
+    w = weights(query, key, value, attn_mask, options)
+    out = dropped(w.p, options) @ w.v  # E4
+    return out.to(query.dtype), w.lse
+
+
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options
+) -> tuple[Tensor, Tensor]:
+    """``attention`` without a graph."""
+    with torch.no_grad():
+        return attention(query, key, value, attn_mask, **options)
+
+
+def _delta(w: Weights, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
+    """Δ ``[*, Hq, Sq, 1]`` of E6."""
+    delta = (grad_out * out.to(w.p.dtype)).sum(-1)
+    if grad_lse is not None:
+        empty = ~w.visible.any(-1)
+        delta = delta - torch.where(empty, 0.0, grad_lse.to(w.p.dtype))
+    return delta[..., None]
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    needs: Sequence[bool] = (True, True, True, True),
+    **options,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of query, key, value and the float mask, E6-E11; None for one that is not
+    needed."""
+    options = Options(**options)
+    with torch.no_grad():
+        w = weights(query, key, value, attn_mask, options)
+        do = w.queries(grad_out)
+        dp = dropped(do @ w.v.transpose(-1, -2), options)  # E7
+        ds = w.p * (dp - _delta(w, do, grad_lse, out))
+        dt = _scale(query, options) * ds * (1 - w.capped**2)
+        dq = dt @ w.k  # E8
+        dk = dt.transpose(-1, -2) @ w.q  # E9
+        dv = dropped(w.p, options).transpose(-1, -2) @ do  # E10
+        return _gradients(dq, dk, dv, ds, query, key, value, attn_mask, needs)
+
+
+def _gradients(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    ds: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """In the shapes and dtypes of what they are the gradients of; None for one that is not
+    needed."""
+
+    def like(grad: Tensor, x: Tensor) -> Tensor:
+        if grad.shape != x.shape:
+            grad = grad.unflatten(-3, (x.shape[-3], -1)).sum(-3)
+        return grad.to(x.dtype)
+
+    grads = (like(dq, query), like(dk, key), like(dv, value))
+    dmask = None
+    if needs[3] and attn_mask is not None and attn_mask.dtype != torch.bool:
+        dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype)  # E11
+    return (*(g if need else None for g, need in zip(grads, needs, strict=False)), dmask)
+
+
+def _tangent_of_scores(
+    w: Weights, query: Tensor, tangents: Sequence[Tensor | None], options: Options
+) -> tuple[Tensor, Tensor]:
+    """The tangents ``[*, Hq, Sq, Sk]`` of the scores, A of E12, and of what the softcap takes."""
+    t_query, t_key, _, t_mask = tangents
+    before = torch.zeros_like(w.p)
+    if t_query is not None:
+        before = before + w.queries(t_query) @ w.k.transpose(-1, -2)
+    if t_key is not None:
+        before = before + w.q @ w.keys(t_key).transpose(-1, -2)
+    before = _scale(query, options) * before
+    a = before * (1 - w.capped**2)
+    if t_mask is not None:
+        a = a + torch.where(w.visible, t_mask.to(w.p.dtype), 0.0)
+    return a, before
+
+
+def attention_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    tangents: Sequence[Tensor | None],
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """The tangents of the output and of the LSE, E12; ``tangents`` are those of query, key, value
+    and the float mask, in their shapes, None for 0."""
+    options = Options(**options)
+    with torch.no_grad():
+        w = weights(query, key, value, attn_mask, options)
+        a, _ = _tangent_of_scores(w, query, tangents, options)
+        mu = (w.p * a).sum(-1, keepdim=True)
+        t_out = dropped(w.p * (a - mu), options) @ w.v
+        if tangents[2] is not None:
+            t_out = t_out + dropped(w.p, options) @ w.keys(tangents[2])
+        return t_out.to(query.dtype), mu[..., 0]
+
+
+def attention_double_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    tangents: Sequence[Tensor | None],
+    *,
+    needs: Sequence[bool] = (True, True, True, True),
+    **options,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The derivatives of attention_backward's results in the direction ``tangents``, or, as the
+    second derivative is symmetric, the gradients of their product with ``tangents``: E13, E14."""
+    t_out, _ = attention_jvp(query, key, value, attn_mask, tangents, **options)
+    options = Options(**options)
+    with torch.no_grad():
+        w = weights(query, key, value, attn_mask, options)
+        a, before = _tangent_of_scores(w, query, tangents, options)
+        do = w.queries(grad_out)
+        mu = (w.p * a).sum(-1, keepdim=True)
+        g = dropped(do @ w.v.transpose(-1, -2), options)
+        h = torch.zeros_like(g)
+        if tangents[2] is not None:
+            h = dropped(do @ w.keys(tangents[2]).transpose(-1, -2), options)
+        out = dropped(w.p, options) @ w.v
+        g = g - _delta(w, do, grad_lse, out)
+        beta = (do * t_out).sum(-1, keepdim=True)
+        ds = w.p * g
+        e = w.p * ((a - mu) * g + h - beta)  # E14, W - B
+        slope, scale = 1 - w.capped**2, _scale(query, options)
+        cap = options.softcap or 1.0
+        ds_before = scale * slope * ds
+        e_before = scale * slope * (e - 2 * w.capped / cap * before * ds)
+        gq, gk = e_before @ w.k, e_before.transpose(-1, -2) @ w.q
+        if tangents[1] is not None:
+            gq = gq + ds_before @ w.keys(tangents[1])
+        if tangents[0] is not None:
+            gk = gk + ds_before.transpose(-1, -2) @ w.queries(tangents[0])
+        gv = dropped(w.p * (a - mu), options).transpose(-1, -2) @ do
+        return _gradients(gq, gk, gv, e, query, key, value, attn_mask, needs)
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options
+) -> Tensor:
+    """P of E6, ``[*, Hq, Sq, Sk]``: the softmax before dropout."""
+    return weights(query, key, key, attn_mask, Options(**options)).p.to(query.dtype)

@@ -1,0 +1,62 @@
+"""Dropout's keep-mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al., SC'11) on int64 tensors that hold 32-bit words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The high and low words of x * factor, by 16-bit halves as int64 is signed."""
+    low = x * (factor & 0xFFFF)
+    high = x * (factor >> 16)
+    middle = (low >> 16) + (high & 0xFFFF)
+    return (high >> 16) + (middle >> 16), ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox_keep_mask(
+    seed: Tensor,
+    batch: int,
+    heads: int,
+    seq_q: int,
+    seq_k: int,
+    p: float,
+    device: torch.device,
+    first_row: int = 0,
+) -> Tensor:
+    """The dropout keep-mask, bool ``[batch, heads, seq_q, seq_k]``, of int64 seeds ``[n]``, each of
+    which serves batch / n elements that follow each other; the first of its rows is
+    ``first_row``."""
+
+    def axis(n: int, dim: int, first: int = 0) -> Tensor:
+        return torch.arange(first, first + n, device=device).view(
+            [-1 if d == dim else 1 for d in range(4)]
+        )
+
+    columns, batches = axis(seq_k, 3), axis(batch, 0)
+    each = max(1, batch // seed.numel())
+    seed = seed.to(device).reshape(-1)[batches // each]
+    counter = (columns // 4, axis(seq_q, 2, first_row), axis(heads, 1), batches % each)
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+    words = torch.stack(torch.broadcast_tensors(*philox(counter, key)))
+    word = words.gather(0, (columns % 4).expand(1, batch, heads, seq_q, seq_k))[0]
+    return word >= math.floor(p * 2**32)
