@@ -47,7 +47,7 @@ STRATA = {
     "launch": {"launch", "kernels", "tile"},
     "cuda": {"launch"},
 }
-TORCH_HOMES = re.compile(r"ops\.cpp|register_\w+\.cpp|validate\.h|check\.h")
+TORCH_HOMES = re.compile(r"ops\.cpp|register_\w+\.(cpp|h)|validate\.h|check\.h")
 
 
 def name_of(path: Path) -> str:

@@ -202,7 +202,7 @@ def test_flags(tree):
     dropped = {f"isa_{isa}.cpp" for isa in ISAS - set(info["isas"])}
     assert set(compiled) == sources - dropped
     with_torch = {name for name, line in compiled.items() if "TORCH_TARGET_VERSION" in line}
-    assert with_torch == {"ops.cpp", "register_cpu.cpp"}
+    assert with_torch == {"ops.cpp", "register_attention.cpp", "register_linear.cpp"}
     assert not any("-ffast-math" in line for line in lines)
     assert not any("-rpath" in line for line in lines)
     assert "-mavx" not in compiled["isa_generic.cpp"] + compiled["dispatch.cpp"]

@@ -46,7 +46,8 @@ struct AttentionProblem {
   const void* slopes = nullptr;  // ALiBi: [slope_batches, heads_q], lse's dtype; may be absent
   int64_t slope_batches = 1;     // divides batch
   double dropout_p = 0.0;
-  uint64_t seed = 0;
+  const int64_t* seeds = nullptr;  // [seed_count]
+  int64_t seed_count = 1;          // divides batch
 
   TensorView out;       // [*batch, heads_q, seq_q, head_dim_v]
   void* lse = nullptr;  // [batch, heads_q, seq_q] or packed [heads_q, tokens_q], contiguous, fp32
@@ -64,6 +65,32 @@ struct AttentionBackwardProblem {
   void* grad_mask = nullptr;
   int64_t mask_batch_sizes[kMaxBatchDims] = {};
   int64_t mask_heads = 1, mask_rows = 1, mask_cols = 1;
+};
+
+// Tangents of a problem's inputs in their shapes; data is null where there is none.
+struct AttentionTangents {
+  TensorView q, k, v, mask;
+
+  bool of_scores() const { return q.data || k.data || mask.data; }
+};
+
+// The tangents of out and lse; forward.out and forward.lse hold those of the forward pass.
+struct AttentionJvpProblem {
+  AttentionProblem forward;
+  AttentionTangents tangents;
+  TensorView t_out;  // [*batch, heads_q, seq_q, head_dim_v]
+  void* t_lse = nullptr;  // as lse
+};
+
+// The derivatives of backward's gradients in the direction of the tangents, left where the gradients
+// would be, and the tangents of out (if needed) and lse.
+struct AttentionDoubleBackwardProblem {
+  AttentionBackwardProblem backward;
+  AttentionTangents tangents;
+  TensorView t_out;
+  void* t_lse = nullptr;  // as lse; here and in beta whether needed or not
+  void* beta = nullptr;   // as lse: scratch
+  bool needs_tangents = false;
 };
 
 // One linear layer: y [m, n] = epilogue(x [m, k] w[n, k]^T + bias [n]).
@@ -98,6 +125,24 @@ struct LinearBackwardProblem {
   bool grad_x_is_accumulator = false;
   void* grad_w = nullptr;
   void* grad_bias = nullptr;
+};
+
+// The tangent of a linear layer with a ReLU: t_y [m, n] = R o (t_x w^T + x t_w^T + t_bias), where
+// those tangents are.
+struct LinearJvpProblem {
+  Dtype dtype = Dtype::kFloat32;
+  int64_t m = 0, n = 0, k = 0;
+  const void* x = nullptr;  // [m, k]
+  int64_t x_stride = 0;
+  const void* w = nullptr;  // [n, k]
+  int64_t w_stride = 0;
+  const void* t_x = nullptr;
+  int64_t t_x_stride = 0;
+  const void* t_w = nullptr;
+  int64_t t_w_stride = 0;
+  const void* t_bias = nullptr;        // [n]
+  const uint8_t* relu_mask = nullptr;  // [m, ceil(n / 8)]
+  void* t_y = nullptr;                 // contiguous
 };
 
 // The backward of a forward, without its gradients and its ReLU.

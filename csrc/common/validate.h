@@ -98,7 +98,7 @@ struct AttentionOptions {
 // Inputs of an attention op, kept alive and with a unit last stride.
 struct AttentionInputs {
   Tensor query, key, value;
-  std::optional<Tensor> mask, slopes;
+  std::optional<Tensor> mask, slopes, seed;
   std::vector<int64_t> starts_q, starts_k;  // empty unless the sequences are packed
   AttentionProblem problem;
 
@@ -202,8 +202,10 @@ inline AttentionInputs validate_attention(const char* op, const Tensor& query, c
   p.dropout_p = dropout_p;
   if (dropout_p > 0.0) {
     check_like(op, "seed", *seed, ScalarType::Long, query);
-    FASTATTN_CHECK(seed->numel() == 1, op, "seed", "1 element", seed->numel());
-    p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
+    FASTATTN_CHECK(seed->numel() >= 1, op, "seed", "at least 1 element", 0);
+    in.seed = torch::stable::contiguous(*seed);
+    p.seeds = static_cast<const int64_t*>(in.seed->data_ptr());
+    p.seed_count = seed->numel();
   }
 
   in.query = unit_last_stride(query);
@@ -246,13 +248,20 @@ inline AttentionInputs validate_attention(const char* op, const Tensor& query, c
     p.seq_q = longest(in.starts_q);
     p.seq_k = longest(in.starts_k);
   }
+  FASTATTN_CHECK(p.batch % p.seed_count == 0, op, "seed",
+                 "a number of elements that divides the batch of " + std::to_string(p.batch),
+                 p.seed_count);
   if (options.slopes.has_value()) {
     const Tensor& slopes = *options.slopes;
     check_like(op, "alibi_slopes", slopes, accumulator_type(query.scalar_type()), query);
-    const int64_t first = p.starts_q != nullptr || rank == 3 ? p.batch : query.size(0);
     if (slopes.dim() == 2) {
-      check_shape(op, "alibi_slopes", slopes, {first, p.heads_q});
-      p.slope_batches = std::max<int64_t>(1, first);
+      FASTATTN_CHECK(slopes.size(1) == p.heads_q && slopes.size(0) >= (p.batch > 0) &&
+                         (slopes.size(0) == 0 || p.batch % slopes.size(0) == 0),
+                     op, "alibi_slopes",
+                     text({p.heads_q}) + " or [n, heads], n a divisor of the batch of " +
+                         std::to_string(p.batch),
+                     text(shape_of(slopes)));
+      p.slope_batches = std::max<int64_t>(1, slopes.size(0));
     } else {
       check_shape(op, "alibi_slopes", slopes, {p.heads_q});
     }

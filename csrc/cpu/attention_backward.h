@@ -214,15 +214,6 @@ class AttentionBackward {
     }
   }
 
-  static void write_rows(T* dst, int64_t dst_stride, A* src, int64_t src_stride, int64_t rows,
-                         int64_t cols, A factor) {
-    for (int64_t i = 0; i < rows; ++i) {
-      A* row = src + i * src_stride;
-      for (int64_t d = 0; d < cols; ++d) row[d] *= factor;
-      convert(dst + i * dst_stride, row, cols);
-    }
-  }
-
   const AttentionBackwardProblem& b_;
   const AttentionProblem& p_;
   const Parallel& parallel_;

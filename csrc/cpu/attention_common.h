@@ -128,16 +128,16 @@ struct ScoreTerms {
   }
 
   // s[0, n) = the scores of row i, keys [j0, j0 + n); s is read and written up to a whole vector.
-  // -inf where the mask rules out, whatever s holds there (NaN included). derivative[0, n), if
-  // asked for, is the softcap's.
-  FASTATTN_INLINE void apply(A* s, int64_t i, int64_t j0, int64_t n, A* derivative) const {
+  // -inf where the mask rules out, whatever s holds there (NaN included). capped[0, n), if asked
+  // for, is the softcap's tanh.
+  FASTATTN_INLINE void apply(A* s, int64_t i, int64_t j0, int64_t n, A* capped) const {
     A factor = scale;
     if (softcap != A(0)) {
       const Vec<A> cap = broadcast(softcap), inner = broadcast(factor / softcap);
       for (int64_t j = 0; j < n; j += kWidth<A>) {
         const Vec<A> t = tanh(load(s + j) * inner);
         store(s + j, t * cap);
-        if (derivative != nullptr) store(derivative + j, broadcast(A(1)) - t * t);
+        if (capped != nullptr) store(capped + j, t);
       }
       factor = A(1);
     }
@@ -246,14 +246,18 @@ Acc<T> row_dot(const T* a, const T* b, int64_t n) {
 // then, that is with a mask and with a NaN or an infinity among the keys or values, the kernels
 // clear those keys' rows in their packed copies.
 template <class T>
-bool must_clear_hidden_keys(const AttentionProblem& p, const Parallel& parallel) {
+bool must_clear_hidden_keys(const AttentionProblem& p, const Parallel& parallel,
+                            const AttentionTangents& tangents = {}) {
   if (p.mask_kind == MaskKind::kNone) return false;
   bool clear = false;
   parallel_tasks(parallel, p.batch * p.heads_k, [&](int64_t unit) {
-    const int64_t batch = unit / p.heads_k, head = unit % p.heads_k;
-    if (!rows_are_finite(head_data<T>(p, p.k, batch, head), p.k.row_stride, p.seq_k, p.head_dim) ||
-        !rows_are_finite(head_data<T>(p, p.v, batch, head), p.v.row_stride, p.seq_k,
-                         p.head_dim_v)) {
+    const auto finite = [&](const TensorView& x, int64_t dim) {
+      if (x.data == nullptr) return true;
+      const T* rows = head_data<T>(p, x, unit / p.heads_k, unit % p.heads_k);
+      return rows_are_finite(rows, x.row_stride, p.seq_k, dim);
+    };
+    if (!finite(p.k, p.head_dim) || !finite(p.v, p.head_dim_v) ||
+        !finite(tangents.k, p.head_dim) || !finite(tangents.v, p.head_dim_v)) {
       __atomic_store_n(&clear, true, __ATOMIC_RELAXED);
     }
   });

@@ -6,11 +6,11 @@
 
 #include "cpu/attention_few_queries.h"
 #include "cpu/attention_softmax.h"
+#include "cpu/attention_units.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
 constexpr int64_t kTileRows = 24;  // 24 x 272 fp32 scores: 26 KB
-constexpr int64_t kGroupBytes = int64_t{8} << 20;
 
 template <class T>
 class AttentionForward {
@@ -32,8 +32,7 @@ class AttentionForward {
       return AttentionFewQueries<T>(p_, parallel_).run();
     // Queries of one group of heads share packed keys, unless each head clears its own hidden keys.
     const int64_t sharing = p_.heads_q / p_.heads_k;
-    heads_per_unit_ = clear_hidden_ ? 1 : sharing;
-    units_per_batch_ = p_.heads_q / heads_per_unit_;
+    const int64_t heads_per_unit = clear_hidden_ ? 1 : sharing;
 
     panels_ = ceil_div(p_.seq_k, kPanelKeys);
     dim_v_padded_ = round_up(p_.head_dim_v, kWidth<A>);
@@ -41,58 +40,18 @@ class AttentionForward {
     key_words_ = words<E>(p_.seq_k);
     k_elements_ = round_up(panels_ * kPanelKeys * dim_words_, 16);
     v_panels_ = ceil_div(p_.head_dim_v, kPanelKeys);
-    unit_elements_ = k_elements_ + round_up(v_panels_ * kPanelKeys * key_words_, 16);
-    const int64_t units = p_.batch * units_per_batch_;
-    if (units >= 4 * parallel_.threads || units % parallel_.threads == 0) {
-      run_by_unit(units);
-    } else {
-      run_by_block(units);
-    }
+    const int64_t unit_elements = k_elements_ + round_up(v_panels_ * kPanelKeys * key_words_, 16);
+    QueryUnits<E>{p_, parallel_, heads_per_unit, unit_elements}.run(
+        [&](int64_t batch, int64_t head, E* dst) { pack_unit(batch, head, dst); },
+        [&](int64_t batch, int64_t head, int64_t i0, const E* packed) {
+          query_block(batch, head, i0, packed);
+        });
   }
 
  private:
-  // A task owns the queries of one unit, and its packed keys stay in its core's cache.
-  void run_by_unit(int64_t units) const {
-    parallel_tasks(parallel_, units, [&](int64_t unit) {
-      E* packed = thread_scratch<E>(0, unit_elements_);
-      pack_unit(unit, packed);
-      for (int64_t h = 0; h < heads_per_unit_; ++h) {
-        const int64_t batch = unit / units_per_batch_;
-        const int64_t rows = Band(p_, batch).seq_q;
-        for (int64_t i0 = 0; i0 < rows; i0 += kBlockQ)
-          query_block(batch, unit % units_per_batch_ * heads_per_unit_ + h, i0, packed);
-      }
-    });
-  }
-
-  // Too few units to keep the threads busy: a task owns one block of query rows. As many units are
-  // packed at a time as fit in kGroupBytes.
-  void run_by_block(int64_t units) const {
-    const int64_t unit_bytes = max64(1, unit_elements_ * static_cast<int64_t>(sizeof(E)));
-    const int64_t group =
-        max64(1, min64(units, max64(parallel_.threads, kGroupBytes / unit_bytes)));
-    const int64_t blocks = ceil_div(p_.seq_q, kBlockQ);
-    E* packed = thread_scratch<E>(0, group * unit_elements_);
-    for (int64_t first = 0; first < units; first += group) {
-      const int64_t count = min64(group, units - first);
-      parallel_tasks(parallel_, count,
-                     [&](int64_t u) { pack_unit(first + u, packed + u * unit_elements_); });
-      const int64_t heads = count * heads_per_unit_;
-      parallel_tasks(parallel_, heads * blocks, [&](int64_t task) {
-        // Last blocks first: under a causal mask they are the longest.
-        const int64_t block = blocks - 1 - task / heads, u = task % heads / heads_per_unit_;
-        const int64_t unit = first + u;
-        const int64_t head =
-            unit % units_per_batch_ * heads_per_unit_ + task % heads % heads_per_unit_;
-        query_block(unit / units_per_batch_, head, block * kBlockQ, packed + u * unit_elements_);
-      });
-    }
-  }
-
   // Packed keys: K^T panels [panels][words(D)][kPanel], then V's columns as panels
   // [panels][words(Sk)][kPanel].
-  void pack_unit(int64_t unit, E* dst) const {
-    const int64_t batch = unit / units_per_batch_, head = unit % units_per_batch_ * heads_per_unit_;
+  void pack_unit(int64_t batch, int64_t head, E* dst) const {
     const int64_t head_k = head / (p_.heads_q / p_.heads_k);
     const Band band(p_, batch);
     E* staging = thread_scratch<E>(1, kPanelKeys * dim_words_);
@@ -181,7 +140,7 @@ class AttentionForward {
     const E* probs = reinterpret_cast<const E*>(s);
     for (int64_t strip = 0; strip < rows; strip += kRows) {
       const int64_t strip_rows = min64(kRows, rows - strip);
-      const Keys seen = keys_of_strip(where, i + strip, strip_rows);
+      const StripKeys seen = keys_of_strip<E>(where, i + strip, strip_rows);
       if (seen.from >= seen.to) continue;
       A* scores = s + strip * kStep;
       softmax_.rows(where, i + strip, strip_rows, seen.from, seen.to, scores, kStep,
@@ -196,7 +155,7 @@ class AttentionForward {
       const int vecs = static_cast<int>(ceil_div(min64(kPanelKeys, p_.head_dim_v - d), kWidth<A>));
       for (int64_t strip = 0; strip < rows; strip += kRows) {
         const int strip_rows = static_cast<int>(min64(kRows, rows - strip));
-        const Keys seen = keys_of_strip(where, i + strip, strip_rows);
+        const StripKeys seen = keys_of_strip<E>(where, i + strip, strip_rows);
         if (seen.from >= seen.to) continue;
         const int64_t first = seen.from / kDepth<E>;
         micro_kernel<Start::kScale>(
@@ -207,22 +166,12 @@ class AttentionForward {
     }
   }
 
-  // The keys of a step that some row of a strip sees, in whole words.
-  struct Keys {
-    int64_t from, to;
-  };
-  static Keys keys_of_strip(const KeyStep<T>& where, int64_t i, int64_t rows) {
-    const int64_t from = where.from(i), to = where.to(i + rows - 1);
-    if (from >= to) return {0, 0};
-    return {from / kDepth<E> * kDepth<E>, round_up(to, kDepth<E>)};
-  }
-
   const AttentionProblem& p_;
   const Parallel& parallel_;
   OnlineSoftmax<T> softmax_;
   bool clear_hidden_ = false;
-  int64_t heads_per_unit_ = 1, units_per_batch_ = 1, panels_ = 0, v_panels_ = 0, dim_v_padded_ = 0;
-  int64_t dim_words_ = 0, key_words_ = 0, k_elements_ = 0, unit_elements_ = 0;
+  int64_t panels_ = 0, v_panels_ = 0, dim_v_padded_ = 0;
+  int64_t dim_words_ = 0, key_words_ = 0, k_elements_ = 0;
 };
 
 template <class T>

@@ -30,6 +30,17 @@ struct KeyStep {
   FASTATTN_INLINE int64_t to(int64_t i) const { return min64(keys, band.end_key(i) - j0); }
 };
 
+// The keys of a step that some of rows [i, i + rows) sees, in whole words.
+struct StripKeys {
+  int64_t from, to;
+};
+template <class E, class T>
+FASTATTN_INLINE StripKeys keys_of_strip(const KeyStep<T>& where, int64_t i, int64_t rows) {
+  const int64_t from = where.from(i), to = where.to(i + rows - 1);
+  if (from >= to) return {0, 0};
+  return {from / kDepth<E> * kDepth<E>, round_up(to, kDepth<E>)};
+}
+
 template <class T>
 struct OnlineSoftmax {
   using A = Acc<T>;

@@ -24,7 +24,7 @@ struct ScoreTile {
   A* probs;              // [kBlockQ, kStride] Z * P
   A* dscores;            // [kBlockQ, kStride] dS, of the products unless `before_softcap` is false
   A* z;                  // [kBlockK]
-  A* derivative;         // [kBlockK] the softcap's
+  A* capped;             // [kBlockK] the softcap's tanh
   E* dscore_rows_store;  // [kBlockQ, kStride / 2], of pairs
   bool before_softcap = true;
 
@@ -37,8 +37,8 @@ struct ScoreTile {
         probs(scratch),
         dscores(probs + kBlockQ * kStride),
         z(dscores + kBlockQ * kStride),
-        derivative(z + kBlockK + 64),
-        dscore_rows_store(reinterpret_cast<E*>(derivative + kBlockK + 64)) {}
+        capped(z + kBlockK + 64),
+        dscore_rows_store(reinterpret_cast<E*>(capped + kBlockK + 64)) {}
 
   // Operands of dQ = dS K: rows from `strip` on, keys from `from` on, whole words.
   FASTATTN_INLINE Strided<E> dscore_rows(int64_t strip, int64_t from) const {
@@ -132,10 +132,10 @@ struct ScoreTile {
     // Whole vectors around what the row sees.
     const int64_t begin = from / kWidth<A> * kWidth<A>, end = round_up(to, kWidth<A>);
     A factor = static_cast<A>(p.scale);
-    const bool capped = before_softcap && p.softcap != 0;
+    const bool with_softcap = before_softcap && p.softcap != 0;
     if (!block.terms.only_scale()) {
       block.terms.apply(s + begin, block.i0 + i, block.j0 + begin, to - begin,
-                        capped ? derivative : nullptr);
+                        with_softcap ? capped : nullptr);
       factor = A(1);
     }
     row_exp(s + begin, end - begin, factor, lse);  // E6
@@ -151,11 +151,25 @@ struct ScoreTile {
       for (int64_t j = begin; j < end; j += kWidth<A>)
         store(ds + j, load(s + j) * (load(ds + j) - shift));  // E7
     }
-    if (capped) row_multiply(ds + begin, derivative, end - begin);
+    for (int64_t j = begin; with_softcap && j < end; j += kWidth<A>) {
+      const Vec<A> t = load(capped + j - begin);
+      store(ds + j, load(ds + j) * (broadcast(A(1)) - t * t));
+    }
     for (int64_t j = 0; j < from; ++j) s[j] = ds[j] = A(0);
     for (int64_t j = to; j < kBlockK; ++j) s[j] = ds[j] = A(0);
   }
 };
+
+// dst [rows, cols] = factor * src, which changes.
+template <class T>
+void write_rows(T* dst, int64_t dst_stride, Acc<T>* src, int64_t src_stride, int64_t rows,
+                int64_t cols, Acc<T> factor) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Acc<T>* row = src + i * src_stride;
+    for (int64_t d = 0; d < cols; ++d) row[d] *= factor;
+    convert(dst + i * dst_stride, row, cols);
+  }
+}
 
 // Query rows [first, first + count) of one head as operands, and delta and lse [count]. Rows with
 // nothing to attend to are cleared, so that a NaN in them reaches nobody.

@@ -37,13 +37,15 @@ struct Dropout {
   static constexpr int kGroups = 16 / kWords;  // vectors of counters for 64 columns
 
   bool active;
-  uint32_t key_low, key_high, threshold;
+  const int64_t* seeds;
+  int64_t each;  // batch elements of a seed
+  uint32_t threshold;
   double keep_scale;
 
   explicit Dropout(const AttentionProblem& p)
       : active(p.dropout_p > 0),
-        key_low(static_cast<uint32_t>(p.seed)),
-        key_high(static_cast<uint32_t>(p.seed >> 32)),
+        seeds(p.seeds),
+        each(max64(1, p.batch / p.seed_count)),
         threshold(static_cast<uint32_t>(philox_keep_threshold(p.dropout_p))),
         keep_scale(1.0 / (1.0 - p.dropout_p)) {}
 
@@ -51,6 +53,8 @@ struct Dropout {
   // round_up(n, 64).
   template <class A>
   void fill(A* z, int64_t batch, int64_t head, int64_t i, int64_t j0, int64_t n) const {
+    const auto seed = static_cast<uint64_t>(seeds[batch / each]);
+    batch %= each;
     for (int64_t j = 0; j < n; j += 64) {
       Words c[kGroups][4];
       Words lane;
@@ -62,7 +66,7 @@ struct Dropout {
         c[g][2] = broadcast_word(static_cast<uint32_t>(head));
         c[g][3] = broadcast_word(static_cast<uint32_t>(batch));
       }
-      uint32_t k0 = key_low, k1 = key_high;
+      uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
       for (int round = 0; round < 10; ++round) {
 #pragma GCC unroll 2
         for (int g = 0; g < kGroups; ++g) {

@@ -2,9 +2,11 @@
 #pragma once
 
 #include "cpu/attention_backward.h"
+#include "cpu/attention_double_backward.h"
 #include "cpu/attention_forward.h"
+#include "cpu/attention_jvp.h"
 #include "cpu/kernel_table.h"
-#include "cpu/linear_relu.h"
+#include "cpu/linear_jvp.h"
 #include "cpu/roofline.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
@@ -35,11 +37,21 @@ const KernelTable kTable = {
     [](const AttentionBackwardProblem& b, const Parallel& parallel) {
       with_dtype(b.forward.dtype, [&](auto t) { attention_backward<decltype(t)>(b, parallel); });
     },
+    [](const AttentionJvpProblem& j, const Parallel& parallel) {
+      with_dtype(j.forward.dtype, [&](auto t) { attention_jvp<decltype(t)>(j, parallel); });
+    },
+    [](const AttentionDoubleBackwardProblem& s, const Parallel& parallel) {
+      with_dtype(s.backward.forward.dtype,
+                 [&](auto t) { attention_double_backward<decltype(t)>(s, parallel); });
+    },
     [](const LinearProblem& p, const Parallel& parallel) {
       with_dtype(p.dtype, [&](auto t) { linear_forward<decltype(t)>(p, parallel); });
     },
     [](const LinearBackwardProblem& p, const Parallel& parallel) {
       with_dtype(p.dtype, [&](auto t) { linear_backward<decltype(t)>(p, parallel); });
+    },
+    [](const LinearJvpProblem& p, const Parallel& parallel) {
+      with_dtype(p.dtype, [&](auto t) { linear_jvp<decltype(t)>(p, parallel); });
     },
     [](Dtype dtype, int64_t iterations) {
       int64_t flops = 0;

@@ -1,121 +1,13 @@
-// The CPU implementations: validate, allocate, call the kernels of the chosen ISA.
+// Linear layers on the CPU: validate, allocate, call the kernels of the chosen ISA.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
 #include <tuple>
 
-#include "common/validate.h"
-#include "cpu/kernel_table.h"
+#include "cpu/register_cpu.h"
 
 namespace fastattn::cpu {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-
-// Tasks are handed out one by one, so that uneven ones (causal blocks) balance. Which thread runs a
-// task does not change its result.
-void run_tasks(int64_t tasks, Parallel::Body body, const void* context) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t task = next++; task < tasks; task = next++) body(context, task);
-  });
-}
-
-Parallel parallel() { return {static_cast<int>(torch::stable::get_num_threads()), run_tasks}; }
-
-Tensor absent(const Tensor& like) { return empty_like_device(like, {0}, like.scalar_type()); }
-
-// A gradient of x, or the output beside q: packed tokens keep the layout [tokens, heads, dim].
-Tensor empty_rows(const Tensor& like, const Shape& shape, bool packed) {
-  if (!packed) return empty_like_device(like, shape, like.scalar_type());
-  const Tensor tokens =
-      empty_like_device(like, {shape[0], shape[2], shape[1], shape[3]}, like.scalar_type());
-  return torch::stable::transpose(tokens, 1, 2);
-}
-
-std::tuple<Tensor, Tensor> attention_forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
-    const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& starts_q,
-    const OptionalTensor& starts_k, bool is_causal, double scale, double dropout_p, int64_t left,
-    int64_t right, double softcap) {
-  AttentionInputs in = validate_attention(
-      "attention_forward", query, key, value, attn_mask,
-      {slopes, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap});
-  AttentionProblem& p = in.problem;
-  Tensor out = empty_rows(query, in.out_shape(), starts_q.has_value());
-  Tensor lse = empty_like_device(query, in.lse_shape(), accumulator_type(query.scalar_type()));
-  p.out = view_of(out);
-  p.lse = lse.data_ptr();
-  kernels(p.dtype).attention_forward(p, parallel());
-  return {out, lse};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& slopes,
-    const Tensor& out, const Tensor& lse, const OptionalTensor& seed,
-    const OptionalTensor& starts_q, const OptionalTensor& starts_k, bool is_causal, double scale,
-    double dropout_p, int64_t left, int64_t right, double softcap, const std::vector<bool>& needs) {
-  const char* op = "attention_backward";
-  AttentionInputs in = validate_attention(
-      op, query, key, value, attn_mask,
-      {slopes, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap});
-  FASTATTN_CHECK(needs.size() == 4, op, "needs", "4 flags (query, key, value, attn_mask)",
-                 needs.size());
-  AttentionBackwardProblem b;
-  AttentionProblem& p = in.problem;
-  const ScalarType dtype = query.scalar_type(), accumulator = accumulator_type(dtype);
-  check_like(op, "grad_out", grad_out, dtype, query);
-  check_shape(op, "grad_out", grad_out, in.out_shape());
-  check_like(op, "out", out, dtype, query);
-  check_shape(op, "out", out, in.out_shape());
-  check_like(op, "lse", lse, accumulator, query);
-  check_shape(op, "lse", lse, in.lse_shape());
-  const Tensor go = unit_last_stride(grad_out), o = unit_last_stride(out),
-               l = torch::stable::contiguous(lse);
-  OptionalTensor gl;
-  if (grad_lse.has_value()) {
-    check_like(op, "grad_lse", *grad_lse, accumulator, query);
-    check_shape(op, "grad_lse", *grad_lse, in.lse_shape());
-    gl = torch::stable::contiguous(*grad_lse);
-    b.grad_lse = gl->data_ptr();
-  }
-  p.out = view_of(o);
-  p.lse = l.data_ptr();
-  b.grad_out = view_of(go);
-
-  const auto gradient = [&](bool needed, const Tensor& like, TensorView& view) {
-    if (!needed) return absent(query);
-    Tensor grad = empty_rows(like, shape_of(like), starts_q.has_value());
-    view = view_of(grad);
-    return grad;
-  };
-  Tensor grad_query = gradient(needs[0], query, b.grad_q);
-  Tensor grad_key = gradient(needs[1], key, b.grad_k);
-  Tensor grad_value = gradient(needs[2], value, b.grad_v);
-  Tensor grad_mask = absent(query);
-  b.needs_q = needs[0];
-  b.needs_k = needs[1];
-  b.needs_v = needs[2];
-  b.needs_mask = needs[3];
-  if (b.needs_mask) {
-    FASTATTN_CHECK(p.mask_kind == MaskKind::kFloat, op, "attn_mask",
-                   "a floating-point mask, as its gradient is needed",
-                   p.mask_kind == MaskKind::kBool ? "bool" : "None");
-    const int64_t rank = attn_mask->dim();
-    grad_mask = empty_like_device(query, shape_of(*attn_mask), dtype);
-    b.grad_mask = grad_mask.data_ptr();
-    for (int d = 0; d < p.batch_dims; ++d) b.mask_batch_sizes[d] = attn_mask->size(d);
-    b.mask_heads = attn_mask->size(rank - 3);
-    b.mask_rows = attn_mask->size(rank - 2);
-    b.mask_cols = attn_mask->size(rank - 1);
-  }
-  b.forward = p;
-  kernels(b.forward.dtype).attention_backward(b, parallel());
-  return {grad_query, grad_key, grad_value, grad_mask};
-}
 
 std::tuple<Tensor, Tensor> linear_relu_forward(const Tensor& input, const Tensor& weight,
                                                const OptionalTensor& bias) {
@@ -161,6 +53,45 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, 
   if (needs[2]) b.grad_bias = grad_bias.data_ptr();
   kernels(b.dtype).linear_backward(b, parallel());
   return {grad_input, grad_weight, grad_bias};
+}
+
+Tensor linear_relu_jvp(const Tensor& input, const Tensor& weight, const Tensor& mask,
+                       const OptionalTensor& t_input, const OptionalTensor& t_weight,
+                       const OptionalTensor& t_bias) {
+  const char* op = "linear_relu_jvp";
+  const LinearInputs in = validate_linear(op, input, weight, std::nullopt);
+  const LinearProblem& p = in.problem;
+  const ScalarType dtype = input.scalar_type();
+  check_like(op, "mask", mask, ScalarType::Byte, input);
+  check_shape(op, "mask", mask, {p.m, (p.n + 7) / 8});
+  const Tensor bits = torch::stable::contiguous(mask);
+  LinearJvpProblem j{p.dtype, p.m, p.n, p.k, p.x, p.x_stride, p.w, p.w_stride};
+  j.relu_mask = static_cast<const uint8_t*>(bits.data_ptr());
+  OptionalTensor x, w, b;
+  if (t_input.has_value()) {
+    check_like(op, "t_input", *t_input, dtype, input);
+    check_shape(op, "t_input", *t_input, shape_of(input));
+    x = fold(*t_input, p.m, p.k);
+    j.t_x = x->data_ptr();
+    j.t_x_stride = x->stride(0);
+  }
+  if (t_weight.has_value()) {
+    check_like(op, "t_weight", *t_weight, dtype, input);
+    check_shape(op, "t_weight", *t_weight, shape_of(weight));
+    w = unit_last_stride(*t_weight);
+    j.t_w = w->data_ptr();
+    j.t_w_stride = w->stride(0);
+  }
+  if (t_bias.has_value()) {
+    check_like(op, "t_bias", *t_bias, dtype, input);
+    check_shape(op, "t_bias", *t_bias, {p.n});
+    b = unit_last_stride(*t_bias);
+    j.t_bias = b->data_ptr();
+  }
+  Tensor t_out = empty_like_device(input, in.out_shape, dtype);
+  j.t_y = t_out.data_ptr();
+  kernels(p.dtype).linear_jvp(j, parallel());
+  return t_out;
 }
 
 std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& weights,
@@ -291,10 +222,9 @@ int64_t fma_probe(const Tensor& like, int64_t iterations) {
 }  // namespace fastattn::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&fastattn::cpu::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&fastattn::cpu::attention_backward));
   m.impl("linear_relu_forward", TORCH_BOX(&fastattn::cpu::linear_relu_forward));
   m.impl("linear_relu_backward", TORCH_BOX(&fastattn::cpu::linear_relu_backward));
+  m.impl("linear_relu_jvp", TORCH_BOX(&fastattn::cpu::linear_relu_jvp));
   m.impl("mlp_forward", TORCH_BOX(&fastattn::cpu::mlp_forward));
   m.impl("mlp_inference", TORCH_BOX(&fastattn::cpu::mlp_inference));
   m.impl("mlp_backward", TORCH_BOX(&fastattn::cpu::mlp_backward));

@@ -1,0 +1,31 @@
+// What the CPU implementations of the ops share: threads and results.
+#pragma once
+
+#include <atomic>
+
+#include "common/validate.h"
+#include "cpu/kernel_table.h"
+
+namespace fastattn::cpu {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Tasks are handed out one by one, so that uneven ones (causal blocks) balance. Which thread runs a
+// task does not change its result.
+inline void run_tasks(int64_t tasks, Parallel::Body body, const void* context) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t task = next++; task < tasks; task = next++) body(context, task);
+  });
+}
+
+inline Parallel parallel() {
+  return {static_cast<int>(torch::stable::get_num_threads()), run_tasks};
+}
+
+inline Tensor absent(const Tensor& like) {
+  return empty_like_device(like, {0}, like.scalar_type());
+}
+
+}  // namespace fastattn::cpu
