@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -14,7 +12,7 @@ def apply(function: type[torch.autograd.Function], *args: object) -> Tensor | tu
     inspection of the signature, which takes longer than a small kernel; where nothing can be
     differentiated, the Function's ``inference``, if it has one."""
     if torch.compiler.is_compiling():
-        return function.apply(*_distinct(args))
+        return getattr(function, "compiled", function).apply(*_distinct(args))
     if _base_apply is None or _in_transform():
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
@@ -41,6 +39,12 @@ except (ImportError, AttributeError, KeyError):  # not a public interface
     _base_apply = None
 
 
+try:
+    from torch._C._functorch import is_legacy_batchedtensor as _is_legacy_batch
+except ImportError:  # not a public interface
+    _is_legacy_batch = None
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on for the device of the first; float64 is
     left alone, as in torch."""
@@ -57,31 +61,58 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-class _FirstOrderOnly(torch.autograd.Function):
-    """Runs a backward kernel under create_graph=True; differentiating its result raises instead of
-    being dropped."""
+def save_for_forward(ctx, *tensors: Tensor | None) -> None:
+    """Keeps tensors for the jvp where there may be one: the references are strong, and an output's
+    would keep its own graph alive."""
+    if transforming():
+        ctx.save_for_forward(*tensors)
+
+
+class _Add(torch.autograd.Function):
+    """a + b. Torch calls a Function's jvp with forward mode switched off, so that plain operations
+    there would lose the tangents of an outer jvp; Functions switch it on again."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(kernel: Callable[..., tuple[Tensor, ...]], name: str, *inputs: Tensor | None):
-        return tuple(kernel(*inputs))
+    def forward(a, b):
+        return a + b
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.name = inputs[1]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"fastattn: the second derivative of {ctx.name} is not available from the kernels yet; "
-            'pass backend="reference" for one that is differentiable any number of times'
-        )
+    def backward(ctx, grad):
+        return grad, grad
+
+    @staticmethod
+    def jvp(ctx, t_a, t_b):
+        return add(t_a, t_b)
 
 
-def first_order(
-    kernel: Callable[..., tuple[Tensor, ...]], name: str, *inputs: Tensor | None
-) -> tuple[Tensor, ...]:
-    """kernel(*inputs), inside a backward: a second differentiation of the result raises a clear
-    error."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return apply(_FirstOrderOnly, kernel, name, *inputs)
-    return tuple(kernel(*inputs))
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b in a Function's derivatives; None is 0."""
+    if a is None or b is None:
+        return b if a is None else a
+    return apply(_Add, a, b) if transforming() else a + b
+
+
+def may_be_differentiated() -> bool:
+    """Whether what a backward computes is differentiated or mapped in turn."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or transforming()
+
+
+def is_batched_gradient(grad: Tensor) -> bool:
+    """Whether it stands for many, in torch.autograd.grad(is_grads_batched=True), which has no
+    transform of its own and needs ops that return tuples."""
+    return _is_legacy_batch is not None and _is_legacy_batch(grad)
+
+
+def transforming() -> bool:
+    """Whether forward mode or one of torch.func's transforms may be on."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or _base_apply is None or _in_transform()

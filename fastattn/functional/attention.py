@@ -9,13 +9,23 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fastattn import backends, ops, reference
-from fastattn.functional import _validate
-from fastattn.functional._autograd import apply, autocast, first_order
+from fastattn.functional import _batching, _validate
+from fastattn.functional._autograd import (
+    apply,
+    autocast,
+    may_be_differentiated,
+    save_for_forward,
+)
+from fastattn.functional.attention_derivatives import (
+    Call,
+    Extras,
+    gradients,
+    tangents_of_results,
+)
 
 
-class AttentionFunction(torch.autograd.Function):
-    """(out, lse) by the kernels. Saves q, k, v, the mask, out, LSE and the dropout seed: O(S)
-    memory."""
+class _Compiled(torch.autograd.Function):
+    """AttentionFunction as torch.compile takes it: without forward mode and vmap."""
 
     @staticmethod
     def forward(
@@ -51,46 +61,81 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        query, key, value, attn_mask, seed, ctx.is_causal, ctx.scale, ctx.dropout_p, *more = inputs
+        query, key, value, attn_mask, seed, is_causal, scale, dropout_p, *more = inputs
         defaults = (None, None, None, ops.NO_OPTIONS, "cpu")
         more = (*more, *defaults[len(more) :])
-        alibi_slopes, starts_q, starts_k, ctx.options, ctx.backend = more
+        *extras, options, backend = more
+        ctx.call = Call(is_causal, scale, dropout_p, options, backend)
         ctx.set_materialize_grads(False)
-        extra = (alibi_slopes, starts_q, starts_k)
-        ctx.save_for_backward(query, key, value, attn_mask, seed, *extra, *output)
+        ctx.save_for_backward(query, key, value, attn_mask, *output, seed, *extras)
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, attn_mask, seed, *extra, out, lse = ctx.saved_tensors
+        query, key, value, attn_mask, out, lse, seed, *extras = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         if grad_out is None and grad_lse is None:
             return (None,) * 13
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-
-        def kernel(grad_out, grad_lse, query, key, value, attn_mask):
-            return ops.attention_backward(
-                grad_out,
-                grad_lse,
-                query,
-                key,
-                value,
-                attn_mask,
-                out,
-                lse,
-                seed,
-                ctx.is_causal,
-                ctx.scale,
-                ctx.dropout_p,
-                needs,
-                *extra,
-                ctx.options,
-                ctx.backend,
-            )
-
-        grads = first_order(kernel, "attention", grad_out, grad_lse, query, key, value, attn_mask)
+        call = ctx.call
+        grads = ops.attention_backward(
+            grad_out, grad_lse, query, key, value, attn_mask, out, lse, seed, call.is_causal,
+            call.scale, call.dropout_p, needs, *extras, call.options, call.backend,
+        )  # fmt: skip
         grads = (g if need else None for g, need in zip(grads, needs, strict=True))
         return (*grads, *(None,) * 9)
+
+
+class AttentionFunction(_Compiled):
+    """(out, lse) by the kernels, differentiable any number of times in every mode. Saves q, k, v,
+    the mask, out, LSE and the dropout seed: O(S) memory."""
+
+    compiled = _Compiled
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _Compiled.setup_context(ctx, inputs, output)
+        extras = (*inputs[8:11], *(None,) * (11 - max(8, min(11, len(inputs)))))
+        save_for_forward(ctx, *inputs[:4], *output, inputs[4], *extras)
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        if not may_be_differentiated():
+            return _Compiled.backward(ctx, grad_out, grad_lse)
+        inputs, results, extras = _saved(ctx)
+        needs = ctx.needs_input_grad[:4]
+        grads = gradients(ctx.call, inputs, results, extras, (grad_out, grad_lse), needs)
+        return (*grads, *(None,) * 9)
+
+    @staticmethod
+    def jvp(ctx, *directions):
+        inputs, results, extras = _saved(ctx)
+        return tangents_of_results(ctx.call, inputs, results, extras, directions[:4])
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        args = (*args, *(None, None, None, ops.NO_OPTIONS, "cpu")[len(args) - 8 :])
+        in_dims = (*in_dims, *[None] * (len(args) - len(in_dims)))
+        query, key, value, attn_mask, seed, *numbers = args[:8]
+
+        def call(query, key, value, attn_mask, seed, *extras):
+            return AttentionFunction.apply(
+                query, key, value, attn_mask, seed, *numbers, *extras, *args[11:]
+            )
+
+        return _batching.attention(
+            call,
+            info.batch_size,
+            (query, key, value, attn_mask, seed, *args[8:11]),
+            (*in_dims[:5], *in_dims[8:11]),
+            _batching.FORWARD,
+            whole_mask=False,
+        )
+
+
+def _saved(ctx) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, Tensor], Extras]:
+    saved = ctx.saved_tensors
+    return tuple(saved[:4]), tuple(saved[4:6]), Extras(*saved[6:])
 
 
 def scaled_dot_product_attention(

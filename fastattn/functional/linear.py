@@ -9,11 +9,23 @@ from torch import Tensor
 
 from fastattn import backends, ops, reference
 from fastattn.functional import _validate
-from fastattn.functional._autograd import apply, autocast, first_order
+from fastattn.functional._autograd import (
+    apply,
+    autocast,
+    is_batched_gradient,
+    may_be_differentiated,
+    save_for_forward,
+    transforming,
+)
+from fastattn.functional.linear_derivatives import (
+    batched_linear_relu,
+    linear_relu_gradients,
+    linear_relu_tangent,
+)
 
 
-class LinearReLUFunction(torch.autograd.Function):
-    """relu(x Wᵀ + b) and its bit-mask. Saves x, W and one bit an output element."""
+class _CompiledLinearReLU(torch.autograd.Function):
+    """LinearReLUFunction as torch.compile takes it: without forward mode and vmap."""
 
     @staticmethod
     def forward(input, weight, bias, backend="cpu"):
@@ -33,17 +45,44 @@ class LinearReLUFunction(torch.autograd.Function):
             return (None,) * 4
         input, weight, mask = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-
-        def kernel(grad_out, input, weight):
-            return ops.linear_relu_backward(grad_out, input, weight, mask, needs, ctx.backend)
-
-        grads = first_order(kernel, "linear_relu", grad_out, input, weight)
+        grads = ops.linear_relu_backward(grad_out, input, weight, mask, needs, ctx.backend)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
+
+
+class LinearReLUFunction(_CompiledLinearReLU):
+    """relu(x Wᵀ + b) and its bit-mask, differentiable any number of times in every mode. Saves x, W
+    and one bit an output element."""
+
+    compiled = _CompiledLinearReLU
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _CompiledLinearReLU.setup_context(ctx, inputs, output)
+        save_for_forward(ctx, *inputs[:2], output[1])
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_mask):
+        if not may_be_differentiated():
+            return _CompiledLinearReLU.backward(ctx, grad_out, grad_mask)
+        needs = ctx.needs_input_grad[:3]
+        return (*linear_relu_gradients(grad_out, *ctx.saved_tensors, needs, ctx.backend), None)
+
+    @staticmethod
+    def jvp(ctx, t_input, t_weight, t_bias, _backend=None):
+        tangent = linear_relu_tangent(*ctx.saved_tensors, t_input, t_weight, t_bias, ctx.backend)
+        return tangent, None
+
+    @staticmethod
+    def vmap(info, in_dims, input, weight, bias, backend="cpu"):
+        return batched_linear_relu(
+            LinearReLUFunction.apply, info.batch_size, in_dims[:3], input, weight, bias, backend
+        )
 
 
 class MLPFunction(torch.autograd.Function):
     """A whole Linear-ReLU-...-Linear stack as one node: (out, hidden activations...). Saves x, the
-    weights and the hidden activations, from which the ReLUs are read."""
+    weights and the hidden activations, from which the ReLUs are read. Its second derivative and
+    forward mode are its layers'."""
 
     @staticmethod
     def forward(input, layers, *parameters):
@@ -58,7 +97,7 @@ class MLPFunction(torch.autograd.Function):
         input, ctx.layers, *parameters = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, *parameters[: ctx.layers], *output[1:])
+        ctx.save_for_backward(input, *parameters, *output[1:])
 
     @staticmethod
     def backward(ctx, grad_out, *_grad_hidden):
@@ -66,15 +105,42 @@ class MLPFunction(torch.autograd.Function):
         if grad_out is None:
             return (None,) * (2 + 2 * layers)
         input, *rest = ctx.saved_tensors
-        weights, hidden = rest[:layers], rest[layers:]
+        parameters, hidden = rest[: 2 * layers], rest[2 * layers :]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
-
-        def kernel(grad_out, input, *weights):
-            return ops.mlp_backward(grad_out, input, list(weights), list(hidden), needs)
-
-        grads = first_order(kernel, "mlp", grad_out, input, *weights)
+        if may_be_differentiated() or is_batched_gradient(grad_out):
+            grads = _gradients_by_layer(grad_out, input, layers, parameters, needs)
+        else:
+            grads = ops.mlp_backward(grad_out, input, parameters[:layers], hidden, needs)
         grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         return (grads[0], None, *grads[1:])
+
+
+def _gradients_by_layer(
+    grad_out: Tensor,
+    input: Tensor,
+    layers: int,
+    parameters: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """MLPFunction's gradients with a graph of their own."""
+    tensors = [input, *parameters]
+    with torch.enable_grad():
+        out = layer_by_layer(input, parameters[:layers], parameters[layers:], "cpu")
+        wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
+        grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
+    return [next(grads) if need else None for need in needs]
+
+
+def layer_by_layer(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    backend: str,
+) -> Tensor:
+    """The MLP, a node a layer."""
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        input = apply(LinearReLUFunction, input, weight, bias, backend)[0]
+    return torch.nn.functional.linear(input, weights[-1], biases[-1])
 
 
 def _layers(
@@ -154,7 +220,7 @@ def mlp(
     input, *parameters = autocast(input, *weights, *biases)
     problem = backends.linear_problem("mlp", input, weights)
     chosen = backends.select(problem, backend)
-    if _op_validates(chosen):
+    if _op_validates(chosen) and not transforming():
         try:
             return apply(MLPFunction, input, len(weights), *parameters)[0]
         except (RuntimeError, TypeError):
@@ -164,9 +230,7 @@ def mlp(
     _validate.layers(input, weights, biases)
     if chosen == "reference":
         return reference.mlp(input, weights, biases)
-    layerwise = chosen == "triton" or (chosen == "cuda" and not backends.fused_mlp(weights))
-    if layerwise:
-        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-            input = apply(LinearReLUFunction, input, weight, bias, chosen)[0]
-        return torch.nn.functional.linear(input, weights[-1], biases[-1])
+    whole = chosen == "cpu" or (chosen == "cuda" and backends.fused_mlp(weights))
+    if not whole or transforming():
+        return layer_by_layer(input, weights, biases, chosen)
     return apply(MLPFunction, input, len(weights), *weights, *biases)[0]

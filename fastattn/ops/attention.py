@@ -89,6 +89,82 @@ def attention_backward(
     )  # fmt: skip
 
 
+def attention_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    t_query: Tensor | None,
+    t_key: Tensor | None,
+    t_value: Tensor | None,
+    t_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    slopes: Tensor | None = None,
+    starts_q: Tensor | None = None,
+    starts_k: Tensor | None = None,
+    options: Options = NO_OPTIONS,
+    backend: str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """The tangents of out and LSE; those of the inputs have their shapes, None for 0."""
+    left, right, softcap, max_q, max_k = options
+    if backend != "triton":  # one op, dispatched by device
+        return torch.ops.fastattn.attention_jvp(
+            query, key, value, attn_mask, _in_lse_dtype(slopes, query), t_query, t_key, t_value,
+            t_mask, out, lse, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right,
+            softcap,
+        )  # fmt: skip
+    return torch.ops.fastattn_triton.attention_jvp(
+        query, key, value, attn_mask, slopes, t_query, t_key, t_value, t_mask, out, lse, seed,
+        starts_q, starts_k, max_q, max_k, is_causal, scale, dropout_p, left, right, softcap,
+    )  # fmt: skip
+
+
+def attention_double_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    t_query: Tensor | None,
+    t_key: Tensor | None,
+    t_value: Tensor | None,
+    t_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    needs: Sequence[bool],
+    slopes: Tensor | None = None,
+    starts_q: Tensor | None = None,
+    starts_k: Tensor | None = None,
+    options: Options = NO_OPTIONS,
+    backend: str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tangents of out and LSE, and attention_backward's derivatives in the direction of the
+    tangents; needs: of (the former, query, key, value, float mask), and what is not needed has
+    shape ``[0]``."""
+    left, right, softcap, max_q, max_k = options
+    if backend != "triton":  # one op, dispatched by device
+        return torch.ops.fastattn.attention_double_backward(
+            grad_out, grad_lse, query, key, value, attn_mask, _in_lse_dtype(slopes, query), t_query,
+            t_key, t_value, t_mask, out, lse, seed, starts_q, starts_k, is_causal, scale, dropout_p,
+            left, right, softcap, needs,
+        )  # fmt: skip
+    return torch.ops.fastattn_triton.attention_double_backward(
+        grad_out, grad_lse, query, key, value, attn_mask, slopes, t_query, t_key, t_value, t_mask,
+        out, lse, seed, starts_q, starts_k, max_q, max_k, is_causal, scale, dropout_p, left, right,
+        softcap, needs,
+    )  # fmt: skip
+
+
 def _in_lse_dtype(slopes: Tensor | None, query: Tensor) -> Tensor | None:
     if slopes is None:
         return None

@@ -34,6 +34,23 @@ def linear_relu_backward(
     return torch.ops.fastattn.linear_relu_backward(grad_out, input, weight, mask, needs)
 
 
+def linear_relu_jvp(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    t_input: Tensor | None,
+    t_weight: Tensor | None,
+    t_bias: Tensor | None,
+    backend: str = "cpu",
+) -> Tensor:
+    """The output's tangent; those of the inputs have their shapes, None for 0, one is there."""
+    if backend == "triton":
+        return torch.ops.fastattn_triton.linear_relu_jvp(
+            input, weight, mask, t_input, t_weight, t_bias
+        )
+    return torch.ops.fastattn.linear_relu_jvp(input, weight, mask, t_input, t_weight, t_bias)
+
+
 def mlp_forward(input: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
     """[out, h_1, ..., h_{L-1}]: the output and the hidden activations; an absent bias has shape
     ``[0]``."""

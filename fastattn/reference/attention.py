@@ -34,8 +34,9 @@ class Options:
     dropout_p: float = 0.0
     window_size: tuple[int, int] | None = None
     softcap: float = 0.0
-    alibi_slopes: Tensor | None = None
+    alibi_slopes: Tensor | None = None  # [Hq] or [n, Hq]
     first_row: int = 0  # query's first row is this row of a longer one
+    first_batch: int = 0  # and its first batch element this one of the seed's
 
 
 def _scale(query: Tensor, options: Options) -> float:
@@ -59,7 +60,8 @@ def _scores(
     if options.alibi_slopes is not None:
         slopes = options.alibi_slopes.to(s.dtype)
         if slopes.dim() == 2:
-            slopes = slopes.view(slopes.shape[0], *[1] * (s.dim() - 4), slopes.shape[1])
+            each = math.prod(s.shape[:-3]) // max(1, slopes.shape[0])
+            slopes = slopes.repeat_interleave(each, 0).reshape(s.shape[:-2])
         s = s - slopes[..., None, None] * (i - j).abs()
     visible = torch.ones((seq_q, seq_k), dtype=torch.bool, device=s.device)
     if options.is_causal:
@@ -139,8 +141,9 @@ def dropped(p: Tensor, options: Options) -> Tensor:
         return p
     batch, heads = math.prod(p.shape[:-3]), p.shape[-3] if p.dim() > 2 else 1
     keep = philox_keep_mask(
-        options.seed, batch, heads, *p.shape[-2:], options.dropout_p, p.device, options.first_row
-    )
+        options.seed, batch, heads, *p.shape[-2:], options.dropout_p, p.device, options.first_row,
+        options.first_batch,
+    )  # fmt: skip
     return p * (keep.reshape(p.shape).to(p.dtype) / (1.0 - options.dropout_p))
 
 

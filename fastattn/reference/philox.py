@@ -42,10 +42,11 @@ def philox_keep_mask(
     p: float,
     device: torch.device,
     first_row: int = 0,
+    first_batch: int = 0,
 ) -> Tensor:
     """The dropout keep-mask, bool ``[batch, heads, seq_q, seq_k]``, of int64 seeds ``[n]``, each of
-    which serves batch / n elements that follow each other; the first of its rows is
-    ``first_row``."""
+    which serves batch / n elements that follow each other; its rows and batch elements begin with
+    ``first_row`` and ``first_batch``."""
 
     def axis(n: int, dim: int, first: int = 0) -> Tensor:
         return torch.arange(first, first + n, device=device).view(
@@ -55,7 +56,8 @@ def philox_keep_mask(
     columns, batches = axis(seq_k, 3), axis(batch, 0)
     each = max(1, batch // seed.numel())
     seed = seed.to(device).reshape(-1)[batches // each]
-    counter = (columns // 4, axis(seq_q, 2, first_row), axis(heads, 1), batches % each)
+    rows, element = axis(seq_q, 2, first_row), first_batch + batches % each
+    counter = (columns // 4, rows, axis(heads, 1), element)
     key = (seed & _WORD, (seed >> 32) & _WORD)
     words = torch.stack(torch.broadcast_tensors(*philox(counter, key)))
     word = words.gather(0, (columns % 4).expand(1, batch, heads, seq_q, seq_k))[0]

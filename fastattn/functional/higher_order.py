@@ -1,0 +1,166 @@
+"""Derivatives beyond the second: the reference differentiated by autograd, a few query rows at a
+time, in O(S) memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn import reference
+
+_SCORES = 1 << 20  # scores of all heads and batch elements that are there at a time
+
+
+def derivative(
+    cotangents: tuple[Tensor | None, Tensor | None],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    tangents: Sequence[Sequence[Tensor | None]],
+    needs: Sequence[bool],
+    **options: object,
+) -> list[Tensor | None]:
+    """The derivatives of <cotangents, (out, lse)> in all directions ``tangents``, and the gradients
+    of the result.
+
+    Args:
+        cotangents: of out ``[*, Hq, Sq, Dv]`` and LSE ``[*, Hq, Sq]``, None for 0.
+        inputs: query, key, value, float mask or bool mask or None; tangents: of these, each
+            tangent None for 0.
+        needs: which gradients: of both cotangents (two results), query, key, value, mask.
+        options: of ``reference.attention``; beside ``starts_q`` and ``starts_k`` the inputs are
+            packed, ``[1, H, tokens, D]``.
+
+    Returns:
+        The six results in the inputs' dtypes, None for what is not needed.
+    """
+    starts_q, starts_k = options.pop("starts_q", None), options.pop("starts_k", None)
+    query, key, value, mask = inputs
+    accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
+    heads_q, head_dim_v = query.shape[-3], value.shape[-1]
+    out = query.new_zeros((*query.shape[:-1], head_dim_v), dtype=accumulator)
+    results = [out, out.new_zeros(query.shape[:-1])]
+    results += [torch.zeros_like(x, dtype=accumulator) for x in (query, key, value)]
+    float_mask = mask is not None and mask.dtype != torch.bool
+    results.append(torch.zeros_like(mask, dtype=accumulator) if float_mask else None)
+
+    calls = [(slice(None), slice(None), options)]
+    if starts_q is not None:
+        calls = _sequences(starts_q.tolist(), starts_k.tolist(), heads_q, options)
+    for rows_q, rows_k, call in calls:
+        of = _Sequence(rows_q, rows_k, accumulator)
+        seq_q, seq_k = of.queries(query).shape[-2], of.keys(key).shape[-2]
+        step = max(1, _SCORES // max(1, query.shape[:-2].numel() * seq_k))
+        for i in range(0, seq_q, step):
+            rows = slice(i, min(seq_q, i + step))
+            found = _rows(
+                [of.queries(c, rows) for c in (cotangents[0],)]
+                + [of.statistics(cotangents[1], rows)],
+                of.inputs(inputs, rows),
+                [of.inputs(t, rows) for t in tangents],
+                needs,
+                call | {"first_row": i},
+            )
+            targets = (
+                of.queries(results[0], rows),
+                of.statistics(results[1], rows),
+                *of.inputs(results[2:], rows),
+            )
+            for target, grad in zip(targets, found, strict=True):
+                if grad is not None:
+                    target += grad
+    dtypes = [query.dtype, accumulator, query.dtype, key.dtype, value.dtype, query.dtype]
+    wanted = (needs[0], *needs)
+    return [
+        x.to(dtype) if need and x is not None else None
+        for x, dtype, need in zip(results, dtypes, wanted, strict=True)
+    ]
+
+
+class _Sequence:
+    """Views of the tensors at one of the packed sequences, and at some rows of it."""
+
+    def __init__(self, rows_q: slice, rows_k: slice, dtype: torch.dtype) -> None:
+        self.rows_q, self.rows_k, self.dtype = rows_q, rows_k, dtype
+
+    def queries(self, x: Tensor | None, rows: slice = slice(None)) -> Tensor | None:
+        return None if x is None else x[..., self.rows_q, :][..., rows, :]
+
+    def keys(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[..., self.rows_k, :]
+
+    def statistics(self, x: Tensor | None, rows: slice) -> Tensor | None:
+        return None if x is None else x[..., self.rows_q][..., rows]
+
+    def inputs(self, xs: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
+        query, key, value, mask = xs
+        if mask is not None and mask.shape[-2] != 1:
+            mask = mask[..., rows, :]
+        return [self.queries(query, rows), self.keys(key), self.keys(value), mask]
+
+
+def _sequences(
+    starts_q: list[int], starts_k: list[int], heads: int, options: dict
+) -> Iterator[tuple[slice, slice, dict]]:
+    """Rows of queries and of keys, and the options, of each of the packed sequences."""
+    count, seed, slopes = len(starts_q) - 1, options["seed"], options["alibi_slopes"]
+    pairs = zip(itertools.pairwise(starts_q), itertools.pairwise(starts_k), strict=True)
+    for b, (rows_q, rows_k) in enumerate(pairs):
+        call = dict(options)
+        if slopes is not None and slopes.dim() == 2:
+            call["alibi_slopes"] = slopes[b // (count // slopes.shape[0])]
+        if seed is not None:
+            each = count // seed.numel()
+            call |= {"seed": seed.reshape(-1)[b // each].reshape(1), "first_batch": b % each}
+        yield slice(*rows_q), slice(*rows_k), call
+
+
+def _rows(
+    cotangents: list[Tensor | None],
+    inputs: list[Tensor | None],
+    tangents: list[list[Tensor | None]],
+    needs: Sequence[bool],
+    options: dict,
+) -> list[Tensor | None]:
+    """``derivative`` for rows whose scores all fit into memory."""
+
+    def leaf(x: Tensor | None) -> Tensor | None:
+        if x is None or x.dtype == torch.bool:
+            return x
+        return x.detach().to(_accumulator(x)).requires_grad_()
+
+    query, key, value, mask = leaves = [leaf(x) for x in inputs]
+    tangents = [
+        [None if t is None else t.to(x.dtype) for t, x in zip(ts, leaves, strict=True)]
+        for ts in tangents
+    ]
+    with torch.enable_grad():
+        out, lse = reference.attention(query, key, value, mask, **options)
+        lse = torch.where(lse == -math.inf, 0.0, lse)
+        of = [leaf(torch.zeros_like(y) if c is None else c)
+              for c, y in zip(cotangents, (out, lse), strict=True)]  # fmt: skip
+        total = (out * of[0]).sum() + (lse * of[1]).sum()
+        for ts in tangents:
+            along = [(x, t) for x, t in zip(leaves, ts, strict=True) if t is not None]
+            if not along or not total.requires_grad:
+                return [None] * 6
+            grads = torch.autograd.grad(
+                total, [x for x, _ in along], create_graph=True, materialize_grads=True
+            )
+            total = sum((g * t).sum() for g, (_, t) in zip(grads, along, strict=True))
+        wanted = [x if need else None for x, need in zip([*of, *leaves], (needs[0], *needs),
+                                                         strict=True)]  # fmt: skip
+        at = [n for n, x in enumerate(wanted) if x is not None]
+        if not at or not total.requires_grad:
+            return [None] * 6
+        grads = torch.autograd.grad(total, [wanted[n] for n in at], allow_unused=True)
+    found: list[Tensor | None] = [None] * 6
+    for n, grad in zip(at, grads, strict=True):
+        found[n] = grad
+    return found
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
