@@ -1,5 +1,6 @@
 """The user's functions and their autograd Functions."""
 
+from fastattn.functional import _registration as _  # noqa: F401
 from fastattn.functional.attention import AttentionFunction, scaled_dot_product_attention
 from fastattn.functional.linear import LinearReLUFunction, MLPFunction, linear_relu, mlp
 from fastattn.functional.varlen import varlen_attn

@@ -12,22 +12,12 @@ def apply(function: type[torch.autograd.Function], *args: object) -> Tensor | tu
     inspection of the signature, which takes longer than a small kernel; where nothing can be
     differentiated, the Function's ``inference``, if it has one."""
     if torch.compiler.is_compiling():
-        return getattr(function, "compiled", function).apply(*_distinct(args))
+        return function.forward(*args)  # the op has its own autograd
     if _base_apply is None or _in_transform():
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return getattr(function, "inference", function.forward)(*args)
     return _base_apply(function, *_unwrap_dead_wrappers(args))
-
-
-def _distinct(args: tuple[object, ...]) -> list[object]:
-    """A tensor that comes again (q, q, q) as a view of itself: torch.compile refuses a Function
-    that is given the same tensor twice."""
-    distinct: list[object] = []
-    for arg in args:
-        again = isinstance(arg, Tensor) and any(arg is earlier for earlier in distinct)
-        distinct.append(arg.view_as(arg) if again else arg)
-    return distinct
 
 
 try:
@@ -111,8 +101,13 @@ def is_batched_gradient(grad: Tensor) -> bool:
     return _is_legacy_batch is not None and _is_legacy_batch(grad)
 
 
+def in_transform() -> bool:
+    """Whether one of torch.func's transforms may be on."""
+    return _base_apply is None or _in_transform()
+
+
 def transforming() -> bool:
     """Whether forward mode or one of torch.func's transforms may be on."""
     if torch.compiler.is_compiling():
         return False
-    return forward_ad._current_level >= 0 or _base_apply is None or _in_transform()
+    return forward_ad._current_level >= 0 or in_transform()

@@ -24,7 +24,7 @@ from fastattn.functional.attention_derivatives import (
 )
 
 
-class _Compiled(torch.autograd.Function):
+class CompiledAttention(torch.autograd.Function):
     """AttentionFunction as torch.compile takes it: without forward mode and vmap."""
 
     @staticmethod
@@ -86,22 +86,20 @@ class _Compiled(torch.autograd.Function):
         return (*grads, *(None,) * 9)
 
 
-class AttentionFunction(_Compiled):
+class AttentionFunction(CompiledAttention):
     """(out, lse) by the kernels, differentiable any number of times in every mode. Saves q, k, v,
     the mask, out, LSE and the dropout seed: O(S) memory."""
 
-    compiled = _Compiled
-
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _Compiled.setup_context(ctx, inputs, output)
+        CompiledAttention.setup_context(ctx, inputs, output)
         extras = (*inputs[8:11], *(None,) * (11 - max(8, min(11, len(inputs)))))
         save_for_forward(ctx, *inputs[:4], *output, inputs[4], *extras)
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         if not may_be_differentiated():
-            return _Compiled.backward(ctx, grad_out, grad_lse)
+            return CompiledAttention.backward(ctx, grad_out, grad_lse)
         inputs, results, extras = _saved(ctx)
         needs = ctx.needs_input_grad[:4]
         grads = gradients(ctx.call, inputs, results, extras, (grad_out, grad_lse), needs)
@@ -131,6 +129,11 @@ class AttentionFunction(_Compiled):
             _batching.FORWARD,
             whole_mask=False,
         )
+
+
+def attention_function() -> type[torch.autograd.Function]:
+    """The Function that serves where it is called."""
+    return CompiledAttention if torch.compiler.is_compiling() else AttentionFunction
 
 
 def _saved(ctx) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, Tensor], Extras]:
@@ -232,7 +235,7 @@ def scaled_dot_product_attention(
         )
     else:
         out, lse = apply(
-            AttentionFunction,
+            attention_function(),
             query,
             key,
             value,

@@ -53,8 +53,6 @@ class LinearReLUFunction(_CompiledLinearReLU):
     """relu(x Wᵀ + b) and its bit-mask, differentiable any number of times in every mode. Saves x, W
     and one bit an output element."""
 
-    compiled = _CompiledLinearReLU
-
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         _CompiledLinearReLU.setup_context(ctx, inputs, output)
@@ -139,7 +137,7 @@ def layer_by_layer(
 ) -> Tensor:
     """The MLP, a node a layer."""
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        input = apply(LinearReLUFunction, input, weight, bias, backend)[0]
+        input = apply(_linear_relu_function(), input, weight, bias, backend)[0]
     return torch.nn.functional.linear(input, weights[-1], biases[-1])
 
 
@@ -175,14 +173,18 @@ def linear_relu(
     chosen = backends.select(problem, backend)
     if _op_validates(chosen):
         try:
-            return apply(LinearReLUFunction, input, weight, bias, chosen)[0]
+            return apply(_linear_relu_function(), input, weight, bias, chosen)[0]
         except (RuntimeError, TypeError):
             _validate.layers(input, [weight], [bias])
             raise
     _validate.layers(input, [weight], [bias])
     if chosen == "reference":
         return reference.linear_relu(input, weight, bias)
-    return apply(LinearReLUFunction, input, weight, bias, chosen)[0]
+    return apply(_linear_relu_function(), input, weight, bias, chosen)[0]
+
+
+def _linear_relu_function() -> type[torch.autograd.Function]:
+    return _CompiledLinearReLU if torch.compiler.is_compiling() else LinearReLUFunction
 
 
 def _op_validates(backend: str) -> bool:
