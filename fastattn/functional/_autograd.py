@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -20,6 +23,8 @@ def apply(function: type[torch.autograd.Function], *args: object) -> Tensor | tu
     return _base_apply(function, *_unwrap_dead_wrappers(args))
 
 
+R = TypeVar("R")
+
 try:
     from torch._C import _are_functorch_transforms_active as _in_transform
     from torch._functorch.utils import unwrap_dead_wrappers as _unwrap_dead_wrappers
@@ -33,6 +38,14 @@ try:
     from torch._C._functorch import is_legacy_batchedtensor as _is_legacy_batch
 except ImportError:  # not a public interface
     _is_legacy_batch = None
+
+
+def kernel(op: Callable[..., R], *args: object) -> R:
+    """``op(*args)`` in a Function's forward: the kernel at once, without the op's own autograd."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

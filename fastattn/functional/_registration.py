@@ -71,18 +71,14 @@ def _attention_jvp(backend: str, *args):
     query, key, value, attn_mask, slopes, *rest = args
     inputs, needs = (query, key, value, attn_mask), (True, False, False, False, False)
     results, tangents = tuple(rest[4:6]), tuple(rest[:4])
-    found = _derivative(
-        backend, (None, None), inputs, tangents, results, slopes, rest[6:], needs
-    )
+    found = _derivative(backend, (None, None), inputs, tangents, results, slopes, rest[6:], needs)
     return tuple(found[:2])
 
 
 def _attention_double_backward(backend: str, *args):
     go, gl, query, key, value, attn_mask, slopes, *rest, needs = args
     inputs, tangents, results = (query, key, value, attn_mask), tuple(rest[:4]), tuple(rest[4:6])
-    return tuple(
-        _derivative(backend, (go, gl), inputs, tangents, results, slopes, rest[6:], needs)
-    )
+    return tuple(_derivative(backend, (go, gl), inputs, tangents, results, slopes, rest[6:], needs))
 
 
 def _linear_relu_forward(backend: str, input, weight, bias):
@@ -105,6 +101,17 @@ def _mlp_forward(backend: str, input, weights, biases):
     return list(MLPFunction.apply(input, len(weights), *weights, *biases))
 
 
+def _mlp_inference(backend: str, *args):
+    return _mlp_forward(backend, *args)[0]
+
+
+def _mlp_backward(backend: str, *args):
+    raise RuntimeError(
+        "fastattn::mlp_backward has no derivative of its own: fastattn.mlp is differentiable any "
+        "number of times"
+    )
+
+
 _SHARED = {
     "attention_forward": _attention_forward,
     "attention_backward": _attention_backward,
@@ -119,9 +126,7 @@ _SHARED = {
 def _differentiated(args: Sequence[object]) -> bool:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return True
-    return torch._C._is_fwd_grad_enabled() and (
-        forward_ad._current_level >= 0 or in_transform()
-    )
+    return torch._C._is_fwd_grad_enabled() and (forward_ad._current_level >= 0 or in_transform())
 
 
 def _register(
@@ -148,3 +153,5 @@ for _namespace, _backend in (("fastattn", "cpu"), ("fastattn_triton", "triton"))
             _register(_libraries[-1], _name, _function, _backend)
 if _extension.HAS_NATIVE:
     _register(_libraries[0], "mlp_forward", _mlp_forward, "cpu")
+    _register(_libraries[0], "mlp_inference", _mlp_inference, "cpu")
+    _register(_libraries[0], "mlp_backward", _mlp_backward, "cpu")

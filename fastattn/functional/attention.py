@@ -13,6 +13,7 @@ from fastattn.functional import _batching, _validate
 from fastattn.functional._autograd import (
     apply,
     autocast,
+    kernel,
     may_be_differentiated,
     save_for_forward,
 )
@@ -24,8 +25,9 @@ from fastattn.functional.attention_derivatives import (
 )
 
 
-class CompiledAttention(torch.autograd.Function):
-    """AttentionFunction as torch.compile takes it: without forward mode and vmap."""
+class AttentionFunction(torch.autograd.Function):
+    """(out, lse) by the kernels, differentiable any number of times in every mode. Saves q, k, v,
+    the mask, out, LSE and the dropout seed: O(S) memory."""
 
     @staticmethod
     def forward(
@@ -43,66 +45,40 @@ class CompiledAttention(torch.autograd.Function):
         options=ops.NO_OPTIONS,
         backend="cpu",
     ):
-        return ops.attention_forward(
-            query,
-            key,
-            value,
-            attn_mask,
-            seed,
-            is_causal,
-            scale,
-            dropout_p,
-            alibi_slopes,
-            starts_q,
-            starts_k,
-            options,
-            backend,
-        )
+        return kernel(
+            ops.attention_forward, query, key, value, attn_mask, seed, is_causal, scale, dropout_p,
+            alibi_slopes, starts_q, starts_k, options, backend,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         query, key, value, attn_mask, seed, is_causal, scale, dropout_p, *more = inputs
         defaults = (None, None, None, ops.NO_OPTIONS, "cpu")
-        more = (*more, *defaults[len(more) :])
-        *extras, options, backend = more
+        *extras, options, backend = (*more, *defaults[len(more) :])
         ctx.call = Call(is_causal, scale, dropout_p, options, backend)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, attn_mask, *output, seed, *extras)
+        tensors = (query, key, value, attn_mask, *output, seed, *extras)
+        ctx.save_for_backward(*tensors)
+        save_for_forward(ctx, *tensors)
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, attn_mask, out, lse, seed, *extras = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:4])
+        inputs, results, extras = _saved(ctx)
+        needs = ctx.needs_input_grad[:4]
+        if may_be_differentiated():
+            cotangents = (grad_out, grad_lse)
+            grads = gradients(ctx.call, inputs, results, extras, cotangents, needs)
+            return (*grads, *(None,) * 9)
         if grad_out is None and grad_lse is None:
             return (None,) * 13
         if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        call = ctx.call
-        grads = ops.attention_backward(
-            grad_out, grad_lse, query, key, value, attn_mask, out, lse, seed, call.is_causal,
-            call.scale, call.dropout_p, needs, *extras, call.options, call.backend,
+            grad_out = torch.zeros_like(results[0])
+        call, (seed, *extras) = ctx.call, extras
+        grads = kernel(
+            ops.attention_backward, grad_out, grad_lse, *inputs, *results, seed, call.is_causal,
+            call.scale, call.dropout_p, list(needs), *extras, call.options, call.backend,
         )  # fmt: skip
         grads = (g if need else None for g, need in zip(grads, needs, strict=True))
-        return (*grads, *(None,) * 9)
-
-
-class AttentionFunction(CompiledAttention):
-    """(out, lse) by the kernels, differentiable any number of times in every mode. Saves q, k, v,
-    the mask, out, LSE and the dropout seed: O(S) memory."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        CompiledAttention.setup_context(ctx, inputs, output)
-        extras = (*inputs[8:11], *(None,) * (11 - max(8, min(11, len(inputs)))))
-        save_for_forward(ctx, *inputs[:4], *output, inputs[4], *extras)
-
-    @staticmethod
-    def backward(ctx, grad_out, grad_lse):
-        if not may_be_differentiated():
-            return CompiledAttention.backward(ctx, grad_out, grad_lse)
-        inputs, results, extras = _saved(ctx)
-        needs = ctx.needs_input_grad[:4]
-        grads = gradients(ctx.call, inputs, results, extras, (grad_out, grad_lse), needs)
         return (*grads, *(None,) * 9)
 
     @staticmethod
@@ -129,11 +105,6 @@ class AttentionFunction(CompiledAttention):
             _batching.FORWARD,
             whole_mask=False,
         )
-
-
-def attention_function() -> type[torch.autograd.Function]:
-    """The Function that serves where it is called."""
-    return CompiledAttention if torch.compiler.is_compiling() else AttentionFunction
 
 
 def _saved(ctx) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, Tensor], Extras]:
@@ -235,7 +206,7 @@ def scaled_dot_product_attention(
         )
     else:
         out, lse = apply(
-            attention_function(),
+            AttentionFunction,
             query,
             key,
             value,

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fastattn import ops
 from fastattn.functional import _batching, higher_order
-from fastattn.functional._autograd import add, apply, save_for_forward
+from fastattn.functional._autograd import add, apply, kernel, save_for_forward
 
 
 class Call(NamedTuple):
@@ -101,14 +101,31 @@ class AttentionDerivative(torch.autograd.Function):
         if grad_out is None and any(needs[1:]):
             grad_out = torch.zeros_like(out)
         if order == 0:
-            found = ops.attention_backward(
-                grad_out, grad_lse, *inputs, out, lse, *args, list(needs[1:]), *rest
+            found = kernel(
+                ops.attention_backward,
+                grad_out,
+                grad_lse,
+                *inputs,
+                out,
+                lse,
+                *args,
+                list(needs[1:]),
+                *rest,
             )
             return tuple(x for x, need in zip(found, needs[1:], strict=True) if need)
         if not any(needs[1:]):
-            return tuple(ops.attention_jvp(*inputs, *tangents, out, lse, *args, *rest))
-        found = ops.attention_double_backward(
-            grad_out, grad_lse, *inputs, *tangents, out, lse, *args, list(needs), *rest
+            return tuple(kernel(ops.attention_jvp, *inputs, *tangents, out, lse, *args, *rest))
+        found = kernel(
+            ops.attention_double_backward,
+            grad_out,
+            grad_lse,
+            *inputs,
+            *tangents,
+            out,
+            lse,
+            *args,
+            list(needs),
+            *rest,
         )
         return tuple(x for x, need in zip(found, (needs[0], *needs), strict=True) if need)
 

@@ -13,6 +13,7 @@ from fastattn.functional._autograd import (
     apply,
     autocast,
     is_batched_gradient,
+    kernel,
     may_be_differentiated,
     save_for_forward,
     transforming,
@@ -24,12 +25,13 @@ from fastattn.functional.linear_derivatives import (
 )
 
 
-class _CompiledLinearReLU(torch.autograd.Function):
-    """LinearReLUFunction as torch.compile takes it: without forward mode and vmap."""
+class LinearReLUFunction(torch.autograd.Function):
+    """relu(x Wᵀ + b) and its bit-mask, differentiable any number of times in every mode. Saves x, W
+    and one bit an output element."""
 
     @staticmethod
     def forward(input, weight, bias, backend="cpu"):
-        return ops.linear_relu_forward(input, weight, bias, backend)
+        return kernel(ops.linear_relu_forward, input, weight, bias, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -38,32 +40,19 @@ class _CompiledLinearReLU(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, output[1])
+        save_for_forward(ctx, input, weight, output[1])
 
     @staticmethod
     def backward(ctx, grad_out, _grad_mask):
+        needs = ctx.needs_input_grad[:3]
         if grad_out is None:
             return (None,) * 4
-        input, weight, mask = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
-        grads = ops.linear_relu_backward(grad_out, input, weight, mask, needs, ctx.backend)
+        if may_be_differentiated():
+            return (*linear_relu_gradients(grad_out, *ctx.saved_tensors, needs, ctx.backend), None)
+        grads = kernel(
+            ops.linear_relu_backward, grad_out, *ctx.saved_tensors, list(needs), ctx.backend
+        )
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
-
-
-class LinearReLUFunction(_CompiledLinearReLU):
-    """relu(x Wᵀ + b) and its bit-mask, differentiable any number of times in every mode. Saves x, W
-    and one bit an output element."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _CompiledLinearReLU.setup_context(ctx, inputs, output)
-        save_for_forward(ctx, *inputs[:2], output[1])
-
-    @staticmethod
-    def backward(ctx, grad_out, grad_mask):
-        if not may_be_differentiated():
-            return _CompiledLinearReLU.backward(ctx, grad_out, grad_mask)
-        needs = ctx.needs_input_grad[:3]
-        return (*linear_relu_gradients(grad_out, *ctx.saved_tensors, needs, ctx.backend), None)
 
     @staticmethod
     def jvp(ctx, t_input, t_weight, t_bias, _backend=None):
@@ -84,11 +73,11 @@ class MLPFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(input, layers, *parameters):
-        return tuple(ops.mlp_forward(input, *_layers(input, layers, parameters)))
+        return tuple(kernel(ops.mlp_forward, input, *_layers(input, layers, parameters)))
 
     @staticmethod
     def inference(input, layers, *parameters):
-        return (ops.mlp_inference(input, *_layers(input, layers, parameters)),)
+        return (kernel(ops.mlp_inference, input, *_layers(input, layers, parameters)),)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -108,7 +97,7 @@ class MLPFunction(torch.autograd.Function):
         if may_be_differentiated() or is_batched_gradient(grad_out):
             grads = _gradients_by_layer(grad_out, input, layers, parameters, needs)
         else:
-            grads = ops.mlp_backward(grad_out, input, parameters[:layers], hidden, needs)
+            grads = kernel(ops.mlp_backward, grad_out, input, parameters[:layers], hidden, needs)
         grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         return (grads[0], None, *grads[1:])
 
@@ -137,7 +126,7 @@ def layer_by_layer(
 ) -> Tensor:
     """The MLP, a node a layer."""
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        input = apply(_linear_relu_function(), input, weight, bias, backend)[0]
+        input = apply(LinearReLUFunction, input, weight, bias, backend)[0]
     return torch.nn.functional.linear(input, weights[-1], biases[-1])
 
 
@@ -173,18 +162,14 @@ def linear_relu(
     chosen = backends.select(problem, backend)
     if _op_validates(chosen):
         try:
-            return apply(_linear_relu_function(), input, weight, bias, chosen)[0]
+            return apply(LinearReLUFunction, input, weight, bias, chosen)[0]
         except (RuntimeError, TypeError):
             _validate.layers(input, [weight], [bias])
             raise
     _validate.layers(input, [weight], [bias])
     if chosen == "reference":
         return reference.linear_relu(input, weight, bias)
-    return apply(_linear_relu_function(), input, weight, bias, chosen)[0]
-
-
-def _linear_relu_function() -> type[torch.autograd.Function]:
-    return _CompiledLinearReLU if torch.compiler.is_compiling() else LinearReLUFunction
+    return apply(LinearReLUFunction, input, weight, bias, chosen)[0]
 
 
 def _op_validates(backend: str) -> bool:

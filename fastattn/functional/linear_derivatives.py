@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import ops
-from fastattn.functional._autograd import add, apply, save_for_forward
+from fastattn.functional._autograd import add, apply, kernel, save_for_forward
 
 
 class LinearReLUBackward(torch.autograd.Function):
@@ -17,7 +17,9 @@ class LinearReLUBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(needs, backend, grad_out, input, weight, mask):
-        grads = ops.linear_relu_backward(grad_out, input, weight, mask, list(needs), backend)
+        grads = kernel(
+            ops.linear_relu_backward, grad_out, input, weight, mask, list(needs), backend
+        )
         return tuple(g for g, need in zip(grads, needs, strict=True) if need)
 
     @staticmethod
@@ -88,7 +90,7 @@ class LinearReLUTangent(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, input, weight, mask, t_input, t_weight, t_bias):
-        return ops.linear_relu_jvp(input, weight, mask, t_input, t_weight, t_bias, backend)
+        return kernel(ops.linear_relu_jvp, input, weight, mask, t_input, t_weight, t_bias, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -12,7 +12,7 @@ from fastattn import backends
 from fastattn.functional import _validate
 from fastattn.functional._autograd import apply, autocast
 from fastattn.functional.attention import (
-    attention_function,
+    AttentionFunction,
     kernel_options,
     scaled_dot_product_attention,
 )
@@ -86,7 +86,7 @@ def varlen_attn(
         if dropout_p > 0.0:
             seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
         out, lse = apply(
-            attention_function(),
+            AttentionFunction,
             *(x[None] for x in per_head),
             None,
             seed,

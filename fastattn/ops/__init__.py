@@ -1,5 +1,6 @@
 """The registered ops, without autograd, and what they return for fake tensors."""
 
+from fastattn.ops import flops as _  # noqa: F401
 from fastattn.ops.attention import (
     NO_OPTIONS,
     Options,

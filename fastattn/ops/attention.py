@@ -168,7 +168,8 @@ def attention_double_backward(
 def _in_lse_dtype(slopes: Tensor | None, query: Tensor) -> Tensor | None:
     if slopes is None:
         return None
-    return slopes.detach().to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return slopes if slopes.dtype == dtype else slopes.to(dtype)
 
 
 def _rows(x: Tensor, head_dim: int, packed: bool) -> Tensor:
@@ -195,6 +196,26 @@ def _fake_backward(
     return (*grads, query.new_empty(attn_mask.shape if needs[3] else (0,)))
 
 
+def _fake_jvp(query, key, value, attn_mask, slopes, *rest):
+    return _fake_forward(query, key, value, attn_mask, slopes, None, *rest[7:])
+
+
+def _fake_double_backward(grad_out, grad_lse, query, key, value, attn_mask, slopes, *rest):
+    packed, needs, like = rest[7] is not None, rest[-1], (query, key, value)
+    absent = query.new_empty((0,))
+    out, lse = absent, query.new_empty((0,), dtype=rest[5].dtype)
+    if needs[0]:
+        out, lse = _fake_forward(query, key, value, attn_mask, slopes, None, rest[7])
+    grads = [
+        _rows(x, x.shape[-1], packed) if need else absent
+        for x, need in zip(like, needs[1:4], strict=True)
+    ]
+    return out, lse, *grads, query.new_empty(attn_mask.shape) if needs[4] else absent
+
+
 for _namespace in ["fastattn_triton", *(["fastattn"] if _extension.HAS_NATIVE else [])]:
     torch.library.register_fake(f"{_namespace}::attention_forward", _fake_forward)
     torch.library.register_fake(f"{_namespace}::attention_backward", _fake_backward)
+if _extension.HAS_NATIVE:
+    torch.library.register_fake("fastattn::attention_jvp", _fake_jvp)
+    torch.library.register_fake("fastattn::attention_double_backward", _fake_double_backward)

@@ -81,6 +81,10 @@ def _fake_forward(input, weight, bias):
     return out, input.new_empty((rows, (weight.shape[0] + 7) // 8), dtype=torch.uint8)
 
 
+def _fake_jvp(input, weight, mask, t_input, t_weight, t_bias):
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
 def _fake_backward(grad_out, input, weight, mask, needs):
     shapes = (input.shape, weight.shape, (weight.shape[0],))
     return tuple(
@@ -93,6 +97,7 @@ for _namespace in ["fastattn_triton", *(["fastattn"] if _extension.HAS_NATIVE el
     torch.library.register_fake(f"{_namespace}::linear_relu_backward", _fake_backward)
 
 if _extension.HAS_NATIVE:
+    torch.library.register_fake("fastattn::linear_relu_jvp", _fake_jvp)
 
     @torch.library.register_fake("fastattn::mlp_forward")
     def _(input, weights, biases):
