@@ -191,11 +191,13 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
     if not tensors:
         raise TypeError("args: expected the op's tensors, got none")
     if op in ("attention", "varlen_attn"):
+        if len(tensors) < 3:
+            raise TypeError(f"args: expected query, key, value, got {len(tensors)} tensors")
         names = ("attn_mask", "dropout_p", "is_causal", "scale") if op == "attention" else ()
         call = dict(zip(names, args[3:], strict=False)) | options
         problem = attention_problem(op, *tensors[:3], **call)
     else:
-        weights = tensors[1:2] if op == "linear_relu" else args[1]
+        weights = tensors[1:2] if op == "linear_relu" else next(iter(args[1:]), ())
         problem = linear_problem(op, tensors[0], weights)
     against = {name: reasons(problem, name) for name in BACKENDS}
     with warnings.catch_warnings():
@@ -238,7 +240,7 @@ def attention_problem(
         "scale of 0 or less": scale is not None and not scale > 0.0,
         "head dim of 0": min(query.shape[-1], value.shape[-1]) == 0,
         "extents of 2^29 and more": max(query.shape[-2], key.shape[-2]) >= 2**29
-        or query.shape[:-2].numel() >= 2**29,
+        or math.prod(query.shape[:-2]) >= 2**29,
     }
     if attn_mask is not None:
         over_keys = isinstance(attn_mask, Tensor) and math.prod(attn_mask.shape[-3:-1]) == 1

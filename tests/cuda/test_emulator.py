@@ -70,7 +70,7 @@ MUTANT_CASES = {
 # What may be missing unseen, and why.
 HARMLESS = {
     "ptx::barrier_init_fence();": "the emulated mbarriers are seen by everybody at once",
-    "ptx::registers_": "registers are not counted",
+    "ptx::registers_increase": "what a thread keeps is the compiler's affair: nvcc would spill",
     "ptx::fence_async_proxy_global();": "global memory has one view in the emulation",
     "ptx::named_sync(1 + warpgroup, 256);": "warpgroups take turns for speed alone",
 }

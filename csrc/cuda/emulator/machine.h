@@ -30,7 +30,7 @@ struct Error : std::runtime_error {
 
 constexpr int kWarp = 32, kWarpgroup = 128;
 constexpr int64_t kMostSharedBytes = 227 * 1024;
-constexpr int kNamedBarriers = 16;
+constexpr int kNamedBarriers = 16, kRegisters = 64 << 10;
 
 // When things happen; the seed draws the rest.
 struct Timing {
@@ -46,6 +46,7 @@ struct Timing {
 class SharedMemory {
  public:
   explicit SharedMemory(int64_t bytes) : bytes_(bytes) {
+    if (bytes > kMostSharedBytes) throw Error("shared memory: more than a block can have");
     const int64_t page = 4096, body = (bytes + page - 1) / page * page;
     mapped_ = body + 2 * page;
     base_ = static_cast<char*>(
@@ -117,6 +118,7 @@ class Block {
     bool done = false;
     std::vector<std::pair<int64_t, int64_t>> unfenced;  // stores that its proxy fence publishes
     std::vector<BulkStore> bulk_stores;
+    int registers = 0;
   };
   enum class Step { kDone, kRan, kStuck };
 
@@ -133,8 +135,12 @@ class Block {
         threads_(static_cast<size_t>(threads)),
         timing_(timing),
         random_(timing.seed + static_cast<uint64_t>(block)),
-        body_(std::move(body)) {
+        body_(std::move(body)),
+        favoured_(warps.size() - 1) {  // thread 0 makes the barriers: others go first
+    // As many as a multiprocessor has for the block, in eights.
+    const int registers = std::min(255, kRegisters / threads / 8 * 8);
     for (Thread& t : threads_) {
+      t.registers = registers;
       t.stack = take_stack();
       getcontext(&t.context);
       t.context.uc_stack.ss_sp = t.stack;
@@ -256,6 +262,7 @@ class Block {
   SharedMemory shared;
   std::vector<Warpgroup> groups;
   std::vector<Warp> warps;
+  int free_registers = 0;  // that threads of the block gave up
 
  private:
   Step advance_threads() {
@@ -346,7 +353,7 @@ class Block {
   std::mt19937_64 random_;
   std::function<void()> body_;
   jmp_buf scheduler_;
-  size_t id_ = 0, favoured_ = 0;
+  size_t id_ = 0, favoured_;
   std::exception_ptr failure_;
 };
 

@@ -22,9 +22,24 @@ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(Block::current()->shared.offset(p, 0));
 }
 template <int kCount>
-void registers_increase() {}
+void registers_increase() {
+  static_assert(kCount % 8 == 0 && kCount >= 24 && kCount <= 256);
+  Block& b = *Block::current();
+  const int more = kCount - b.self().registers;
+  if (more < 0) throw Error("registers: an increase to less");
+  b.wait("registers", [&b, more] { return b.free_registers >= more; });
+  b.free_registers -= more;
+  b.self().registers = kCount;
+}
 template <int kCount>
-void registers_decrease() {}
+void registers_decrease() {
+  static_assert(kCount % 8 == 0 && kCount >= 24 && kCount <= 256);
+  Block& b = *Block::current();
+  const int fewer = b.self().registers - kCount;
+  if (fewer < 0) throw Error("registers: a decrease to more");
+  b.free_registers += fewer;
+  b.self().registers = kCount;
+}
 
 // --- barriers
 inline void block_sync() {

@@ -111,11 +111,11 @@ struct AttentionBackward {
     }
     ptx::block_sync();  // the barriers are there
     if (warpgroup == 0) {
-      ptx::registers_decrease<32>();
+      ptx::registers_decrease<40>();
       if (thread == 0) load(p, smem);
       if (thread == 32) add_dq(p, smem);
     } else {
-      ptx::registers_increase<240>();
+      ptx::registers_increase<232>();
       consume(p, smem, warpgroup - 1, thread % 128);
     }
   }
@@ -242,12 +242,14 @@ struct AttentionBackward {
           FASTATTN_UNROLL
           for (int i = 0; i < kBlockQ / 2; ++i)
             s[i] = ptx::exp2(s[i] * p.scale_log2 - column_value(lse, t, i));  // E6
-          pack_pairs<T>(s, probabilities);
-          ptx::wgmma_wait<0>();  // dp is there
+          ptx::wgmma_wait<0>();                                               // dp is there
           FASTATTN_UNROLL
-          for (int i = 0; i < kBlockQ / 2; ++i)
-            s[i] = s[i] * (dp[i] - column_value(delta, t, i));  // E7
-          pack_pairs<T>(s, scores);
+          for (int i = 0; i < kBlockQ / 2; i += 2) {  // s and dp give way to what is kept of them
+            probabilities[i / 2] = ptx::pack<T>(s[i], s[i + 1]);
+            scores[i / 2] =
+                ptx::pack<T>(s[i] * (dp[i] - column_value(delta, t, i)),
+                             s[i + 1] * (dp[i + 1] - column_value(delta, t, i + 1)));  // E7
+          }
         }
         store_tile<kBlockQ>(ds_smem + 64 * warpgroup * kRowBytes, kChunkK, t, scores);
         ptx::fence_async_proxy();  // the products for dq see it
