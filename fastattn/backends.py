@@ -44,6 +44,7 @@ class Problem(NamedTuple):
     slopes_gradient: bool = False
     gradient: bool = False  # autograd will ask for one of q, k, v
     extras: tuple[str, ...] = ()  # what cuda does not do; not looked for on other devices
+    gpu: int | None = None  # on device "cuda"; None is the current one
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _cuda_reasons(problem: Problem) -> list[str]:
         found.append(f"the CUDA kernels are not loaded ({_extension.why_not_cuda()})")
     if problem.device != "cuda":
         found.append(f"the inputs are on {problem.device}")
-    elif (capability := _capability()) != _HOPPER:
+    elif (capability := _capability(problem.gpu)) != _HOPPER:
         found.append(
             f"compute capability {capability / 10:.1f} is not 9.0 (Triton serves other GPUs)"
         )
@@ -110,8 +111,8 @@ def _cuda_reasons(problem: Problem) -> list[str]:
 
 
 @torch.compiler.assume_constant_result
-def _capability() -> int:
-    return triton.capability(torch.cuda.current_device())
+def _capability(gpu: int | None = None) -> int:
+    return triton.capability(torch.cuda.current_device() if gpu is None else gpu)
 
 
 def _triton_reasons(problem: Problem) -> list[str]:
@@ -121,8 +122,7 @@ def _triton_reasons(problem: Problem) -> list[str]:
     elif triton.why_not() is not None:
         found.append(triton.why_not())
     elif problem.device == "cuda" and not torch.compiler.is_compiling():
-        capability = triton.capability(torch.cuda.current_device())
-        against = why_not(capability, problem.dtype.itemsize, problem.head_dim)
+        against = why_not(_capability(problem.gpu), problem.dtype.itemsize, problem.head_dim)
         found += [against] if against is not None else []
     if problem.dtype not in _DTYPES:
         found.append(f"{problem.dtype} is not one of float32, float64, bfloat16, float16")
@@ -248,16 +248,24 @@ def attention_problem(
         extras["mask that differs between heads or queries"] = not over_keys
     gradient = any(map(needs_gradient, (query, key, value)))
     against = tuple(name for name, there in extras.items() if there)
-    return Problem(op, device, query.dtype, head_dim, slopes_gradient, gradient, against)
+    gpu = query.device.index
+    return Problem(op, device, query.dtype, head_dim, slopes_gradient, gradient, against, gpu)
 
 
 def linear_problem(op: str, input: Tensor, weights: Sequence[Tensor]) -> Problem:
     """The Problem of a linear+ReLU or MLP call."""
-    empty = input.is_cuda and any(
-        isinstance(x, Tensor) and x.numel() == 0 for x in (input, *weights)
-    )
-    extras = ("sizes of 0",) if empty else ()
-    return Problem(op, input.device.type, input.dtype, extras=extras)
+    device = input.device.type
+    if device != "cuda":
+        return Problem(op, device, input.dtype)
+    tensors = [x for x in (input, *weights) if isinstance(x, Tensor)]
+    extras = {
+        "sizes of 0": any(x.numel() == 0 for x in tensors),
+        "extents of 2^30 and more": any(
+            max(math.prod(x.shape[:-1]), *x.shape[-1:]) >= 2**30 for x in tensors if x.dim()
+        ),
+    }
+    against = tuple(name for name, there in extras.items() if there)
+    return Problem(op, device, input.dtype, extras=against, gpu=input.device.index)
 
 
 def fused_mlp(weights: Sequence[Tensor]) -> bool:

@@ -15,7 +15,7 @@ def gpu(monkeypatch):
     """Sets the capability of the GPU there would be; tensors are fake."""
 
     def set_capability(capability: int) -> None:
-        monkeypatch.setattr(backends, "_capability", lambda: capability)
+        monkeypatch.setattr(backends, "_capability", lambda gpu=None: capability)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(backends.triton, "capability", lambda device: capability)
 
@@ -92,6 +92,23 @@ def test_layers(gpu):
     explanation = backends.explain("linear_relu", x.new_empty(0, 8), w)
     assert explanation.reasons["cuda"] == ["it has no sizes of 0"]
     assert explanation.backend == "triton"
+    tall = torch.empty(2**30, 8, device="cuda", dtype=x.dtype)
+    explanation = backends.explain("linear_relu", tall, w)
+    assert explanation.reasons["cuda"] == ["it has no extents of 2^30 and more"]
+    assert explanation.backend == "triton"
+
+
+def test_the_tensors_gpu_counts_and_not_the_current_one(gpu, monkeypatch):
+    capabilities = [90, 80]
+    monkeypatch.setattr(
+        backends, "_capability", lambda gpu=None: capabilities[0 if gpu is None else gpu]
+    )
+    for index, chosen in enumerate(("cuda", "triton")):
+        device = f"cuda:{index}"
+        qkv = [torch.empty(1, 1, 4, 64, dtype=torch.float16, device=device) for _ in "qkv"]
+        assert backends.explain("attention", *qkv).backend == chosen
+        layer = [torch.empty(4, 8, dtype=torch.float16, device=device) for _ in "xw"]
+        assert backends.explain("linear_relu", *layer).backend == chosen
 
 
 def test_an_explicit_backend_is_obeyed_or_raises(gpu):

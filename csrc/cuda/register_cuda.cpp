@@ -65,6 +65,14 @@ Tensor readable(const Tensor& t) {
   torch::stable::copy_(copy, t);
   return copy;
 }
+// Contiguous bits of a ReLU, as the kernels read them: by words.
+Tensor readable_bits(const Tensor& mask) {
+  const Tensor bits = torch::stable::contiguous(mask);
+  if (reinterpret_cast<uintptr_t>(bits.data_ptr()) % 4 == 0) return bits;
+  Tensor copy = empty_like_device(mask, shape_of(mask), ScalarType::Byte);
+  torch::stable::copy_(copy, bits);
+  return copy;
+}
 Tensor as_result(const Tensor& t, const Shape& shape) {
   return reshaped(torch::stable::contiguous(t), shape);
 }
@@ -241,8 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, 
   check_like(op, "mask", mask, ScalarType::Byte, input);
   check_shape(op, "mask", mask, {p.m, (p.n + 7) / 8});
   const Tensor go = readable(reshaped(unit_last_stride(grad_out), {p.m, p.n}));
-  const Tensor bits = torch::stable::contiguous(mask),
-               absent = empty_like_device(input, {0}, dtype);
+  const Tensor bits = readable_bits(mask), absent = empty_like_device(input, {0}, dtype);
   LinearBackwardProblem b = backward_of(p);
   b.grad_y = go.data_ptr();
   b.grad_y_stride = go.stride(0);

@@ -23,6 +23,7 @@ int run(const std::vector<int64_t>& arguments, emulator::Timing timing) {
   const auto batch = static_cast<int>(a.batch), heads = static_cast<int>(a.heads_q);
   const auto dim = static_cast<int>(a.dim), seq_q = static_cast<int>(a.seq_q);
   const auto seq_k = static_cast<int>(a.seq_k);
+  const bool masked = a.padded > 0;
 
   std::vector<uint32_t> words(a.key_words(128).size(), 0xffffffffu);
   const auto per_batch = static_cast<int>(words.size()) / batch;
@@ -42,7 +43,7 @@ int run(const std::vector<int64_t>& arguments, emulator::Timing timing) {
           [&] { fastattn::cuda::delta<bf16>(of_rows); });
 
   std::vector<float> sums(static_cast<size_t>(all * Kernel::kBlockQ * Kernel::kDim),
-                          a.padded > 0 ? 0.0f : NAN);
+                          masked ? 0.0f : NAN);
   std::vector<int> turns(static_cast<size_t>(all), 0);
   int next_tile = 0;
   const AttentionBackwardParameters p{a.q.map(Kernel::kBlockQ),
@@ -58,6 +59,7 @@ int run(const std::vector<int64_t>& arguments, emulator::Timing timing) {
                                       &next_tile,
                                       a.band(128, words),
                                       a.tiles(a.heads_k, a.seq_k, 128),
+                                      masked || a.seq_q - a.seq_k > a.left,
                                       static_cast<int>(a.heads_k),
                                       static_cast<int>(a.group),
                                       of_queries.blocks,

@@ -23,7 +23,8 @@ struct Sums {
 };
 
 // Written as "dim heads_q heads_k seq_q seq_k left right padded blocks": -1 for no bound, `padded`
-// keys hidden at the end of the second batch element, and a few before. What nobody sees is NaN.
+// keys hidden at the end of the second batch element, and a few before. What nobody sees is NaN,
+// and so is who sees nothing.
 struct AttentionCase {
   const int64_t dim, heads_q, heads_k, seq_q, seq_k, left, right, padded;
   const int blocks;
@@ -128,6 +129,8 @@ struct AttentionCase {
       if (seen(b, j))
         sum += p[static_cast<size_t>(j)] = std::exp(scale * dot(q, k, b, h, i, hk, j));
     }
+    for (int64_t d = 0; d < dim && sum == 0.0; ++d)  // what sees nothing harms nobody
+      q.data[q.at(b, h, i, d)] = grad_out.data[q.at(b, h, i, d)] = bf16(NAN);
     lse.push_back(static_cast<float>(std::log(sum)));
     grad_lse.push_back(std::normal_distribution<float>()(random));
     for (int64_t j = 0; j < seq_k; ++j) {

@@ -54,7 +54,11 @@ CASES = {
         (256, 2, 2, 130, 200, -1, -1, 0, 1),
         (192, 1, 1, 70, 70, -1, 0, 9, 1),
     ],
-    "attention_backward": ATTENTION,
+    "attention_backward": [
+        *ATTENTION,
+        # More blocks than the emulation has resident: a tile must not wait for one not yet taken.
+        (64, 1, 1, 40, 1000, -1, -1, 0, 7),
+    ],
 }
 # What a kernel without a statement is run on: whole and partial tiles, with and without a mask.
 MUTANT_CASES = {
@@ -65,6 +69,7 @@ MUTANT_CASES = {
         (128, 2, 1, 300, 300, -1, -1, 0, 3),
         (64, 2, 1, 300, 300, -1, 0, 37, 2),
         (128, 1, 1, 60, 300, -1, -1, 0, 2),
+        (64, 2, 1, 150, 100, 10, -1, 0, 2),
     ],
 }
 # What may be missing unseen, and why.

@@ -5,8 +5,8 @@
 // (keys x queries), so that P^T and dS^T are operands as they lie. dS goes through shared memory
 // for dQ, half of which each warpgroup multiplies.
 // dQ [kBlockQ, kDim] of a block of queries is added up in global memory in a fixed order, from the
-// last block of keys to the first; tiles are taken in that order, so that nobody waits for a tile
-// that is not yet under way.
+// last block of keys to the first; tiles are taken in that order from a counter, the first ones
+// too, so that nobody waits for a tile that is not yet under way, however few blocks are resident.
 // Shared memory: k, v [kDim / 64][128][64], which dk, dv take at the end; q, do
 // [2][kDim / 64][kBlockQ][64]; ds [2][kBlockQ / 64][128][64]; dq [2][8][128][4]; lse, delta
 // [2][kBlockQ]; barriers.
@@ -27,6 +27,7 @@ struct AttentionBackwardParameters {
   int* next_tile;                    // 0 at launch
   Band band;
   HeadBlocks tiles;  // of keys
+  bool empty_rows;   // whether a query may see no key
   int heads_k, group, blocks_q;
   float scale, scale_log2;
 };
@@ -138,8 +139,7 @@ struct AttentionBackward {
       ptx::bulk_load(row_to + ring.stage * kBytesRow, row_from + row, full + ring.stage, kBytesRow);
     };
     const int tiles = p.tiles.tiles();
-    for (int index = ptx::block_id(); index < tiles;
-         index = ptx::take(p.next_tile) + ptx::grid_blocks()) {
+    for (int index = ptx::take(p.next_tile); index < tiles; index = ptx::take(p.next_tile)) {
       const Tile tile(p, index);
       ptx::barrier_wait(smem.kv_empty, parity);  // the last tile's dk and dv have left it
       parity ^= 1;
@@ -232,8 +232,9 @@ struct AttentionBackward {
           ptx::wgmma_fence();
           multiply_transposed(smem.k, warpgroup, q_smem, s);         // E1
           ptx::barrier_wait(smem.o_full + ring.stage, ring.parity);  // grad_out, delta are there
-          multiply_transposed(smem.v, warpgroup, o_smem, dp);        // E7
-          ptx::wgmma_wait<1>();                                      // s is there
+          if (p.empty_rows) zero_empty_rows(smem, ring.stage, warpgroup, t);
+          multiply_transposed(smem.v, warpgroup, o_smem, dp);  // E7
+          ptx::wgmma_wait<1>();                                // s is there
           const int q0 = block * kBlockQ;
           if (tile.partial || !p.band.whole(q0, kBlockQ, k0, 64))
             hide_transposed(p.band, hidden_rows, q0, k0, t, s);
@@ -360,6 +361,21 @@ struct AttentionBackward {
       hidden |= static_cast<int>(~words[own / 32] >> own % 32 & 1) << half;
     }
     return hidden;
+  }
+
+  // Queries that see nothing, and their gradients, become 0, whatever they hold; every warpgroup
+  // does it for itself, to the same end. Their scores are hidden, before or after.
+  FASTATTN_DEVICE static void zero_empty_rows(const Shared& smem, int stage, int warpgroup, int t) {
+    const int row = t % kBlockQ;
+    if (reinterpret_cast<const float*>(smem.lse + stage * kBytesRow)[row] == INFINITY) {
+      for (int i = t / kBlockQ; i < 2 * kChunks * 8; i += 128 / kBlockQ) {
+        char* rows = (i % 2 == 0 ? smem.q : smem.grad_out) + stage * kBytesQ;
+        ptx::store_shared(rows + i / 16 * kChunkQ + row * kRowBytes + i / 2 % 8 * 16,
+                          ptx::Words4{});
+      }
+    }
+    ptx::fence_async_proxy();             // the products see them
+    ptx::named_sync(3 + warpgroup, 128);  // all rows are done
   }
 
   // dk and dv take the place of this warpgroup's k and v.

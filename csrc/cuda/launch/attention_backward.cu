@@ -91,6 +91,7 @@ void launch_tile(const AttentionBackwardProblem& b, const Launch& launch) {
       band_of(p, workspace.key_words, words),
       blocks_of(p.batch * p.heads_k, p.seq_k, Tile::kBlockK,
                 group * p.seq_q * (2 * (p.head_dim + p.head_dim_v) + 4 * p.head_dim), 1),
+      words > 0 || p.seq_q - p.seq_k > p.left,
       narrow(p.heads_k),
       narrow(group),
       blocks_q,
