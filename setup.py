@@ -7,7 +7,8 @@ Products, in the package directory:
   _build_info.json  what was built, or why not and what to do
 
 FASTATTN_SKIP_NATIVE=1 leaves the native library out, FASTATTN_REQUIRE_NATIVE=1 makes its failure
-an error, FASTATTN_BUILD_EMULATED=1 adds the kernels that only tests run. The CUDA library is built
+an error, FASTATTN_BUILD_EMULATED=1 adds the kernels that only tests run, FASTATTN_BUILD_TUNE=1 the
+CUDA kernels that only `benchmarks/gpu_check.py --tune` times. The CUDA library is built
 where nvcc is (in CUDA_HOME or on the PATH), unless FASTATTN_SKIP_CUDA_BUILD=1;
 FASTATTN_CUDA_ARCHS=90a is all there is so far. CXX names the compiler, MAX_JOBS bounds the
 parallel compilations.
@@ -236,6 +237,7 @@ def write_cuda_ninja(build_dir: Path, cxx: str, nvcc: str) -> None:
         if source.suffix == ".cu":
             flags = ["-std=c++20", "-O3", *archs, f"-I{CSRC}", f"-Xcompiler={','.join(host)}"]
             flags += ["-ccbin", shlex.split(cxx)[0]]
+            flags += ["-DFASTATTN_TUNE"] if os.environ.get("FASTATTN_BUILD_TUNE") == "1" else []
         else:
             flags = [*COMMON, f"-I{CSRC}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
             flags += [f"-isystem{path}" for path in torch_includes]

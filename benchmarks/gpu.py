@@ -1,7 +1,6 @@
 """GPU timings against every backend of torch; README.md beside this file has the protocol.
 
-Writes ``gpu.csv``, ``gpu.md`` and, with matplotlib, ``gpu.png`` into ``--output``. ``--tune`` times
-the attention kernels over tiles instead and writes ``tune.csv``.
+Writes ``gpu.csv``, ``gpu.md`` and, with matplotlib, ``gpu.png`` into ``--output``.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from gpu_cases import ATTENTION, LINEAR, STEPS, Attention, Linear, Step
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,57 +34,18 @@ SDPA = {
 FIELDS = ("case", "pass", "implementation", "ms", "TFLOP/s", "ours is faster by")
 
 
-class Attention(NamedTuple):
-    batch: int
-    heads: int
-    seq: int
-    dim: int
-    dtype: torch.dtype = torch.bfloat16
-    mask: str = "full"  # full, causal, padding, bool, bias
+def wall_ms(step: Callable[[], object]) -> float:
+    """The median time of a step, as the user sees it: launches and Python are part of it."""
 
-    @property
-    def name(self) -> str:
-        size = f"{self.batch}x{self.heads}x{self.seq}x{self.dim}"
-        return f"attention {size} {str(self.dtype)[6:]} {self.mask}"
+    def steps(count):
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / count * 1e3
 
-    @property
-    def flops(self) -> float:
-        full = 4.0 * self.batch * self.heads * self.seq**2 * self.dim
-        return full / 2 if self.mask == "causal" else full
-
-
-class Linear(NamedTuple):
-    rows: int
-    n_in: int
-    n_out: int
-
-    @property
-    def name(self) -> str:
-        return f"linear+ReLU {self.rows}x{self.n_in}->{self.n_out} bfloat16"
-
-    @property
-    def flops(self) -> float:
-        return 2.0 * self.rows * self.n_in * self.n_out
-
-
-ATTENTION = [
-    *(Attention(16384 // s, 16, s, 128, mask="causal") for s in (16384, 8192, 4096, 2048)),
-    *(Attention(16384 // s, 16, s, 128) for s in (16384, 8192, 4096, 2048)),
-    *(Attention(16384 // s, 32, s, 64) for s in (16384, 8192, 4096)),
-    Attention(2, 32, 8192, 64, mask="causal"),
-    Attention(2, 8, 8192, 256),
-    Attention(16, 12, 512, 64, mask="padding"),
-    Attention(4, 16, 2048, 64, mask="bool"),
-    Attention(4, 16, 2048, 64, mask="bias"),
-    Attention(4, 16, 2048, 128, mask="bias"),
-    Attention(2, 16, 2048, 64, torch.float32),
-    Attention(2, 16, 2048, 64, torch.float32, "causal"),
-]
-LINEAR = [
-    Linear(rows, n_in, n_out)
-    for n_in, n_out in ((784, 128), (768, 3072), (4096, 4096), (4096, 11008))
-    for rows in (64, 1024, 8192)
-]
+    steps(20)
+    return statistics.median(steps(50) for _ in range(TIMINGS))
 
 
 def median_ms(run: Callable[[int], object], rotations: int) -> float:
@@ -217,6 +177,10 @@ def run_linear(case: Linear, compile_peer: bool) -> list[tuple]:
 
     inputs = [tensors() for _ in range(sets)]
     implementations = {"fastattn": fastattn.linear_relu, "eager": eager}
+    if backends.explain("linear_relu", *inputs[0]).backend == "cuda":
+        implementations["fastattn triton"] = functools.partial(
+            fastattn.linear_relu, backend="triton"
+        )
     if compile_peer:
         implementations["compile"] = torch.compile(eager, mode="max-autotune-no-cudagraphs")
     worst = (fastattn.linear_relu(*inputs[0]) - eager(*inputs[0])).abs().max().item()
@@ -241,6 +205,42 @@ def run_linear(case: Linear, compile_peer: bool) -> list[tuple]:
             lambda n: torch._addmm_activation(inputs[n][2], inputs[n][0], inputs[n][1].t()), sets
         )
     rows.append((case.name, "forward", "_addmm_activation", addmm, case.flops / addmm / 1e9))
+    return rows
+
+
+def run_step(case: Step) -> list[tuple]:
+    x = torch.randn(case.rows, 784, dtype=torch.bfloat16, device="cuda")
+    labels = torch.randint(10, (case.rows,), device="cuda")
+
+    def network():
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(784, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)
+        return torch.nn.Sequential(*layers).to("cuda", torch.bfloat16)
+
+    def ours(net, x, backend=None):
+        layers = net[0], net[2]
+        weights, biases = [n.weight for n in layers], [n.bias for n in layers]
+        return fastattn.mlp(x, weights, biases, backend=backend)
+
+    implementations = {"fastattn": ours, "eager": lambda net, x: net(x)}
+    net = network()
+    if backends.explain("mlp", x, [net[0].weight, net[2].weight]).backend == "cuda":
+        implementations["fastattn triton"] = functools.partial(ours, backend="triton")
+    worst = (ours(net, x) - net(x)).abs().max().item()
+    if not worst < 0.05:
+        raise AssertionError(f"{case.name}: differs from eager by {worst}")
+    rows = []
+    for name, function in implementations.items():
+        net = network()
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+
+        def step(net=net, function=function, optimizer=optimizer):
+            optimizer.zero_grad()
+            F.cross_entropy(function(net, x), labels).backward()
+            optimizer.step()
+
+        ms = wall_ms(step)
+        rows.append((case.name, "step", name, ms, case.flops / ms / 1e9))
     return rows
 
 
@@ -298,76 +298,19 @@ def environment() -> str:
     )
 
 
-def tune(output: Path, stop: float) -> None:
-    """Every tile for D = 64 and 128, causal, one kernel at a time."""
-    from fastattn.ops.triton import config
-
-    chosen = config.tile
-    tiles = [
-        config.Tile(q, k, warps, stages, tma)
-        for q in (32, 64, 128)
-        for k in (32, 64, 128)
-        for warps in (4, 8)
-        for stages in (2, 3)
-        for tma in (True, False)
-        if q * k >= 2048
-    ]
-    with (output / "tune.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("kernel", "dim", *config.Tile._fields, "ms"))
-        for dim in (128, 64):
-            case = Attention(2, 16 if dim == 128 else 32, 8192, dim, mask="causal")
-            inputs, _ = attention_inputs(case)
-            for kernel in ("forward", "keys", "queries"):
-                for tile in tiles:
-                    if time.monotonic() > stop:
-                        return
-
-                    def override(name, *rest, tile=tile, kernel=kernel):
-                        return tile if name == kernel else chosen(name, *rest)
-
-                    config.tile = override
-                    try:
-                        ms = tuned_ms(kernel, inputs)
-                    except Exception as error:  # too much shared memory, a compiler's failure
-                        print(kernel, dim, tile, type(error).__name__, flush=True)
-                        continue
-                    writer.writerow((kernel, dim, *tile, f"{ms:.4f}"))
-                    file.flush()
-    config.tile = chosen
-
-
-def tuned_ms(kernel: str, inputs: list[list[Tensor]]) -> float:
-    def ours(q, k, v):
-        return fastattn.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    if kernel == "forward":
-        return median_ms(lambda n: ours(*(x.detach() for x in inputs[n])), len(inputs))
-    wanted = slice(0, 1) if kernel == "queries" else slice(1, 3)
-    outs = [ours(*x) for x in inputs]
-    return median_ms(
-        lambda n: torch.autograd.grad(outs[n], inputs[n][wanted], outs[n], retain_graph=True),
-        len(inputs),
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-check"))
     parser.add_argument("--seconds", type=float, default=240, help="begin no case after this")
-    parser.add_argument("--tune", action="store_true", help="time tiles instead")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU")
     options.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     stop = time.monotonic() + options.seconds
-    if options.tune:
-        tune(options.output, stop)
-        return 0
     rows: list[tuple] = []
     failed = left_out = 0
-    for case in [*ATTENTION, *LINEAR]:
+    for case in [*ATTENTION, *STEPS, *LINEAR]:
         remaining = stop - time.monotonic()
         if remaining < 0:
             left_out += 1
@@ -376,6 +319,8 @@ def main() -> int:
         try:
             if isinstance(case, Attention):
                 rows += run_attention(case)
+            elif isinstance(case, Step):
+                rows += run_step(case)
             else:
                 rows += run_linear(case, compile_peer=remaining > 40)
         except Exception as error:

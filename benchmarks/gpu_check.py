@@ -1,7 +1,7 @@
 """Everything for a machine with a GPU in one command: build, GPU tests, timings. `make gpu-check`.
 
 Uses the Python that runs it, with its torch and Triton. Writes build.log, tests.log and what
-gpu.py writes into ``--output``.
+gpu.py writes into ``--output``; with ``--tune`` times tiles by gpu_tune.py instead.
 """
 
 from __future__ import annotations
@@ -112,16 +112,17 @@ def main() -> int:
     stop = time.monotonic() + options.seconds
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path}
+    environment |= {"FASTATTN_BUILD_TUNE": "1"} if options.tune else {}
     built = build(output, environment, 150)
     print(f"native libraries: {'built' if built else 'not built'}", flush=True)
     tested = test(output, environment, 0.5 * (stop - time.monotonic()))
     print(f"tests: {'passed' if tested else 'FAILED'}", flush=True)
     if not options.tune:
         tested &= sanitize(output, environment, 0.3 * (stop - time.monotonic()))
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--output", str(output)]
+    program = ROOT / "benchmarks" / ("gpu_tune.py" if options.tune else "gpu.py")
+    command = [sys.executable, str(program), "--output", str(output)]
     # The last case that begins may take half a minute.
     command += ["--seconds", f"{max(20, stop - time.monotonic() - 30):.0f}"]
-    command += ["--tune"] if options.tune else []
     timed = subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
     return 0 if tested and timed else 1
 

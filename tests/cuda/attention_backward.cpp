@@ -1,8 +1,7 @@
 // The Hopper attention backward on emulated blocks, with the kernels before and behind it.
-#include "cuda/kernels/attention_backward_sm90.h"
-
 #include "attention_case.h"
 #include "cuda/kernels/attention_rows.h"
+#include "cuda/launch/config.cuh"
 
 using namespace fastattn::cuda;
 
@@ -79,10 +78,10 @@ int run(const std::vector<int64_t>& arguments, emulator::Timing timing) {
 
 int main(int argc, char** argv) {
   return run_cases(argc, argv, 9, [](const std::vector<int64_t>& a, emulator::Timing timing) {
-    const bool masked = a[7] > 0;
-    return (a[0] <= 64 ? masked ? run<AttentionBackward<bf16, 64, 128, true>>
-                                : run<AttentionBackward<bf16, 64, 128, false>>
-            : masked   ? run<AttentionBackward<bf16, 128, 64, true>>
-                       : run<AttentionBackward<bf16, 128, 64, false>>)(a, timing);
+    const auto of = [&]<bool kKeyWords>() {
+      return (a[0] <= 64 ? run<BackwardTile<bf16, 64, kKeyWords>>
+                         : run<BackwardTile<bf16, 128, kKeyWords>>)(a, timing);
+    };
+    return a[7] > 0 ? of.operator()<true>() : of.operator()<false>();
   });
 }

@@ -155,9 +155,20 @@ def test_a_kernel_without_it_fails(program, record_property, kernel, number, sta
     assert (result.returncode != 0) == (harmless is None), seen
 
 
+def output_of(tmp_path: Path, source: str) -> str:
+    """What a program prints, compiled against the emulated instructions."""
+    (tmp_path / "program.cpp").write_text(source)
+    program = tmp_path / "program"
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda'}"]
+    command = [*shlex.split(CXX), "-std=c++20", *includes, str(tmp_path / "program.cpp")]
+    subprocess.run([*command, "-o", program], check=True)
+    return subprocess.run([program], capture_output=True, text=True, check=True).stdout
+
+
 def test_shared_memory_ends_where_it_ends(tmp_path):
-    source = tmp_path / "program.cpp"
-    source.write_text("""
+    output = output_of(
+        tmp_path,
+        """
 #include "cuda/ptx/ptx.h"
 #include <cstdio>
 using namespace fastattn::cuda;
@@ -175,9 +186,75 @@ int main() {
   } catch (const emulator::Error& error) {
     std::puts(error.what());
   }
-}""")
-    program = tmp_path / "program"
-    command = [*shlex.split(CXX), "-std=c++20", f"-I{ROOT / 'csrc'}", str(source), "-o", program]
-    subprocess.run(command, check=True)
-    output = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+}""",
+    )
     assert "of 1024 bytes" in output
+
+
+def test_more_registers_than_were_given_up_are_a_deadlock(tmp_path):
+    output = output_of(
+        tmp_path,
+        """
+#include "cuda/ptx/ptx.h"
+#include <cstdio>
+using namespace fastattn::cuda;
+int main() {
+  try {
+    emulator::run_grid(1, 384, 1024, {}, [] {
+      if (ptx::thread_id() < 128) ptx::registers_decrease<32>();
+      else ptx::registers_increase<240>();
+    });
+  } catch (const emulator::Error& error) {
+    std::puts(error.what());
+  }
+}""",
+    )
+    assert re.search(r"deadlock: \d+ threads wait for registers", output)
+
+
+def test_powers_by_polynomial(tmp_path):
+    """Exact to the rounding of fp16, whose unit is 4.9e-4; exact where a softmax relies on it."""
+    output = output_of(
+        tmp_path,
+        """
+#include "cuda/tile/softmax.h"
+#include <cstdio>
+using namespace fastattn::cuda;
+int main() {
+  double worst = 0;
+  for (double x = -126; x <= 9; x += 1e-4) {
+    const auto f = static_cast<float>(x);
+    const double power = exp2_by_polynomial(f), right = std::exp2(static_cast<double>(f));
+    worst = std::fmax(worst, std::abs(power / right - 1));
+  }
+  std::printf("%g", worst);
+  for (const float x : {-INFINITY, -1000.0f, -127.0f, 0.0f, 8.0f, NAN})
+    std::printf(" %g", exp2_by_polynomial(x));
+}""",
+    )
+    worst, *powers = output.split()
+    assert float(worst) < 3e-6
+    assert powers == ["0", "0", "0", "1", "256", "nan"]
+
+
+def test_the_table_of_tiles_tells_the_truth(tmp_path):
+    output = output_of(
+        tmp_path,
+        """
+#include <cstdio>
+#include "cuda/launch/config.cuh"
+#include "emulated.h"
+using namespace fastattn::cuda;
+template <class... Tile>
+void print() { (std::printf("%d ", Tile::kSharedBytes / 1024), ...); }
+int main() {
+  using T = bf16;
+  constexpr auto kForward = LinearPass::kForward;
+  print<ForwardTile<T, 64, false>, ForwardTile<T, 64, true>, ForwardTile<T, 128, true>,
+        ForwardTile<T, 256, true>, BackwardTile<T, 64, true>, BackwardTile<T, 128, true>,
+        LinearTile<T, kForward, 256>, LinearTile<T, kForward, 128>, MlpTile<T, true, 256>,
+        MlpTile<T, true, 128>>();
+}""",
+    )
+    table = (ROOT / "csrc/cuda/launch/config.cuh").read_text()
+    assert re.findall(r"//   (?:D = )?\d+ .*?(\d+) KB", table) == output.split()

@@ -114,6 +114,41 @@ def test_masked_keys_never_matter():
     assert not actual[0][1].any(), "a row with nothing to attend to is 0"
 
 
+def test_growing_maxima():
+    """Large scores, larger from key to key: sums are scaled again, or the slack of the maximum is
+    used up."""
+    for slope in (0.01, 0.1, 3.0):
+        for head_dim in (64, 128):
+            q, k, v = inputs(1, 2, 2, 500, 1100, head_dim)
+            with torch.no_grad():
+                q.abs_()
+                k.mul_(0.1).add_(torch.arange(1100, device="cuda")[:, None] * -slope / head_dim)
+            compare([q, k, v])
+            compare([q, k.detach().flip(-2), v])
+
+
+def test_empty_rows_may_be_nan():
+    """Behind the last key's window; and with all of their keys hidden."""
+    q, k, v = (x.detach() for x in inputs(2, 4, 2, 300, 200, 64))
+    keys = torch.ones(2, 1, 1, 200, dtype=torch.bool, device="cuda")
+    keys[..., :5] = False
+    for mask, window, rows in ((None, (20, 0), slice(220, 300)), (keys, (0, 0), slice(0, 5))):
+        cotangent = torch.randn_like(q)
+
+        def call(*qkv, mask=mask, window=window):
+            options = {"enable_gqa": True, "window_size": window, "backend": "cuda"}
+            return scaled_dot_product_attention(*qkv, mask, **options)
+
+        q[:, :, rows], cotangent[:, :, rows] = 0.0, 0.0
+        expected = run(call, (q, k, v), cotangent)
+        q[:, :, rows], cotangent[:, :, rows] = torch.nan, torch.inf
+        actual = run(call, (q, k, v), cotangent)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+        assert not actual[0][:, :, rows].any()
+        assert not actual[1][:, :, rows].any()
+        q.normal_()
+
+
 @pytest.mark.parametrize(
     "shape",
     [(64, 784, 128), (1024, 784, 128), (300, 1000, 77), (8192, 1024, 4096), (1, 33, 5)],
@@ -204,6 +239,61 @@ def test_100_runs_are_one(is_causal):
     first = run(call, qkv, cotangent)
     for _ in range(100):
         assert all(torch.equal(a, b) for a, b in zip(run(call, qkv, cotangent), first, strict=True))
+
+
+def layers(m, k, n):
+    sizes = ((m, k), (n, k), (n,))
+    return [torch.randn(*s, dtype=torch.bfloat16, device="cuda") / s[-1] ** 0.5 for s in sizes]
+
+
+def linear(x, w, b):
+    return linear_relu(x, w, b, backend="cuda")
+
+
+def small_mlp(x, w, b):
+    return mlp(x, [w, w[:10, : len(w)]], [b, b[:10]], backend="cuda")
+
+
+def name_of(x) -> str:
+    return getattr(x, "__name__", str(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [(linear, (700, 2000, 300)), (linear, (2048, 1024, 4096)), (small_mlp, (700, 784, 128))],
+    ids=name_of,
+)
+def test_100_runs_of_layers_are_one(function, shape):
+    tensors = layers(*shape)
+    cotangent = torch.randn_like(function(*tensors))
+    first = run(function, tensors, cotangent)
+    for _ in range(100):
+        again = run(function, tensors, cotangent)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"), [(linear, (700, 2000, 300)), (small_mlp, (700, 784, 128))], ids=name_of
+)
+def test_layers_on_a_side_stream_and_in_a_graph(function, shape):
+    tensors = layers(*shape)
+    cotangent = torch.randn_like(function(*tensors))
+    expected = run(function, tensors, cotangent)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        doubled = [tensors[0] * 2, *tensors[1:]]  # there only when the stream has slept
+        beside = run(function, doubled, cotangent)
+    stream.synchronize()
+    again = run(function, doubled, cotangent)
+    assert all(torch.equal(a, b) for a, b in zip(beside, again, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(function, tensors, cotangent)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, e) for a, e in zip(captured, expected, strict=True))
 
 
 def test_two_streams_at_once():

@@ -38,7 +38,8 @@ struct Timing {
   bool latest = true;  // copies end only when nobody can go on without; else at drawn moments too
   bool eager =
       false;  // products read shared memory as soon as a warp has asked; else at their wait
-  bool uneven = false;  // one warp runs as far as it can before another is drawn
+  // One warp runs as far as it can before another is drawn; of its warpgroup, if that can go on.
+  bool uneven = false, by_group = false;
 };
 
 // Shared memory as the threads see it, and as the asynchronous units do: what a thread stores
@@ -283,7 +284,14 @@ class Block {
     std::shuffle(order.begin(), order.end(), random_);
     if (timing_.uneven) {
       const auto other = [&](size_t i) { return i / kWarp != favoured_; };
-      if (std::all_of(order.begin(), order.end(), other)) favoured_ = order.front() / kWarp;
+      const auto of_group = [&](size_t i) {
+        return i / kWarpgroup == favoured_ * kWarp / kWarpgroup;
+      };
+      if (std::all_of(order.begin(), order.end(), other)) {
+        const auto next = std::find_if(order.begin(), order.end(), of_group);
+        const bool stays = timing_.by_group && next != order.end();
+        favoured_ = (stays ? *next : order.front()) / kWarp;
+      }
       std::erase_if(order, other);
     }
     for (const size_t i : order) {

@@ -114,6 +114,9 @@ inline bool any(bool value) {
 // --- arithmetic
 inline float exp2(float x) { return std::exp2(x); }
 inline float max(float a, float b) { return std::fmax(a, b); }
+inline float max_or_nan(float a, float b) { return std::isnan(a) || a > b ? a : b; }
+inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
+inline float of_bits(uint32_t x) { return std::bit_cast<float>(x); }
 inline float log(float x) { return std::log(x); }
 template <class T>
 uint32_t pack(float low, float high) {

@@ -12,8 +12,7 @@
 // [2][kBlockQ]; barriers.
 #pragma once
 
-#include "cuda/tile/band.h"
-#include "cuda/tile/fragment.h"
+#include "cuda/tile/softmax.h"
 
 namespace fastattn::cuda {
 
@@ -237,7 +236,7 @@ struct AttentionBackward {
           ptx::wgmma_wait<1>();                                // s is there
           const int q0 = block * kBlockQ;
           if (tile.partial || !p.band.whole(q0, kBlockQ, k0, 64))
-            hide_transposed(p.band, hidden_rows, q0, k0, t, s);
+            hide_transposed<kBlockQ>(p.band, hidden_rows, q0, k0, t, s);
           const char* lse = smem.lse + ring.stage * kBytesRow;
           const char* delta = smem.delta + ring.stage * kBytesRow;
           FASTATTN_UNROLL
@@ -320,24 +319,6 @@ struct AttentionBackward {
                                        mn_major(b + k * kRowBytes, kChunkK), k > 0);
     }
     ptx::wgmma_commit();
-  }
-
-  FASTATTN_DEVICE static void hide_transposed(const Band& band, int hidden_rows, int q0, int k0,
-                                              int t, float (&s)[kBlockQ / 2]) {
-    FASTATTN_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int key = k0 + row_of(t) + 8 * half, query = q0 + column_of(t);
-      const int from = key - band.right - query;
-      const int to = key < band.seq_k && !(hidden_rows >> half & 1) ? key + band.left - query : -1;
-      FASTATTN_UNROLL
-      for (int i = 2 * half; i < kBlockQ / 2; i += 4) {
-        FASTATTN_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const int at = 8 * (i / 4) + j;
-          if (at < from || at > to) s[i + j] = -INFINITY;
-        }
-      }
-    }
   }
 
   // Keys that their words hide become 0, whatever they hold: nothing of them reaches a sum.

@@ -22,7 +22,8 @@ struct AttentionForwardParameters {
   float scale, scale_log2;
 };
 
-template <class T, int kDim_, int kBlockK_, int kConsumers_, int kStages_, bool kKeyWords>
+template <class T, int kDim_, int kBlockK_, int kConsumers_, int kStages_, bool kKeyWords,
+          int kPolynomial, int kSlack>
 struct AttentionForward {
   static constexpr int kDim = kDim_, kBlockK = kBlockK_, kConsumers = kConsumers_;
   static constexpr int kStages = kStages_, kBlockQ = 64 * kConsumers;
@@ -32,6 +33,7 @@ struct AttentionForward {
   static constexpr int kSharedBytes =
       kConsumers * kBytesQ + 2 * kStages * kBytesK + (4 * kStages + 3) * 8;
   static constexpr bool kTakeTurns = kDim <= 128;
+  using Softmax = OnlineSoftmax<kPolynomial, kSlack>;
   static_assert(kSharedBytes <= 227 * 1024);
 
   struct Shared {
@@ -146,7 +148,7 @@ struct AttentionForward {
       if (*smem.tile < 0) break;
       const Tile tile(p, *smem.tile);
       const int q0 = tile.q0 + 64 * warpgroup;
-      OnlineSoftmax softmax;
+      Softmax softmax;
       float o[kDim / 2] = {}, s[kBlockK / 2], rescale[2];
       uint32_t probabilities[kBlockK / 4];
       const auto hidden = [&](int block) {
@@ -250,7 +252,7 @@ struct AttentionForward {
 
   // E5
   FASTATTN_DEVICE static void finish(const AttentionForwardParameters& p, const Tile& tile, int q0,
-                                     int t, const OnlineSoftmax& softmax, float (&o)[kDim / 2]) {
+                                     int t, const Softmax& softmax, float (&o)[kDim / 2]) {
     FASTATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
       const float sum = row_sum(softmax.sum[half]);

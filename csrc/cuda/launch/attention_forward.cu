@@ -51,6 +51,27 @@ void launch_tile(const AttentionProblem& p, const Launch& launch) {
                     Tile::kThreads, Tile::kSharedBytes, launch);
 }
 
+#if defined(FASTATTN_TUNE)
+int choice = 0;  // of the tiles for D = 64
+
+// Whether `choice` names a tile, which it then has launched.
+template <class T>
+bool launch_choice(const AttentionProblem& p, const Launch& launch) {
+  switch (choice) {
+    case 1:
+      return launch_tile<Forward64<T, 0, 0>>(p, launch), true;
+    case 2:
+      return launch_tile<Forward64<T, 1, 8>>(p, launch), true;
+    case 3:
+      return launch_tile<Forward64<T, 2, 8>>(p, launch), true;
+    case 4:
+      return launch_tile<Forward64<T, 4, 8>>(p, launch), true;
+    default:
+      return false;
+  }
+}
+#endif
+
 }  // namespace
 
 size_t attention_forward_workspace(const AttentionProblem& p) {
@@ -59,6 +80,10 @@ size_t attention_forward_workspace(const AttentionProblem& p) {
 
 void launch_attention_forward(const AttentionProblem& p, const Launch& launch) {
   with_type(p.dtype, [&]<class T>() {
+#if defined(FASTATTN_TUNE)
+    if (padded_dim(p) == 64 && p.mask_kind == MaskKind::kNone && launch_choice<T>(p, launch))
+      return;
+#endif
     const auto masked = [&]<bool kKeyWords>() {
       switch (padded_dim(p)) {
         case 64:
@@ -78,3 +103,10 @@ void launch_attention_forward(const AttentionProblem& p, const Launch& launch) {
 }
 
 }  // namespace fastattn::cuda
+
+#if defined(FASTATTN_TUNE)
+// For benchmarks/gpu_tune.py: which of the tiles above is launched, 0 for the one of config.cuh.
+extern "C" __attribute__((visibility("default"))) void fastattn_choose_forward64(int choice) {
+  fastattn::cuda::choice = choice;
+}
+#endif

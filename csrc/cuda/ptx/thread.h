@@ -54,6 +54,14 @@ FASTATTN_DEVICE float exp2(float x) {
 }
 // The greater; the number where one is NaN.
 FASTATTN_DEVICE float max(float a, float b) { return fmaxf(a, b); }
+// The greater; NaN where one is.
+FASTATTN_DEVICE float max_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+FASTATTN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+FASTATTN_DEVICE float of_bits(uint32_t x) { return __uint_as_float(x); }
 FASTATTN_DEVICE float log(float x) { return logf(x); }
 // Two floats rounded to T, the first in the low half.
 template <class T>
