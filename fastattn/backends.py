@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastattn import _extension
 from fastattn.ops import triton
@@ -275,4 +276,13 @@ def fused_mlp(weights: Sequence[Tensor]) -> bool:
 
 def needs_gradient(x: Tensor | None) -> bool:
     """Whether autograd will ask for x's gradient."""
-    return x is not None and x.requires_grad and torch.is_grad_enabled()
+    if x is None:
+        return False
+    return (x.requires_grad and torch.is_grad_enabled()) or _has_tangent(x)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Whether forward mode will ask for x's part."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None

@@ -21,6 +21,7 @@ from fastattn.functional.attention_derivatives import (
     Call,
     Extras,
     gradients,
+    refuse_tangent_of_slopes,
     tangents_of_results,
 )
 
@@ -83,6 +84,7 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *directions):
+        refuse_tangent_of_slopes(directions[8])
         inputs, results, extras = _saved(ctx)
         return tangents_of_results(ctx.call, inputs, results, extras, directions[:4])
 

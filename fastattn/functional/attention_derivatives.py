@@ -162,6 +162,7 @@ class AttentionDerivative(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, _call, _needs, *directions):
+        refuse_tangent_of_slopes(directions[_TANGENTS - 3])
         cotangents, needs = ctx.saved_tensors[:2], ctx.needs
         point, tangents = _Point.split(ctx.call, ctx.saved_tensors)
         of_inputs = directions[_INPUTS : _INPUTS + 4]
@@ -260,6 +261,15 @@ def _reference_options(call: Call, extras: Extras) -> dict[str, object]:
         "starts_q": extras.starts_q,
         "starts_k": extras.starts_k,
     }
+
+
+def refuse_tangent_of_slopes(tangent: Tensor | None) -> None:
+    """The kernels have no derivative for it."""
+    if tangent is not None:
+        raise RuntimeError(
+            "alibi_slopes: expected no tangent, as the kernels have none for it; use "
+            'backend="reference"'
+        )
 
 
 def gradients(

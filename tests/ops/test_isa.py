@@ -14,7 +14,12 @@ from fastattn import _extension
 pytestmark = pytest.mark.native
 
 # Every kernel, dtype and kind of mask, on the shapes that leave remainders everywhere.
-FILES = ("test_attention_kernels.py", "test_linear_kernels.py", "test_error_policy.py")
+FILES = (
+    "test_attention_kernels.py",
+    "test_linear_kernels.py",
+    "test_second_order_kernels.py",
+    "test_error_policy.py",
+)
 SLOW_SHAPES = ("130x513", "400x270", "257x300")
 
 

@@ -1,0 +1,460 @@
+"""Every mode of differentiation through the kernels, over the options, against numerical
+derivatives and against the reference; vmap against loops."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.functional import hvp
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import fastattn
+from fastattn.functional import AttentionFunction
+
+pytestmark = pytest.mark.native
+
+MASKS = ("none", "causal", "bool", "float", "broadcast float")
+EXTRAS = ("plain", "gqa", "dim_v", "dropout", "lse", "window", "softcap", "alibi")
+Q, K, V = (torch.randn(2, s, 3, dtype=torch.float64) for s in (4, 5, 5))
+CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def attention(backend: str = "cpu", **options):
+    return lambda q, k, v, *mask: fastattn.scaled_dot_product_attention(
+        q, k, v, *mask, backend=backend, **options
+    )
+
+
+def case(mask: str, extra: str):
+    """A function of query, key, value and mask, and its inputs."""
+    q = torch.randn(2, 4, 4, 3, requires_grad=True)
+    heads_k, dim_v = (2 if extra == "gqa" else 4), (5 if extra == "dim_v" else 3)
+    k = torch.randn(2, heads_k, 5, 3, requires_grad=True)
+    v = torch.randn(2, heads_k, 5, dim_v, requires_grad=True)
+    attn_mask = None
+    if mask == "bool":
+        attn_mask = torch.rand(2, 1, 4, 5) > 0.3
+        attn_mask[:, :, 2] = False  # a row with nothing to attend to
+    elif mask == "float":
+        attn_mask = torch.randn(2, 4, 4, 5, requires_grad=True)
+    elif mask == "broadcast float":
+        attn_mask = torch.randn(4, 1, 5, requires_grad=True)
+    options = {
+        "dropout_p": 0.3 if extra == "dropout" else 0.0,
+        "window_size": (2, 1) if extra == "window" else None,
+        "softcap": 0.7 if extra == "softcap" else 0.0,
+        "alibi_slopes": torch.tensor([0.5, 0.1, 0.2, 0.3]) if extra == "alibi" else None,
+        "return_lse": extra == "lse",
+    }
+
+    def function(q, k, v, attn_mask):
+        torch.manual_seed(7)  # the same dropout mask in every evaluation
+        result = attention(is_causal=mask == "causal", enable_gqa=True, **options)(
+            q, k, v, attn_mask
+        )
+        if extra != "lse":
+            return result
+        return result[0], torch.where(result[1] == -math.inf, 0.0, result[1])
+
+    return function, (q, k, v, attn_mask)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_first_and_second_derivatives(mask, extra):
+    function, inputs = case(mask, extra)
+    batched = extra != "dropout"  # a random function cannot be mapped by gradcheck
+    fast = extra not in ("plain", "lse", "softcap")
+    gradcheck(
+        function, inputs, fast_mode=fast, check_forward_ad=True, check_batched_grad=batched,
+        check_batched_forward_grad=batched,
+    )  # fmt: skip
+    gradgradcheck(
+        function, inputs, fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["linear_relu", "mlp"])
+def test_linear_layers(name, bias):
+    x, w, w2 = (torch.randn(*s, requires_grad=True) for s in ((3, 2, 5), (9, 5), (2, 9)))
+    b = torch.randn(9, requires_grad=True) if bias else None
+    assert torch.nn.functional.linear(x, w, b).abs().min() > 1e-4  # away from the kink
+    functions = {
+        "linear_relu": (fastattn.linear_relu, (x, w, b)),
+        "mlp": (lambda x, w, b, w2: fastattn.mlp(x, [w, w2], [b, None]), (x, w, b, w2)),
+    }
+    function, inputs = functions[name]
+    gradcheck(
+        function, inputs, check_forward_ad=True, check_batched_grad=True,
+        check_batched_forward_grad=True,
+    )  # fmt: skip
+    gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def losses(**options):
+    """The same function of query, key and value by the kernels and by the reference."""
+
+    def loss(backend):
+        return lambda q, k, v: attention(backend, **options)(q, k, v).pow(3).sum()
+
+    return loss("cpu"), loss("reference")
+
+
+SECOND = {
+    "hessian": hessian,
+    "forward over forward": lambda f, **kw: jacfwd(jacfwd(f, **kw), **kw),
+    "reverse over reverse": lambda f, **kw: jacrev(jacrev(f, **kw), **kw),
+    "reverse over forward": lambda f, **kw: jacrev(jacfwd(f, **kw), **kw),
+}
+
+
+@pytest.mark.parametrize("mode", SECOND.values(), ids=SECOND)
+def test_torch_func(mode):
+    ours, theirs = losses(is_causal=True, softcap=1.3)
+    every = (0, 1, 2)
+    torch.testing.assert_close(
+        mode(ours, argnums=every)(Q, K, V), mode(theirs, argnums=every)(Q, K, V), **CLOSE
+    )
+    x, w, b, w2 = torch.randn(3, 5), torch.randn(9, 5), torch.randn(9), torch.randn(2, 9)
+    for function, inputs in (
+        (lambda be: lambda x, w, b: fastattn.linear_relu(x, w, b, backend=be), (x, w, b)),
+        (lambda be: lambda *a: fastattn.mlp(a[0], a[1::2], [a[2], None], backend=be),
+         (x, w, b, w2)),
+    ):  # fmt: skip
+        every = tuple(range(len(inputs)))
+        results = []
+        for backend in ("cpu", "reference"):
+            by_backend = function(backend)
+
+            def loss(*a, f=by_backend):
+                return f(*a).pow(3).sum()
+
+            results.append(mode(loss, argnums=every)(*inputs))
+        torch.testing.assert_close(*results, **CLOSE)
+
+
+@pytest.mark.parametrize("modes", itertools.product([jacfwd, jacrev], repeat=3))
+def test_third_derivatives(modes):
+    q, k, v = Q[:1, :2, :2], K[:1, :3, :2], V[:1, :3, :2]
+    results = []
+    for loss in losses(is_causal=True, softcap=1.3):
+        function = lambda q, loss=loss: loss(q, k, v)  # noqa: E731
+        for mode in modes:
+            function = mode(function)
+        results.append(function(q))
+    torch.testing.assert_close(*results, **CLOSE)
+
+
+def test_a_fourth_derivative():
+    q, k, v = Q[:1, :1, :2], K[:1, :3, :2], V[:1, :3, :2]
+    results = []
+    for loss in losses():
+        function = lambda k, loss=loss: loss(q, k, v)  # noqa: E731
+        for mode in (jacrev, jacfwd, jacrev, jacfwd):
+            function = mode(function)
+        results.append(function(k))
+    torch.testing.assert_close(*results, **CLOSE)
+
+
+def test_autograd_functional():
+    ours, theirs = losses(is_causal=True)
+    direction = tuple(map(torch.randn_like, (Q, K, V)))
+    torch.testing.assert_close(
+        hvp(ours, (Q, K, V), direction), hvp(theirs, (Q, K, V), direction), **CLOSE
+    )
+
+
+def test_third_derivatives_over_several_blocks_of_rows(monkeypatch):
+    """Rows, masks and dropout of a block are those of the whole."""
+    monkeypatch.setattr("fastattn.functional.higher_order._SCORES", 2 * 4 * 5 * 2)
+    function, inputs = case("float", "dropout")
+
+    def third(f):
+        (x,) = torch.autograd.grad(f(*inputs).pow(3).sum(), inputs[0], create_graph=True)
+        (x,) = torch.autograd.grad(x.sin().sum(), inputs[1], create_graph=True)
+        return torch.autograd.grad(x.sin().sum(), inputs)
+
+    def reference(*inputs):
+        torch.manual_seed(7)
+        return attention("reference", dropout_p=0.3)(*inputs)
+
+    torch.testing.assert_close(third(function), third(reference), **CLOSE)
+
+
+VARLEN = (torch.tensor([0, 3, 3, 10]), torch.tensor([0, 4, 6, 13]), 7, 7)
+
+
+def packed(backend: str):
+    def function(q, k, v):
+        torch.manual_seed(3)
+        slopes = torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 3) * torch.tensor([[1.0], [2.0], [0.5]])
+        return fastattn.varlen_attn(
+            q, k, v, *VARLEN, is_causal=True, softcap=1.1, alibi_slopes=slopes, backend=backend
+        ).pow(3)
+
+    return function
+
+
+def test_packed_sequences():
+    inputs = torch.randn(10, 4, 3), torch.randn(13, 2, 3), torch.randn(13, 2, 5)
+    direction = tuple(x.sin() for x in inputs)
+
+    def modes(f):
+        def gradient(*x):
+            return grad(lambda *x: f(*x).sum(), argnums=(0, 1, 2))(*x)
+
+        def second(*x):
+            return jvp(gradient, x, direction)[1]
+
+        return jvp(f, inputs, direction), second(*inputs), jvp(second, inputs, direction)[1]
+
+    torch.testing.assert_close(modes(packed("cpu")), modes(packed("reference")), **CLOSE)
+    many = torch.stack([inputs[0], 2 * inputs[0], inputs[0] - 1])
+
+    def gradients(q, k, v):
+        return grad(lambda *x: packed("cpu")(*x).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    mapped = vmap(gradients, in_dims=(0, None, None))(many, *inputs[1:])
+    looped = [gradients(q, *inputs[1:]) for q in many]
+    torch.testing.assert_close(mapped, tuple(map(torch.stack, zip(*looped, strict=True))), **CLOSE)
+
+
+def looped(function, in_dims, *inputs):
+    """vmap by a loop."""
+    size = next(x.shape[d] for x, d in zip(inputs, in_dims, strict=True) if d is not None)
+    results = [
+        function(
+            *(x if d is None else x.select(d, n) for x, d in zip(inputs, in_dims, strict=True))
+        )
+        for n in range(size)
+    ]
+    if isinstance(results[0], tuple):
+        return tuple(map(torch.stack, zip(*results, strict=True)))
+    return torch.stack(results)
+
+
+MANY_Q, MANY_K, MANY_MASKS, SLOPES = (
+    torch.randn(*shape, dtype=torch.float64)
+    for shape in ((3, 2, 4, 3), (2, 3, 5, 3), (3, 4, 5), (3, 2))
+)
+NINE = (2, 1, 1, 2, 1, 1, 2)
+# The function, where its inputs are mapped, its inputs, and how many of them are differentiated.
+MAPS = {
+    "some": (attention(is_causal=True), (0, 1, None), (MANY_Q, MANY_K, V), 3),
+    "masks": (attention(), (0, None, None, 0), (MANY_Q, K, V, MANY_MASKS), 4),
+    "a shared mask": (attention(), (0, None, None, None), (MANY_Q, K, V, MANY_MASKS[0]), 4),
+    "slopes": (
+        lambda q, k, v, s: attention(alibi_slopes=s)(q, k, v),
+        (None, 1, None, 0),
+        (Q, MANY_K, V, SLOPES),
+        3,
+    ),
+    "9 dimensions": (
+        attention(),
+        (0, None, None, 0),
+        (
+            MANY_Q.view(3, 1, 1, 1, 1, 1, 1, 2, 4, 3).expand(3, *NINE, 4, 3).clone(),
+            K.expand(*NINE, 5, 3).clone(),
+            V.expand(*NINE, 5, 3).clone(),
+            MANY_MASKS,
+        ),
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("function, in_dims, inputs, count", MAPS.values(), ids=MAPS)
+def test_vmap_is_the_loop(function, in_dims, inputs, count):
+    def gradients(*x):
+        every = tuple(range(count))
+        return grad(lambda *x: function(*x).pow(3).sum(), argnums=every)(*x)
+
+    def second(*x):
+        directions = tuple(y.cos() for y in x[:count])
+        return jvp(lambda *y: gradients(*y, *x[count:]), x[:count], directions)[1]
+
+    for f in (function, gradients, second):
+        torch.testing.assert_close(vmap(f, in_dims)(*inputs), looped(f, in_dims, *inputs), **CLOSE)
+
+
+def test_nested_vmap():
+    function = attention(window_size=(1, 2))
+    mapped = vmap(vmap(function, (0, None, None)), (None, 1, None))(MANY_Q, MANY_K, V)
+    expected = torch.stack([looped(function, (0, None, None), MANY_Q, k, V)
+                            for k in MANY_K.unbind(1)])  # fmt: skip
+    torch.testing.assert_close(mapped, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("randomness", ["same", "different", "error"])
+def test_vmap_of_dropout(randomness):
+    def function(q):
+        return attention(dropout_p=0.4)(q, K, V)
+
+    torch.manual_seed(3)
+    if randomness == "error":
+        with pytest.raises(RuntimeError, match="randomness"):
+            vmap(function)(MANY_Q)
+        return
+    same = MANY_Q[:1].expand(3, 2, 4, 3)
+    mapped = vmap(function, randomness=randomness)(same)
+    torch.manual_seed(3)
+    assert torch.equal(mapped[0], mapped[1]) == (randomness == "same")
+    if randomness == "same":
+        torch.testing.assert_close(mapped[2], function(same[0]), **CLOSE)
+    _, pullback = vjp(lambda q: vmap(function, randomness=randomness)(q), same)
+    assert pullback(mapped)[0].shape == same.shape
+
+
+@pytest.mark.parametrize("mapped", ["x", "w", "b", "xw", "xwb"])
+def test_vmap_of_linear_relu(mapped):
+    x, w, b = torch.randn(4, 3, 5), torch.randn(4, 9, 5), torch.randn(4, 9)
+    in_dims = tuple(0 if name in mapped else None for name in "xwb")
+    inputs = [t if d == 0 else t[0] for t, d in zip((x, w, b), in_dims, strict=True)]
+
+    def second(*x):
+        def gradients(*x):
+            return grad(lambda *x: fastattn.linear_relu(*x).pow(3).sum(), argnums=(0, 1, 2))(*x)
+
+        return jvp(gradients, x, tuple(y.cos() for y in x))
+
+    def flat(*x):
+        return tuple(y for pair in second(*x) for y in pair)
+
+    torch.testing.assert_close(
+        vmap(flat, in_dims)(*inputs), looped(flat, in_dims, *inputs), **CLOSE
+    )
+
+
+class TwoBlocks(torch.nn.Module):
+    def __init__(self, layer: type) -> None:
+        super().__init__()
+        options = {"dim_feedforward": 6, "dropout": 0.0, "batch_first": True, "norm_first": True}
+        self.blocks = torch.nn.Sequential(*(layer(4, 2, **options) for _ in range(2)))
+
+    def forward(self, x):
+        return self.blocks(x).pow(2).mean()
+
+
+def test_the_hessian_of_two_blocks_is_the_math_paths():
+    ours, torchs = TwoBlocks(fastattn.nn.TransformerEncoderLayer), TwoBlocks(
+        torch.nn.TransformerEncoderLayer
+    )  # fmt: skip
+    ours.load_state_dict(torchs.state_dict())
+    x, name = torch.randn(2, 3, 4), "blocks.0.self_attn.in_proj_weight"
+    hessians = []
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for model in (ours, torchs):
+            parameters = {n: p.detach() for n, p in model.named_parameters()}
+
+            def loss(w, x=x, model=model, parameters=parameters):
+                return functional_call(model, parameters | {name: w}, (x,))
+
+            hessians.append(hessian(loss)(parameters[name]))
+    torch.testing.assert_close(*hessians, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["encoder layer", "attention", "mlp", "linear"])
+def test_per_sample_gradients_of_modules(kind):
+    model = {
+        "encoder layer": lambda: fastattn.nn.TransformerEncoderLayer(
+            8, 2, 16, 0.0, batch_first=True
+        ),
+        "attention": lambda: fastattn.nn.MultiheadAttention(8, 2, batch_first=True),
+        "mlp": lambda: fastattn.nn.MLP(8, 6, 4),
+        "linear": lambda: fastattn.nn.LinearReLU(8, 6),
+    }[kind]()
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    x = torch.randn(5, 7, 8)
+
+    def loss(parameters, x):
+        x = x[None]
+        out = functional_call(model, parameters, (x, x, x) if kind == "attention" else (x,))
+        return (out[0] if kind == "attention" else out).square().sum()
+
+    mapped = vmap(grad(loss), (None, 0))(parameters, x)
+    for n in range(len(x)):
+        expected = grad(loss)(parameters, x[n])
+        torch.testing.assert_close({k: g[n] for k, g in mapped.items()}, expected, **CLOSE)
+
+
+def test_a_function_by_itself_keeps_its_defaults():
+    def function(q):
+        return AttentionFunction.apply(q, K, V, None, None, True, 0.5, 0.0)[0]
+
+    assert vmap(function)(MANY_Q).shape == (3, 2, 4, 3)
+    torch.testing.assert_close(
+        jvp(function, (Q,), (Q,)),
+        jvp(lambda q: attention("reference", is_causal=True, scale=0.5)(q, K, V), (Q,), (Q,)),
+        **CLOSE,
+    )
+
+
+def test_no_graph_keeps_itself_alive():
+    """What is saved for forward mode holds no output in a cycle."""
+    import gc
+    import weakref
+
+    gc.collect()
+    gc.disable()
+    try:
+        out = attention()(Q.clone().requires_grad_(), K, V)
+        seen = weakref.ref(out.grad_fn)
+        del out
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_bad_tangents_raise():
+    slopes = torch.tensor([0.5, 0.25])
+    with pytest.raises(RuntimeError, match="alibi_slopes no gradient"):
+        jvp(lambda s: attention(alibi_slopes=s)(Q, K, V), (slopes,), (slopes,))
+
+    def by_the_function(s):
+        return AttentionFunction.apply(Q, K, V, None, None, False, 0.5, 0.0, s)[0]
+
+    with pytest.raises(RuntimeError, match="alibi_slopes: expected no tangent"):
+        jvp(by_the_function, (slopes,), (slopes,))
+    with pytest.raises((RuntimeError, TypeError), match="t_query: expected Double, got Float"):
+        jvp(attention(), (Q, K, V), (Q.float(), K, V))
+    with pytest.raises((RuntimeError, ValueError), match="shape|size"):
+        jvp(attention(), (Q, K, V), (Q[:, :2], K, V))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_second_derivative_is_linear_in_the_sequence():
+    """S = 16384, whose scores would take 1 GiB an array, within 300 MB beside inputs and results,
+    which are 13 tensors of 4 MB."""
+    program = """
+import re, torch, fastattn
+torch.set_num_threads(2)
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+def step(s):
+    q, k, v = (torch.randn(1, 1, s, 64, requires_grad=True) for _ in range(3))
+    out = fastattn.scaled_dot_product_attention(q, k, v)
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+    sum(g.square().sum() for g in grads).backward()
+step(64)
+before = peak()
+step(16384)
+print((peak() - before) // 1024)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    print("second derivative at S = 16384:", run.stdout.strip(), "MB with inputs and results")
+    assert int(run.stdout) < 300 + 13 * 4

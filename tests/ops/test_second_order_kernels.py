@@ -1,0 +1,290 @@
+"""The native ops of forward mode and of the second derivative against the oracle in float64, in
+every dtype, over options, odd shapes and absent tangents."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastattn import ops, reference
+from fastattn.testing import assert_close, unit_roundoff
+
+pytestmark = pytest.mark.native
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# batch, heads_q, heads_k, seq_q, seq_k, head_dim, head_dim_v
+SMALL = (2, 4, 2, 5, 7, 3, 2)
+SHAPES = [
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 4, 4, 17, 17, 16, 16),
+    (1, 4, 2, 63, 111, 64, 64),
+    (1, 2, 1, 130, 257, 33, 17),
+    (1, 3, 3, 257, 111, 8, 65),
+    (1, 1, 1, 200, 400, 128, 200),
+]
+OPTIONS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "window": {"window_size": (2, 1)},
+    "softcap": {"softcap": 0.7},
+    "alibi": {"alibi_slopes": True},
+    "dropout": {"dropout_p": 0.3},
+    "negative scale": {"scale": -0.4},
+    "everything": {
+        "is_causal": True,
+        "window_size": (50, 2),
+        "softcap": 1.1,
+        "alibi_slopes": True,
+        "dropout_p": 0.4,
+    },
+}
+MASKS = ("none", "bool", "float", "shared float", "bias", "column bias")
+TANGENTS = ("qkvm", "q", "k", "v", "m", "")
+NAMES = ("t_out", "t_lse", "g_query", "g_key", "g_value", "g_mask")
+
+
+def make_mask(kind: str, shape: tuple, dtype: torch.dtype) -> Tensor | None:
+    """With rows that see nothing and keys that nobody sees."""
+    batch, heads, seq_q, seq_k = shape
+    if kind == "none":
+        return None
+    if kind == "bool":
+        mask = torch.rand(batch, 1, seq_q, seq_k) > 0.3
+        mask[:, :, 2 % seq_q], mask[..., 1 % seq_k] = False, False
+        return mask
+    extents = {
+        "float": shape,
+        "shared float": (1, heads, seq_q, seq_k),
+        "bias": (batch, 1, 1, seq_k),
+        "column bias": (1, 1, seq_q, 1),
+    }
+    mask = torch.randn(extents[kind], dtype=dtype)
+    if mask.shape[-1] > 1:
+        mask[..., 1] = -math.inf
+    if mask.shape[-2] > 2:
+        mask[..., 2, :] = -math.inf
+    return mask
+
+
+class Case:
+    """A call's tensors, its tangents and cotangents, and what the oracle makes of them."""
+
+    def __init__(self, dtype, shape, mask_kind="none", tangents="qkvm", **options) -> None:
+        batch, heads_q, heads_k, seq_q, seq_k, dim, dim_v = shape
+        self.q = torch.randn(batch, seq_q, heads_q, dim, dtype=dtype).transpose(1, 2)
+        self.k = torch.randn(batch, heads_k, seq_k, dim + 3, dtype=dtype)[..., 2 : dim + 2]
+        self.v = torch.randn(batch, heads_k, seq_k, dim_v, dtype=dtype)
+        self.mask = make_mask(mask_kind, (batch, heads_q, seq_q, seq_k), dtype)
+        self.has_float = self.mask is not None and self.mask.dtype != torch.bool
+        inputs = (self.q, self.k, self.v, self.mask if self.has_float else None)
+        self.tangents = [
+            torch.randn_like(x) if name in tangents and x is not None else None
+            for name, x in zip("qkvm", inputs, strict=True)
+        ]
+        if self.tangents[3] is not None:
+            self.tangents[3][self.mask == -math.inf] = math.nan  # hidden: it must not matter
+        accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+        self.grad_out = torch.randn(batch, seq_q, heads_q, dim_v, dtype=dtype).transpose(1, 2)
+        self.grad_lse = torch.randn(batch, heads_q, seq_q, dtype=accumulator)
+        options = {"scale": dim**-0.5, "is_causal": False, "dropout_p": 0.0} | options
+        if options.get("alibi_slopes"):
+            options["alibi_slopes"] = torch.rand(heads_q) / 4
+        # The halves of the batch have seeds of their own.
+        seeds = torch.tensor([2**40 + 17, 5])[: batch % 2 + 1 if batch == 1 else 2]
+        self.seed = seeds[:batch] if options["dropout_p"] else None
+        self.options = options | {"seed": self.seed}
+        window, softcap = options.get("window_size", (-1, -1)), options.get("softcap", 0.0)
+        self.numbers = (self.seed, options["is_causal"], options["scale"], options["dropout_p"])
+        self.rest = (options.get("alibi_slopes"), None, None, ops.Options(*window, softcap))
+        self.inputs = (self.q, self.k, self.v, self.mask)
+        self.out, self.lse = ops.attention_forward(*self.inputs, *self.numbers, *self.rest)
+
+    def jvp(self) -> tuple[Tensor, ...]:
+        return ops.attention_jvp(
+            *self.inputs, *self.tangents, self.out, self.lse, *self.numbers, *self.rest
+        )
+
+    def double_backward(self, needs=(True,) * 5) -> tuple[Tensor, ...]:
+        needs = [*needs[:4], needs[4] and self.has_float]
+        return ops.attention_double_backward(
+            self.grad_out, self.grad_lse, *self.inputs, *self.tangents, self.out, self.lse,
+            *self.numbers, needs, *self.rest,
+        )  # fmt: skip
+
+    def expected(self) -> tuple[Tensor | None, ...]:
+        def wide(x):
+            return x if x is None or x.dtype == torch.bool else x.double()
+
+        inputs, tangents = [wide(x) for x in self.inputs], [wide(x) for x in self.tangents]
+        return (
+            *reference.attention_jvp(*inputs, tangents, **self.options),
+            *reference.attention_double_backward(
+                wide(self.grad_out), wide(self.grad_lse), *inputs, tangents, **self.options
+            ),
+        )
+
+    def check(self) -> None:
+        expected = self.expected()
+        # The sums are of seq terms, the intermediate results are rounded to the dtype or better.
+        roundings = 16 + math.sqrt(max(self.q.shape[-2], self.k.shape[-2]))
+        both = (*self.jvp(), *self.double_backward())
+        for name, actual, oracle in zip(NAMES[:2] + NAMES, both, expected[:2] + expected,
+                                        strict=True):  # fmt: skip
+            if oracle is None:
+                assert actual.shape == (0,)
+                continue
+            size = 1 + (oracle.abs().max().item() if oracle.numel() else 0.0)
+            if name == "g_mask":  # a sum over what the mask is broadcast to, which may cancel
+                size *= 1 + math.sqrt(self.lse.numel() * self.k.shape[-2] / oracle.numel())
+            bound = roundings * unit_roundoff(self.q.dtype) * size
+            assert_close(name, actual.double(), oracle, bound)
+
+
+@pytest.mark.parametrize("tangents", TANGENTS)
+@pytest.mark.parametrize("mask_kind", ["none", "shared float"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_absent_tangents(dtype, mask_kind, tangents):
+    Case(dtype, SMALL, mask_kind, tangents).check()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("mask_kind", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_options(dtype, mask_kind, options):
+    Case(dtype, SMALL, mask_kind, **options).check()
+
+
+@pytest.mark.parametrize("options", ["plain", "causal", "everything"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shapes(dtype, shape, options):
+    Case(dtype, shape, **OPTIONS[options]).check()
+
+
+@pytest.mark.parametrize("mask_kind", ["bool", "float"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_over_several_tiles(dtype, mask_kind):
+    Case(dtype, (2, 2, 1, 150, 300, 20, 12), mask_kind, softcap=1.3).check()
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 2, 3, 3, 4, 4), (1, 2, 2, 0, 3, 4, 4), (1, 2, 2, 3, 0, 4, 4)]
+)
+def test_sizes_of_zero(shape):
+    Case(torch.float32, shape).check()
+
+
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_only_what_is_needed(dtype, which):
+    case = Case(dtype, (1, 2, 1, 40, 230, 8, 4), "float", dropout_p=0.2)
+    needs = [n == which for n in range(5)]
+    results, whole = case.double_backward(needs), case.double_backward()
+    for result, one, need in zip(results, whole, (needs[0], *needs), strict=True):
+        assert torch.equal(result, one) if need else result.shape == (0,)
+
+
+@pytest.mark.parametrize("mask_kind", ["bool", "float"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hidden_keys_and_empty_rows_never_matter(dtype, mask_kind):
+    case = Case(dtype, SMALL, mask_kind)
+    clean = (*case.jvp(), *case.double_backward())
+    _, t_key, t_value, _ = case.tangents
+    for x in (case.k, case.v, t_key, t_value):
+        x[:, :, 1] = math.nan
+    for x in (case.q, case.tangents[0], case.grad_out):
+        x[:, :, 2] = math.inf
+    assert all(map(torch.equal, clean, (*case.jvp(), *case.double_backward())))
+    case.tangents[2][:, :, 3] = math.nan
+    assert case.jvp()[0][:, :, 0].isnan().any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_the_same_call_is_bitwise_equal(heads, threads):
+    case = Case(torch.float32, (1, heads, heads, 300, 260, 16, 16), "shared float")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = [(*case.jvp(), *case.double_backward()) for _ in range(3)]
+        assert all(all(map(torch.equal, results[0], again)) for again in results[1:])
+        case.check()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_sequences_are_the_sequences_one_by_one(dtype, options):
+    starts_q, starts_k = torch.tensor([0, 70, 70, 200]), torch.tensor([0, 30, 100, 333])
+    case = Case(dtype, (1, 4, 2, 200, 333, 16, 8), **OPTIONS[options])
+    slopes, *_, extras = case.rest
+    case.rest = (slopes, starts_q, starts_k, extras)
+    case.numbers = (case.seed if case.seed is None else case.seed[:1], *case.numbers[1:])
+    case.out, case.lse = ops.attention_forward(*case.inputs, *case.numbers, *case.rest)
+    results = (*case.jvp(), *case.double_backward())
+    for b, (i, j) in enumerate(zip(starts_q.tolist(), starts_q.tolist()[1:], strict=False)):
+        m, n = starts_k[b : b + 2].tolist()
+        part = Case(dtype, (1, 4, 2, max(1, j - i), n - m, 16, 8), **OPTIONS[options])
+        if i == j:
+            continue
+        rows, keys = (
+            (slice(None), slice(None), slice(i, j)),
+            (slice(None), slice(None), slice(m, n)),
+        )
+        part.inputs = (case.q[rows], case.k[keys], case.v[keys], None)
+        part.q, part.k, part.v, _ = part.inputs
+        t_query, t_key, t_value, _ = case.tangents
+        part.tangents = [t_query[rows], t_key[keys], t_value[keys], None]
+        part.grad_out, part.grad_lse = case.grad_out[rows], case.grad_lse[rows]
+        part.options |= {"alibi_slopes": slopes, "seed": case.numbers[0], "first_batch": b}
+        expected = part.expected()
+        roundings = 16 + math.sqrt(n - m + j - i)
+        for name, actual, oracle in zip(NAMES[:2] + NAMES, results, expected[:2] + expected,
+                                        strict=True):  # fmt: skip
+            if oracle is not None:
+                actual = actual[keys if name in ("g_key", "g_value") else rows]
+                size = 1 + oracle.abs().max().item()
+                assert_close(name, actual.double(), oracle, roundings * unit_roundoff(dtype) * size)
+
+
+@pytest.mark.parametrize(
+    "argument, change",
+    [
+        ("t_query", lambda a: a.__setitem__(4, a[4][:, :, :2])),
+        ("t_key", lambda a: a.__setitem__(5, a[5].double())),
+        ("t_value", lambda a: a.__setitem__(6, a[6][..., :1])),
+        ("t_mask", lambda a: a.__setitem__(7, a[3])),
+        ("out", lambda a: a.__setitem__(8, a[8][:1])),
+        ("lse", lambda a: a.__setitem__(9, a[9].double())),
+        ("seed", lambda a: (a.__setitem__(10, torch.arange(3)), a.__setitem__(13, 0.5))),
+    ],
+)
+def test_a_direct_call_with_bad_metadata_raises(argument, change):
+    case = Case(torch.float32, SMALL, "bool")
+    arguments = [*case.inputs, *case.tangents, case.out, case.lse, *case.numbers, *case.rest]
+    change(arguments)
+    with pytest.raises(RuntimeError, match=f"attention_jvp: {argument}: expected"):
+        ops.attention_jvp(*arguments)
+
+
+# rows, in, out
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 5, 9), (33, 784, 128), (130, 401, 65), (0, 3, 4)])
+@pytest.mark.parametrize("tangents", ["xwb", "x", "w", "b", "xb"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_relu_jvp(dtype, tangents, shape):
+    rows, width, n = shape
+    x = torch.randn(rows, width + 1, dtype=dtype)[:, 1:]
+    w = torch.randn(n, width, dtype=dtype) / math.sqrt(width)
+    given = {"x": torch.randn_like(x), "w": torch.randn_like(w), "b": torch.randn(n, dtype=dtype)}
+    given = [given[name] if name in tangents else None for name in "xwb"]
+    out, mask = ops.linear_relu_forward(x, w, None)
+    actual = ops.linear_relu_jvp(x, w, mask, *given)
+    wide = [None if t is None else t.double() for t in given]
+    oracle = reference.linear_relu_jvp(x.double(), w.double(), ~(out <= 0), *wide)
+    size = 1 + (oracle.abs().max().item() if oracle.numel() else 0.0)
+    bound = (4 + math.sqrt(width)) * unit_roundoff(dtype) * size
+    assert_close("t_out", actual.double(), oracle, bound)
