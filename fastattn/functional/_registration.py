@@ -136,7 +136,13 @@ def _register(
 
     def kernel(keyset, *args):
         if _differentiated(args):
-            return function(backend, *args)
+            try:
+                return function(backend, *args)
+            except NotImplementedError as error:
+                raise RuntimeError(
+                    f"{library.ns}::{name}: torch.func does not reach an op that is called directly; "
+                    "call fastattn's functions or fastattn.functional's Functions"
+                ) from error
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

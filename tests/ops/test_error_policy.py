@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn import reference
@@ -57,6 +58,47 @@ def test_attention(dtype, shape, mask_kind):
     peer = _gradients(masked(F.scaled_dot_product_attention), leaves, cotangent)
     actual = _gradients(ours, leaves, cotangent)
     for name, a, o, p in zip(("out", "dq", "dk", "dv", "dmask"), actual, wide, peer, strict=False):
+        assert_accurate(name, a, o, p)
+
+
+def _second(function, leaves, tangents, cotangent):
+    """The output's tangent, the second derivatives of the leaves in the same direction."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    cotangent = cotangent.to(leaves[0].dtype).requires_grad_()
+    grads = torch.autograd.grad(function(*leaves), leaves, cotangent, create_graph=True)
+    products = sum((g * t.to(g.dtype)).sum() for g, t in zip(grads, tangents, strict=True))
+    return torch.autograd.grad(products, [cotangent, *leaves])
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "causal", "bool", "float"])
+@pytest.mark.parametrize("shape", ATTENTION, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_second_derivative_of_attention(dtype, shape, mask_kind):
+    batch, heads, seq_q, seq_k, dim, dim_v = shape
+    shapes = [(batch, heads, seq_q, dim), (batch, heads, seq_k, dim), (batch, heads, seq_k, dim_v)]
+    causal, mask = mask_kind == "causal", None
+    if mask_kind == "bool":
+        mask = torch.rand(batch, 1, seq_q, seq_k) > 0.3
+        mask[..., 0] = True
+    if mask_kind == "float":
+        shapes.append((1, heads, seq_q, seq_k))
+    leaves, tangents = ([torch.randn(s, dtype=dtype) for s in shapes] for _ in range(2))
+
+    def peer(q, k, v, bias=mask):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, bias, 0.0, causal)
+
+    def oracle(q, k, v, bias=mask):
+        return reference.attention(q, k, v, bias, is_causal=causal)[0]
+
+    def ours(q, k, v, bias=mask):
+        return fastattn.scaled_dot_product_attention(q, k, v, bias, 0.0, causal, backend="cpu")
+
+    cotangent = torch.randn(batch, heads, seq_q, dim_v, dtype=dtype)
+    wide = _second(oracle, [x.double() for x in leaves], tangents, cotangent)
+    theirs = _second(peer, leaves, tangents, cotangent)
+    actual = _second(ours, leaves, tangents, cotangent)
+    for name, a, o, p in zip(("t_out", "gq", "gk", "gv", "gm"), actual, wide, theirs, strict=False):
         assert_accurate(name, a, o, p)
 
 

@@ -1,0 +1,281 @@
+"""torch.compile, torch.export, AOTInductor, checkpointing, FLOP counting, autocast and the ops'
+own autograd."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad, jvp, vmap
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastattn
+from fastattn import ops, reference
+
+pytestmark = pytest.mark.native
+
+
+def inputs(seq: int = 16, **options):
+    return [torch.randn(2, 4, seq, 8, requires_grad=True, **options) for _ in range(3)]
+
+
+def weights():
+    return torch.randn(4, 8, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+
+
+def function(q, k, v, w, w2):
+    out = fastattn.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return fastattn.mlp(out, [w, w2]).sum() + fastattn.linear_relu(out, w).square().sum()
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = fastattn.nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+        self.last = fastattn.nn.LinearReLU(16, 8)
+
+    def forward(self, x):
+        return self.last(self.layer(x))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend):
+    leaves = [*inputs(), *weights()]
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    grads = [torch.autograd.grad(f(*leaves), leaves) for f in (function, compiled)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_compile_does_not_recompile_for_every_length(dynamic):
+    counter, parameters = CompileCounterWithBackend("aot_eager"), weights()
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=dynamic)
+    for seq in (16, 24, 33, 50, 7, 129):
+        leaves = inputs(seq)
+        grads = [torch.autograd.grad(f(*leaves, *parameters), leaves) for f in (function, compiled)]
+        torch.testing.assert_close(*grads)
+    assert counter.frame_count <= 2  # the first length, and any length
+
+
+def loss(q, k, v):
+    out = fastattn.scaled_dot_product_attention(q, k, v, window_size=(5, 2))
+    return fastattn.linear_relu(out, out[0, 0, :3]).square().sum()
+
+
+def gradient(q, k, v):
+    return grad(loss)(q, k, v)
+
+
+TRANSFORMS = {
+    "grad": gradient,
+    "jvp": lambda q, k, v: jvp(lambda q: loss(q, k, v), (q,), (k,))[1],
+    "forward over reverse": lambda q, k, v: jvp(lambda q: gradient(q, k, v), (q,), (k,))[1],
+    "reverse over reverse": lambda q, k, v: grad(lambda q: gradient(q, k, v).square().sum())(q),
+    "vmap": lambda q, k, v: vmap(lambda q, k, v: grad(loss)(q[None], k[None], v[None]))(q, k, v),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_compile_a_transform(transform):
+    """Never a derivative less, in or out of the graph."""
+    leaves = [x.detach() for x in inputs()]
+    compiled = torch.compile(transform, backend="aot_eager")
+    torch.testing.assert_close(compiled(*leaves), transform(*leaves), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    model, x = Model().eval(), torch.randn(3, 9, 16)
+    lengths = ({1: torch.export.Dim("length", min=2, max=4096)},)
+    program = torch.export.export(model, (x,), dynamic_shapes=lengths, strict=strict)
+    called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert {"fastattn.attention_forward.default", "fastattn.linear_relu_forward.default"} <= called
+    other = torch.randn(3, 21, 16)
+    torch.testing.assert_close(program.module()(other), model(other))
+
+
+def test_an_exported_model_trains():
+    model, x = Model(), torch.randn(3, 9, 16)
+    exported = torch.export.export(model, (x,)).module()
+    for m in (model, exported):
+        m(x).square().sum().backward()
+    grads = [[p.grad for p in m.parameters()] for m in (model, exported)]
+    torch.testing.assert_close(*grads)
+
+
+def test_aot_inductor(tmp_path):
+    model, x = Model().eval(), torch.randn(3, 9, 16)
+    lengths = ({1: torch.export.Dim("length", min=2, max=4096)},)
+    program = torch.export.export(model, (x,), dynamic_shapes=lengths)
+    with torch.no_grad():
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+    other = torch.randn(3, 21, 16)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(other), model(other))
+
+
+def second_derivatives(f, leaves):
+    grads = torch.autograd.grad(f(*leaves), leaves[:3], create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+
+def test_checkpointing():
+    leaves = [*inputs(), *weights()]
+
+    def checkpointed(*leaves):
+        return checkpoint(function, *leaves, use_reentrant=False)
+
+    grads = [torch.autograd.grad(f(*leaves), leaves) for f in (function, checkpointed)]
+    torch.testing.assert_close(*grads)
+    seconds = [second_derivatives(f, leaves) for f in (function, checkpointed)]
+    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-3)
+
+
+def test_selective_checkpointing():
+    seen = []
+
+    def policy(ctx, op, *args, **kwargs):
+        seen.append((op, ctx.is_recompute))
+        saved = op == torch.ops.fastattn.attention_forward.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    context = functools.partial(create_selective_checkpoint_contexts, policy)
+    leaves = [*inputs(), *weights()]
+    out = checkpoint(function, *leaves, use_reentrant=False, context_fn=context)
+    grads = torch.autograd.grad(out, leaves)
+    torch.testing.assert_close(grads, torch.autograd.grad(function(*leaves), leaves))
+    assert (torch.ops.fastattn.attention_forward.default, False) in seen
+
+
+def test_flops():
+    q, k, v = inputs()
+    unit, w, w2 = 2 * 2 * 4 * 16 * 16 * 8, *weights()
+    with FlopCounterMode(display=False) as counter:
+        out = fastattn.scaled_dot_product_attention(q, k, v)
+        assert counter.get_total_flops() == 2 * unit
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+        assert counter.get_total_flops() == (2 + 5) * unit
+        torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v))
+        # 12 for the second derivative, 5 for the first one of its cotangent
+        assert counter.get_total_flops() == (2 + 5 + 12 + 5) * unit
+    with FlopCounterMode(display=False) as counter:
+        jvp(fastattn.scaled_dot_product_attention, (q, k, v), (q, k, v))
+    assert counter.get_total_flops() == (2 + 5) * unit
+    rows = 2 * 2 * 4 * 16
+    with FlopCounterMode(display=False) as counter:
+        fastattn.linear_relu(q, w).sum().backward()
+    assert counter.get_total_flops() == 3 * rows * 4 * 8
+    with FlopCounterMode(display=False) as counter:
+        fastattn.mlp(q.detach(), [w, w2]).sum().backward()
+    assert counter.get_total_flops() == rows * (2 * 4 * 8 + 3 * 2 * 4)
+    starts = torch.tensor([0, 5, 16])
+    packed = [torch.randn(16, 4, 8) for _ in range(3)]
+    with FlopCounterMode(display=False) as counter:
+        fastattn.varlen_attn(*packed, starts, starts, 11, 11)
+    assert counter.get_total_flops() == 2 * 2 * 4 * (5 * 5 + 11 * 11) * 8
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad):
+    def leaf(x):
+        return x.clone().requires_grad_(requires_grad)
+
+    shapes = ((2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 5), (1, 4, 1, 6))
+    tensors = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+    tangents = [leaf(torch.randn_like(x)) for x in tensors]
+    q, k, v, mask = map(leaf, tensors)
+    slopes, numbers = torch.rand(4, dtype=torch.float64), (True, 0.5, 0.1, 4, -1, 0.7)
+    namespace, check = torch.ops.fastattn, torch.library.opcheck
+
+    def both(mask, tangents, seed, starts, inputs):
+        rest = (seed, *starts, *numbers)
+        arguments = (*inputs, mask, slopes, *rest)
+        check(namespace.attention_forward.default, arguments)
+        out, lse = (x.detach() for x in namespace.attention_forward(*arguments))
+        needs = [True, True, True, mask is not None]
+        cotangents = leaf(out), leaf(lse)
+        check(
+            namespace.attention_backward.default,
+            (*cotangents, *inputs, mask, slopes, out, lse, *rest, needs),
+        )
+        arguments = (*inputs, mask, slopes, *tangents, out, lse, *rest)
+        check(namespace.attention_jvp.default, arguments)
+        if starts[0] is not None and requires_grad:
+            return  # a third derivative reads where the sequences start, which no graph can
+        check(
+            namespace.attention_double_backward.default,
+            (*cotangents, *arguments, [True, *needs]),
+        )
+
+    both(mask, tangents, torch.tensor([1]), (None, None), (q, k, v))
+    packed = [leaf(x.detach()[:1, :, :3]) for x in (q, k, v)]
+    tangents = [leaf(torch.randn_like(x)) for x in packed]
+    both(None, [*tangents, None], torch.tensor([1, 2]), [torch.tensor([0, 2, 3])] * 2, packed)
+    w, x, b = leaf(torch.randn(9, 3)), leaf(torch.randn(2, 4, 3)), leaf(torch.randn(9))
+    check(namespace.linear_relu_forward.default, (x, w, None))
+    _, bits = namespace.linear_relu_forward(x, w, None)
+    grad_out, t_x, t_w = leaf(torch.randn(2, 4, 9)), leaf(torch.randn(2, 4, 3)), leaf(w.detach())
+    check(namespace.linear_relu_backward.default, (grad_out, x, w, bits, [True] * 3))
+    check(namespace.linear_relu_jvp.default, (x, w, bits, t_x, t_w, None))
+    check(namespace.mlp_forward.default, (x, [w], [b]))
+    check(namespace.mlp_inference.default, (x, [w], [b]))
+
+
+def test_ops_called_directly_are_differentiable():
+    leaves = inputs(dtype=torch.float64)
+    numbers = (True, 0.3, 0.0, -1, -1, 0.0)
+
+    def direct(q, k, v):
+        return torch.ops.fastattn.attention_forward(q, k, v, *[None] * 5, *numbers)[0].sin().sum()
+
+    def oracle(q, k, v):
+        return reference.attention(q, k, v, is_causal=True, scale=0.3)[0].sin().sum()
+
+    seconds = [second_derivatives(f, leaves) for f in (direct, oracle)]
+    torch.testing.assert_close(*seconds)
+    with pytest.raises(RuntimeError, match="attention_forward: torch.func does not reach"):
+        grad(direct)(*(x.detach() for x in leaves))
+    x, w = torch.randn(3, 5), torch.randn(4, 5)
+    out = torch.ops.fastattn.mlp_forward(x, [w.requires_grad_()], [torch.zeros(4)])[0]
+    (dw,) = torch.autograd.grad(out.sum(), w)
+    torch.testing.assert_close(dw, x.sum(0).expand(4, 5))
+
+
+def test_the_mlps_backward_op_is_not_differentiated_in_silence():
+    x, w = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5)
+    with pytest.raises(RuntimeError, match="mlp_backward has no derivative"):
+        ops.mlp_backward(torch.ones(3, 4), x, [w], [], [True, True, False])
+
+
+def test_autocast():
+    q, k, v = (x.detach() for x in inputs())
+    w = torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fastattn.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+        assert fastattn.linear_relu(q, w).dtype == torch.bfloat16
+        assert fastattn.mlp(q, [w]).dtype == torch.bfloat16
+        out, tangent = jvp(fastattn.scaled_dot_product_attention, (q, k, v), (q, k, v))
+        assert out.dtype == tangent.dtype == torch.bfloat16
+
+        def loss(q):
+            return fastattn.scaled_dot_product_attention(q, k, v).float().square().sum()
+
+        first, second = jvp(grad(loss), (q,), (q,))
+        assert first.dtype == second.dtype == torch.float32
+    exact = jvp(grad(loss), (q,), (q,))[1]
+    assert (second - exact).abs().max() < 0.1 * exact.abs().max()
