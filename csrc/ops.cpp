@@ -32,7 +32,8 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
       "needs) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def(
-      "linear_relu_jvp(Tensor input, Tensor weight, Tensor mask, Tensor? t_input, Tensor? t_weight, "
+      "linear_relu_jvp(Tensor input, Tensor weight, Tensor mask, Tensor? t_input, Tensor? "
+      "t_weight, "
       "Tensor? t_bias) -> Tensor");
   m.def("mlp_forward(Tensor input, Tensor[] weights, Tensor[] biases) -> Tensor[]");
   m.def("mlp_inference(Tensor input, Tensor[] weights, Tensor[] biases) -> Tensor");

@@ -78,12 +78,12 @@ struct AttentionTangents {
 struct AttentionJvpProblem {
   AttentionProblem forward;
   AttentionTangents tangents;
-  TensorView t_out;  // [*batch, heads_q, seq_q, head_dim_v]
+  TensorView t_out;       // [*batch, heads_q, seq_q, head_dim_v]
   void* t_lse = nullptr;  // as lse
 };
 
-// The derivatives of backward's gradients in the direction of the tangents, left where the gradients
-// would be, and the tangents of out (if needed) and lse.
+// The derivatives of backward's gradients in the direction of the tangents, left where the
+// gradients would be, and the tangents of out (if needed) and lse.
 struct AttentionDoubleBackwardProblem {
   AttentionBackwardProblem backward;
   AttentionTangents tangents;

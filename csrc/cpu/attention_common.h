@@ -256,8 +256,8 @@ bool must_clear_hidden_keys(const AttentionProblem& p, const Parallel& parallel,
       const T* rows = head_data<T>(p, x, unit / p.heads_k, unit % p.heads_k);
       return rows_are_finite(rows, x.row_stride, p.seq_k, dim);
     };
-    if (!finite(p.k, p.head_dim) || !finite(p.v, p.head_dim_v) ||
-        !finite(tangents.k, p.head_dim) || !finite(tangents.v, p.head_dim_v)) {
+    if (!finite(p.k, p.head_dim) || !finite(p.v, p.head_dim_v) || !finite(tangents.k, p.head_dim) ||
+        !finite(tangents.v, p.head_dim_v)) {
       __atomic_store_n(&clear, true, __ATOMIC_RELAXED);
     }
   });

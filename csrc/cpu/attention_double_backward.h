@@ -74,10 +74,10 @@ class AttentionDoubleBackward {
     const int64_t tile_elements = round_up(SecondTile<T>::elements(p_, block_rows_), 16);
     const int64_t row_elements =
         kPaired<E> ? 2 * block_rows_ * kStride : 0;  // four arrays as rows of pairs
-    A* scratch = thread_scratch<A>(2, key_elements + query_elements + row_elements +
-                                          block_rows_ * (dim_padded_ + dim_v_padded_) +
-                                          (sums == nullptr ? part : 0) +
-                                          key_blocks_ * tile_elements);
+    A* scratch =
+        thread_scratch<A>(2, key_elements + query_elements + row_elements +
+                                 block_rows_ * (dim_padded_ + dim_v_padded_) +
+                                 (sums == nullptr ? part : 0) + key_blocks_ * tile_elements);
     Work w(SecondKeyRange<T>(p_, operands_, p_.seq_k, scratch));
     w.query_scratch = scratch + key_elements;
     w.row_store = reinterpret_cast<E*>(w.query_scratch + query_elements);
@@ -105,10 +105,10 @@ class AttentionDoubleBackward {
 
     SecondKeyRange<T> keys;
     A* query_scratch;
-    E* row_store;    // of pairs: [4][rows, kStride / 2]
-    A *gq, *t_out;   // [rows, padded]
-    A *gk, *gv;      // [Sk, padded]
-    A* tiles;        // [blocks of keys]
+    E* row_store;   // of pairs: [4][rows, kStride / 2]
+    A *gq, *t_out;  // [rows, padded]
+    A *gk, *gv;     // [Sk, padded]
+    A* tiles;       // [blocks of keys]
     int64_t tile_elements;
   };
 
@@ -214,10 +214,9 @@ class AttentionDoubleBackward {
       if (from >= to) continue;
       const int64_t word = from / kDepth<E>, depth = words<E>(to) - word;
       const auto add = [&](int which, const E* x, int64_t padded, A* sum) {
-        micro_kernel_wide<Start::kAdd>(rows, padded, depth,
-                                       row_operand(tile, w, which, strip, word * kDepth<E>),
-                                       x + (words<E>(block.j0) + word) * padded, padded,
-                                       sum + strip * padded, padded);
+        micro_kernel_wide<Start::kAdd>(
+            rows, padded, depth, row_operand(tile, w, which, strip, word * kDepth<E>),
+            x + (words<E>(block.j0) + word) * padded, padded, sum + strip * padded, padded);
       };
       if (s_.needs_tangents) {  // E12
         add(kTangents, w.keys.v_rows, dim_v_padded_, w.t_out);
@@ -240,10 +239,9 @@ class AttentionDoubleBackward {
       if (from >= to) continue;
       const int64_t word = from / kDepth<E>, depth = words<E>(to) - word;
       const auto add = [&](int which, const E* x, int64_t padded, A* sum) {
-        micro_kernel_wide<Start::kAdd>(rows, padded, depth,
-                                       key_operand(tile, which, strip, word * kDepth<E>),
-                                       x + word * padded, padded,
-                                       sum + (block.j0 + strip) * padded, padded);
+        micro_kernel_wide<Start::kAdd>(
+            rows, padded, depth, key_operand(tile, which, strip, word * kDepth<E>),
+            x + word * padded, padded, sum + (block.j0 + strip) * padded, padded);
       };
       if (b_.needs_k) {  // E14
         add(kSecond, q.q_depth, dim_padded_, w.gk);

@@ -71,13 +71,13 @@ class AttentionJvp {
 
   // What a query block works with.
   struct Rows {
-    E* q;         // [rows, q_words]
-    A* o;         // [rows, Dv padded]: the tangent but for mu * out
-    A* mu;        // [rows]
+    E* q;          // [rows, q_words]
+    A* o;          // [rows, Dv padded]: the tangent but for mu * out
+    A* mu;         // [rows]
     const A* lse;  // [rows]
-    A* s;         // [kTileRows, kStep] P, then Z * P as operands
-    A* a;         // [kTileRows, kStep] A, then Z * P * A as operands
-    A* z;         // [kStep] of one row: the softcap's tanh, then dropout
+    A* s;          // [kTileRows, kStep] P, then Z * P as operands
+    A* a;          // [kTileRows, kStep] A, then Z * P * A as operands
+    A* z;          // [kStep] of one row: the softcap's tanh, then dropout
   };
 
   void query_block(int64_t batch, int64_t head, int64_t i0, const E* packed) const {

@@ -15,9 +15,9 @@ struct SecondQueryRows {
   using A = Acc<T>;
   using E = Operand<T>;
   int64_t dim_padded, dim_v_padded, grad_out_stride;
-  E *q, *grad_out;                        // [count, q_words], [count, grad_out_stride]
+  E *q, *grad_out;                          // [count, q_words], [count, grad_out_stride]
   E *q_depth, *t_q_depth, *grad_out_depth;  // [words(count), padded]: depth runs along the rows
-  A *delta, *out_product, *mu, *beta;     // [count]; out_product: rowsum(dO * O)
+  A *delta, *out_product, *mu, *beta;       // [count]; out_product: rowsum(dO * O)
   const A* lse;
 
   static int64_t elements(const AttentionProblem& p, int64_t count) {
@@ -84,15 +84,14 @@ struct SecondKeyRange {
   using E = Operand<T>;
   static constexpr int64_t kPanelKeys = kPanel<A>;
   int64_t dim_padded, dim_v_padded, dim_v_words, padded, count = 0;
-  E* score_panels;            // [panels][k_words][kPanel]
-  E *v_panels, *t_v_panels;   // [panels][words(Dv)][kPanel]
-  E *k_rows, *t_k_rows;       // [words(count), D padded]: depth runs along the keys
-  E *v_rows, *t_v_rows;       // [words(count), Dv padded]
+  E* score_panels;           // [panels][k_words][kPanel]
+  E *v_panels, *t_v_panels;  // [panels][words(Dv)][kPanel]
+  E *k_rows, *t_k_rows;      // [words(count), D padded]: depth runs along the keys
+  E *v_rows, *t_v_rows;      // [words(count), Dv padded]
 
   static int64_t elements(const AttentionProblem& p, int64_t most) {
     const int64_t keys = round_up(most, kPanelKeys);
-    return keys * 4 *
-           (round_up(p.head_dim, kWidth<A>) + round_up(p.head_dim_v, kWidth<A>));
+    return keys * 4 * (round_up(p.head_dim, kWidth<A>) + round_up(p.head_dim_v, kWidth<A>));
   }
 
   SecondKeyRange(const AttentionProblem& p, const ScoreOperands<T>& operands, int64_t most,
@@ -168,12 +167,12 @@ struct SecondTile {
 
   const AttentionProblem& p;
   const Dropout& dropout;
-  bool with_values;      // there are tangents of values
-  bool with_gradient;    // G, H, dS and E are wanted
-  A *probs, *tangents;   // [rows, kStride] P, then Z P; A, then Z P (A - mu)
-  A *dscores, *second;   // [rows, kStride] G, then dS; H, then E
-  A *capped, *before;    // [rows, kStride] with a softcap: its tanh, and the tangent before it
-  A* keep;               // [rows, kStride] with dropout: Z
+  bool with_values;     // there are tangents of values
+  bool with_gradient;   // G, H, dS and E are wanted
+  A *probs, *tangents;  // [rows, kStride] P, then Z P; A, then Z P (A - mu)
+  A *dscores, *second;  // [rows, kStride] G, then dS; H, then E
+  A *capped, *before;   // [rows, kStride] with a softcap: its tanh, and the tangent before it
+  A* keep;              // [rows, kStride] with dropout: Z
 
   static int64_t elements(const AttentionProblem& p, int64_t rows) {
     return rows * kStride * (4 + (p.softcap != 0 ? 2 : 0) + (p.dropout_p > 0 ? 1 : 0)) + 64;
@@ -216,10 +215,9 @@ struct SecondTile {
                           tangents + at, kStride);
         if (!with_gradient) continue;
         const auto values = [&](const E* panels, A* c_tile) {
-          micro_kernel<Start::kZero>(strip_rows, vecs, keys.dim_v_words,
-                                     Strided<E>{go, q.grad_out_stride, 1},
-                                     panels + (key0 + c) * keys.dim_v_words, kPanelKeys,
-                                     c_tile + at, kStride);
+          micro_kernel<Start::kZero>(
+              strip_rows, vecs, keys.dim_v_words, Strided<E>{go, q.grad_out_stride, 1},
+              panels + (key0 + c) * keys.dim_v_words, kPanelKeys, c_tile + at, kStride);
         };
         values(keys.v_panels, dscores);
         if (with_values) values(keys.t_v_panels, second);

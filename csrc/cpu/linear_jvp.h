@@ -20,38 +20,38 @@ class LinearJvp {
  public:
   explicit LinearJvp(const LinearJvpProblem& problem)
       : p_(problem), half_depth_(round_up(p_.k, kDepthUnit)) {
-    if (p_.t_x != nullptr)
-      halves_[count_++] = {ptr(p_.t_x), ptr(p_.w), p_.t_x_stride, p_.w_stride};
-    if (p_.t_w != nullptr)
-      halves_[count_++] = {ptr(p_.x), ptr(p_.t_w), p_.x_stride, p_.t_w_stride};
+    if (p_.t_x != nullptr) halves_[count_++] = {ptr(p_.t_x), ptr(p_.w), p_.t_x_stride, p_.w_stride};
+    if (p_.t_w != nullptr) halves_[count_++] = {ptr(p_.x), ptr(p_.t_w), p_.x_stride, p_.t_w_stride};
   }
 
   void run(const Parallel& parallel) const {
     const auto load_a = [&](int64_t i0, int64_t rows, int64_t d, int64_t depth, bool,
                             E* scratch) -> Strips<E> {
       const int64_t stride = words<E>(depth);
-      for_each_part(d, depth, [&](const Half& half, int64_t at, int64_t first, int64_t length,
-                                  int64_t padded) {
-        for (int64_t i = 0; i < rows; ++i) {
-          pack_rows(scratch + i * stride + words<E>(at), words<E>(padded),
-                    half.x + (i0 + i) * half.x_stride + first, half.x_stride, 1, length);
-        }
-      });
+      for_each_part(
+          d, depth,
+          [&](const Half& half, int64_t at, int64_t first, int64_t length, int64_t padded) {
+            for (int64_t i = 0; i < rows; ++i) {
+              pack_rows(scratch + i * stride + words<E>(at), words<E>(padded),
+                        half.x + (i0 + i) * half.x_stride + first, half.x_stride, 1, length);
+            }
+          });
       return Strips<E>::row_major(scratch, stride);
     };
     const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols, E* dst,
                             int64_t panel_words) -> Panels<E> {
       E* staging = thread_scratch<E>(7, kPanel<A> * kBlockDepth);
-      for_each_part(d, depth, [&](const Half& half, int64_t at, int64_t first, int64_t length,
-                                  int64_t padded) {
-        for (int64_t j = 0; j < cols; j += kPanel<A>) {
-          E* panel = dst + j / kPanel<A> * panel_words + words<E>(at) * kPanel<A>;
-          pack_transposed_panel(panel, half.w + (j0 + j) * half.w_stride + first, half.w_stride,
-                                min64(kPanel<A>, cols - j), length, staging);
-          for (int64_t e = words<E>(length) * kPanel<A>; e < words<E>(padded) * kPanel<A>; ++e)
-            panel[e] = E{};
-        }
-      });
+      for_each_part(
+          d, depth,
+          [&](const Half& half, int64_t at, int64_t first, int64_t length, int64_t padded) {
+            for (int64_t j = 0; j < cols; j += kPanel<A>) {
+              E* panel = dst + j / kPanel<A> * panel_words + words<E>(at) * kPanel<A>;
+              pack_transposed_panel(panel, half.w + (j0 + j) * half.w_stride + first, half.w_stride,
+                                    min64(kPanel<A>, cols - j), length, staging);
+              for (int64_t e = words<E>(length) * kPanel<A>; e < words<E>(padded) * kPanel<A>; ++e)
+                panel[e] = E{};
+            }
+          });
       return {dst, panel_words, kPanel<A>};
     };
     const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
@@ -77,7 +77,8 @@ class LinearJvp {
   template <class Body>
   void for_each_part(int64_t d, int64_t depth, const Body& body) const {
     for (int h = 0; h < count_; ++h) {
-      const int64_t begin = max64(d, h * half_depth_), end = min64(d + depth, (h + 1) * half_depth_);
+      const int64_t begin = max64(d, h * half_depth_),
+                    end = min64(d + depth, (h + 1) * half_depth_);
       if (begin >= end) continue;
       const int64_t first = begin - h * half_depth_, padded = end - begin;
       body(halves_[h], begin - d, first, max64(0, min64(padded, p_.k - first)), padded);

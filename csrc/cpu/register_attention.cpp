@@ -179,8 +179,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_back
   AttentionInputs in = validate_attention(
       op, query, key, value, attn_mask,
       {slopes, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap});
-  FASTATTN_CHECK(needs.size() == 5, op, "needs",
-                 "5 flags (tangents, query, key, value, attn_mask)", needs.size());
+  FASTATTN_CHECK(needs.size() == 5, op, "needs", "5 flags (tangents, query, key, value, attn_mask)",
+                 needs.size());
   const ForwardResults results(op, in, out, lse);
   const Tangents tangents(op, in, t_query, t_key, t_value, t_mask, attn_mask);
   const Gradients grads(op, in, grad_out, grad_lse, attn_mask, needs, 1);

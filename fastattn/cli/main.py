@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastattn import __version__
 
-OPS = ("attention", "linear_relu", "mlp", "encoder")  # what bench knows
+OPS = ("attention", "linear_relu", "mlp", "encoder", "second_order")  # what bench knows
 
 
 def parser() -> argparse.ArgumentParser:

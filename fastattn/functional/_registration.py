@@ -140,8 +140,8 @@ def _register(
                 return function(backend, *args)
             except NotImplementedError as error:
                 raise RuntimeError(
-                    f"{library.ns}::{name}: torch.func does not reach an op that is called directly; "
-                    "call fastattn's functions or fastattn.functional's Functions"
+                    f"{library.ns}::{name}: torch.func does not reach an op that is called "
+                    "directly; call fastattn's functions or fastattn.functional's Functions"
                 ) from error
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)

@@ -32,7 +32,7 @@ class Case:
     op: str
     name: str
     dtype: torch.dtype
-    direction: str  # forward, backward or step
+    direction: str  # forward, backward, step, jvp or double backward
     flops: float
     bytes: float
     build: Callable[[], dict[str, Run]] = field(repr=False, compare=False)
@@ -369,6 +369,10 @@ def cases(ops: Sequence[str], peers: str, grid: bool) -> Iterator[Case]:
             yield from linear_cases(peers)
         elif op == "mlp":
             yield from mlp_cases(peers)
+        elif op == "second_order":
+            from fastattn.cli.bench.second_order import second_order_cases
+
+            yield from second_order_cases()
         else:
             yield from encoder_cases(peers)
             yield from bert_cases()

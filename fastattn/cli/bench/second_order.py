@@ -1,0 +1,114 @@
+"""Forward mode and the second derivative of attention, beside torch's math path, which alone has
+them, and beside our own first-order kernels.
+
+FLOP convention: forward mode 2.5 times the forward (10·B·H·S²·D: five products), the second
+derivative with the tangent of the output six times (twelve products); half of it when causal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastattn import ops
+from fastattn.cli.bench.cases import OURS, Attention, Case, Run
+from fastattn.functional import scaled_dot_product_attention
+
+
+def second_order_cases() -> Iterator[Case]:
+    for layer in (
+        Attention("BERT-base", 1, 12, 512, 64),
+        Attention("GPT-2", 1, 12, 512, 64, "causal"),
+        Attention("heads of 64", 1, 4, 2048, 64),
+        Attention("heads of 64", 1, 4, 2048, 64, "causal"),
+        Attention("one head", 1, 1, 4096, 64),
+    ):
+        yield from _beside_torch(layer)
+        yield from _beside_first_order(layer)
+
+
+def _case(layer: Attention, note: str, direction: str, factor: float, build, **options) -> Case:
+    moved = 16.0 * layer.batch * layer.heads * layer.seq * layer.dim * factor
+    return Case(
+        "second_order", f"{layer.name}{note}", layer.dtype, direction, factor * layer.flops, moved,
+        build, seq=layer.seq, **options,
+    )  # fmt: skip
+
+
+def _beside_torch(layer: Attention) -> Iterator[Case]:
+    """What a user calls: torch.func.jvp, the output with its tangent; and the gradient of
+    products with the gradients, over a graph that is kept."""
+
+    def functions() -> dict[str, Callable[..., Tensor]]:
+        causal = {"is_causal": layer.kind == "causal"}
+
+        def math_path(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, **causal)
+
+        return {
+            OURS: lambda q, k, v: scaled_dot_product_attention(q, k, v, **causal),
+            "sdpa math": math_path,
+        }
+
+    def forward_mode() -> dict[str, Run]:
+        inputs, tangents = tuple(layer.inputs()), tuple(layer.inputs())
+
+        def run(function: Callable[..., Tensor]) -> Run:
+            return torch.no_grad()(lambda: jvp(function, inputs, tangents))
+
+        return {name: run(function) for name, function in functions().items()}
+
+    def double_backward() -> dict[str, Run]:
+        inputs, tangents, cotangent = layer.inputs(), layer.inputs(), layer.inputs()[0]
+
+        def run(function: Callable[..., Tensor]) -> Run:
+            leaves = [x.clone().requires_grad_() for x in (*inputs, cotangent)]
+            grads = torch.autograd.grad(
+                function(*leaves[:3]), leaves[:3], leaves[3], create_graph=True
+            )
+            return lambda: torch.autograd.grad(grads, leaves, tangents, retain_graph=True)
+
+        return {name: run(function) for name, function in functions().items()}
+
+    yield _case(layer, "", "jvp", 3.5, forward_mode)  # with the output itself
+    yield _case(layer, "", "double backward", 6, double_backward)
+
+
+def _beside_first_order(layer: Attention) -> Iterator[Case]:
+    """The kernels alone: the tangent beside the forward, the second derivative beside the
+    backward. Here the peer is faster."""
+    causal, scale = layer.kind == "causal", layer.dim**-0.5
+
+    def build(direction: str) -> dict[str, Run]:
+        q, k, v = layer.inputs()
+        tangents, cotangent = layer.inputs(), layer.inputs()[0]
+        numbers = (None, causal, scale, 0.0)
+        out, lse = ops.attention_forward(q, k, v, None, *numbers)
+
+        def kernel(op: Callable[..., Sequence[Tensor]], *args: object) -> Run:
+            return torch.no_grad()(lambda: op(*args))
+
+        if direction == "jvp":
+            return {
+                OURS: kernel(ops.attention_jvp, q, k, v, None, *tangents, None, out, lse, *numbers),
+                "our forward": kernel(ops.attention_forward, q, k, v, None, *numbers),
+            }
+        results = (out, lse, *numbers)
+        return {
+            OURS: kernel(
+                ops.attention_double_backward, cotangent, None, q, k, v, None, *tangents, None,
+                *results, [True] * 4 + [False],
+            ),
+            "our backward": kernel(
+                ops.attention_backward, cotangent, None, q, k, v, None, *results,
+                [True] * 3 + [False],
+            ),
+        }  # fmt: skip
+
+    for direction, factor in (("jvp", 2.5), ("double backward", 6)):
+        yield _case(layer, ", kernel", direction, factor, lambda d=direction: build(d), random=True)
