@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn import _extension, ops
+from fastattn import ops
 from fastattn.functional._autograd import in_transform
 from fastattn.functional.attention import AttentionFunction
 from fastattn.functional.attention_derivatives import AttentionDerivative, Call
@@ -112,7 +112,7 @@ def _mlp_backward(backend: str, *args):
     )
 
 
-_SHARED = {
+_FUNCTIONS = {
     "attention_forward": _attention_forward,
     "attention_backward": _attention_backward,
     "attention_jvp": _attention_jvp,
@@ -120,6 +120,9 @@ _SHARED = {
     "linear_relu_forward": _linear_relu_forward,
     "linear_relu_backward": _linear_relu_backward,
     "linear_relu_jvp": _linear_relu_jvp,
+    "mlp_forward": _mlp_forward,
+    "mlp_inference": _mlp_inference,
+    "mlp_backward": _mlp_backward,
 }
 
 
@@ -151,13 +154,9 @@ def _register(
 
 _libraries = []  # kept: a registration ends with its library
 for _namespace, _backend in (("fastattn", "cpu"), ("fastattn_triton", "triton")):
-    if _namespace == "fastattn" and not _extension.HAS_NATIVE:
-        continue
-    _libraries.append(torch.library.Library(_namespace, "IMPL"))
-    for _name, _function in _SHARED.items():
-        if hasattr(getattr(torch.ops, _namespace), _name):
-            _register(_libraries[-1], _name, _function, _backend)
-if _extension.HAS_NATIVE:
-    _register(_libraries[0], "mlp_forward", _mlp_forward, "cpu")
-    _register(_libraries[0], "mlp_inference", _mlp_inference, "cpu")
-    _register(_libraries[0], "mlp_backward", _mlp_backward, "cpu")
+    # Of a library that could not be loaded there are none.
+    _present = [name for name in _FUNCTIONS if hasattr(getattr(torch.ops, _namespace), name)]
+    if _present:
+        _libraries.append(torch.library.Library(_namespace, "IMPL"))
+    for _name in _present:
+        _register(_libraries[-1], _name, _FUNCTIONS[_name], _backend)
