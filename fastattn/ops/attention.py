@@ -196,26 +196,34 @@ def _fake_backward(
     return (*grads, query.new_empty(attn_mask.shape if needs[3] else (0,)))
 
 
-def _fake_jvp(query, key, value, attn_mask, slopes, *rest):
-    return _fake_forward(query, key, value, attn_mask, slopes, None, *rest[7:])
+def _fake_jvp(
+    query, key, value, attn_mask, slopes, t_query, t_key, t_value, t_mask, out, lse, seed,
+    starts_q, *rest,
+):  # fmt: skip
+    return _rows(query, value.shape[-1], starts_q is not None), query.new_empty(
+        query.shape[:-1], dtype=lse.dtype
+    )
 
 
-def _fake_double_backward(grad_out, grad_lse, query, key, value, attn_mask, slopes, *rest):
-    packed, needs, like = rest[7] is not None, rest[-1], (query, key, value)
-    absent = query.new_empty((0,))
-    out, lse = absent, query.new_empty((0,), dtype=rest[5].dtype)
-    if needs[0]:
-        out, lse = _fake_forward(query, key, value, attn_mask, slopes, None, rest[7])
+def _fake_double_backward(
+    grad_out, grad_lse, query, key, value, attn_mask, slopes, t_query, t_key, t_value, t_mask, out,
+    lse, seed, starts_q, *rest,
+):  # fmt: skip
+    packed, needs, like = starts_q is not None, rest[-1], (query, key, value)
     grads = [
-        _rows(x, x.shape[-1], packed) if need else absent
+        _rows(x, x.shape[-1], packed) if need else query.new_empty((0,))
         for x, need in zip(like, needs[1:4], strict=True)
     ]
-    return out, lse, *grads, query.new_empty(attn_mask.shape) if needs[4] else absent
+    return (
+        _rows(query, value.shape[-1], packed) if needs[0] else query.new_empty((0,)),
+        lse.new_empty(query.shape[:-1] if needs[0] else (0,)),
+        *grads,
+        query.new_empty(attn_mask.shape if needs[4] else (0,)),
+    )
 
 
 for _namespace in ["fastattn_triton", *(["fastattn"] if _extension.HAS_NATIVE else [])]:
     torch.library.register_fake(f"{_namespace}::attention_forward", _fake_forward)
     torch.library.register_fake(f"{_namespace}::attention_backward", _fake_backward)
-if _extension.HAS_NATIVE:
-    torch.library.register_fake("fastattn::attention_jvp", _fake_jvp)
-    torch.library.register_fake("fastattn::attention_double_backward", _fake_double_backward)
+    torch.library.register_fake(f"{_namespace}::attention_jvp", _fake_jvp)
+    torch.library.register_fake(f"{_namespace}::attention_double_backward", _fake_double_backward)

@@ -15,17 +15,22 @@ from fastattn.ops.triton.primitives import (
 
 
 @triton.jit
-def load_statistics(p_lse, p_delta, o_q, seq_q, FLAGS: tl.constexpr):
-    """LSE in the units of the scores and Δ. An empty row's LSE becomes +inf, which makes its
-    weights 0; so do rows beyond seq_q."""
-    m_q = o_q < seq_q
-    lse = tl.load(p_lse + o_q, mask=m_q, other=float("inf"))
-    delta = tl.load(p_delta + o_q, mask=m_q, other=0.0)
+def load_lse(p_lse, o_q, seq_q, FLAGS: tl.constexpr):
+    """LSE in the units of the scores. An empty row's becomes +inf, which makes its weights 0; so
+    do rows beyond seq_q."""
+    lse = tl.load(p_lse + o_q, mask=o_q < seq_q, other=float("inf"))
     if MAY_BE_EMPTY & FLAGS:
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
     if not (FLOAT_MASK & FLAGS):
         lse *= LOG2_E
-    return lse, delta
+    return lse
+
+
+@triton.jit
+def load_statistics(p_lse, p_delta, o_q, seq_q, FLAGS: tl.constexpr):
+    """load_lse's LSE and Δ."""
+    delta = tl.load(p_delta + o_q, mask=o_q < seq_q, other=0.0)
+    return load_lse(p_lse, o_q, seq_q, FLAGS), delta
 
 
 @triton.jit
@@ -51,8 +56,8 @@ def weights_and_gradient(
     EDGE: tl.constexpr,
     FLAGS: tl.constexpr,
 ):
-    """P, dS before the softcap and the softcap's derivative: E6, E7."""
-    s, derivative, visible = primitives.scores(
+    """P, dS before the softcap, the softcap's tanh, what is visible: E6, E7."""
+    s, capped, visible = primitives.scores(
         qk,
         i,
         j,
@@ -75,7 +80,7 @@ def weights_and_gradient(
     ds = p * (dp - delta)  # E7
     if EDGE:
         ds = tl.where(visible, ds, 0.0)  # a hidden key's dP may be NaN
-    return p, ds, derivative, visible
+    return p, ds, capped, visible
 
 
 @triton.jit(do_not_specialize=["heads", "seq_q"])

@@ -80,8 +80,8 @@ def _keys_step(
     dp = primitives.dot(v, tl.trans(do), ACC, FLAGS)
     keep = True
     if DROPOUT & FLAGS:
-        keep = tl.trans(primitives.dropout_keep(seed, i_b, i_h, o_q, j_first, threshold, BLOCK_K))
-    p, ds, derivative, _ = weights_and_gradient(
+        keep = tl.trans(primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K))
+    p, ds, capped, _ = weights_and_gradient(
         qk,
         dp,
         lse[None, :],
@@ -107,7 +107,7 @@ def _keys_step(
         p = tl.where(keep, p, 0.0)
     dv += primitives.dot(p.to(do.dtype), do, ACC, FLAGS)  # E10
     if SOFTCAP & FLAGS:
-        ds *= derivative
+        ds *= 1.0 - capped * capped
     dk += primitives.dot(ds.to(q.dtype), q, ACC, FLAGS)  # E9
     return dk, dv
 
@@ -115,7 +115,7 @@ def _keys_step(
 @triton.jit(
     do_not_specialize=[
         "heads", "batch_heads", "section", "tokens_q", "tokens_k",
-        "seq_q", "seq_k", "left", "right", "threshold",
+        "seq_q", "seq_k", "left", "right", "seed_batch", "threshold",
     ]
 )  # fmt: skip
 def attention_backward_keys_kernel(
@@ -154,6 +154,7 @@ def attention_backward_keys_kernel(
     seq_k,
     left,
     right,
+    seed_batch,  # batch elements that share a seed
     threshold,
     scale: "fp64",
     cap_scale: "fp64",
@@ -196,9 +197,7 @@ def attention_backward_keys_kernel(
     cap_scale = primitives.scalar(cap_scale, ACC)
     cap = primitives.scalar(cap, ACC)
     keep_scale = primitives.scalar(keep_scale, ACC)
-    seed = 0
-    if DROPOUT & FLAGS:
-        seed = tl.load(p_seed)
+    seed = primitives.dropout_seed(p_seed, i_b, seed_batch, FLAGS)
 
     # prologue
     k = primitives.load_rows(p_k, o_k, k_strides[2], seq_k, HEAD_DIM, BLOCK_D, True, FLAGS)

@@ -75,8 +75,8 @@ def _queries_step(
     dp = primitives.dot(do, tl.trans(v), ACC, FLAGS)
     keep = True
     if DROPOUT & FLAGS:
-        keep = primitives.dropout_keep(seed, i_b, i_h, o_q, j_first, threshold, BLOCK_K)
-    _, ds, derivative, visible = weights_and_gradient(
+        keep = primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K)
+    _, ds, capped, visible = weights_and_gradient(
         qk,
         dp,
         lse[:, None],
@@ -99,7 +99,7 @@ def _queries_step(
         FLAGS,
     )
     if SOFTCAP & FLAGS:
-        ds *= derivative
+        ds *= 1.0 - capped * capped
     if EDGE and ((MASKED | WINDOWED) & FLAGS):
         used = primitives.used_keys(
             visible, o_k, i_first, seq_q, seq_k, left, right, BLOCK_Q, FLAGS
@@ -112,7 +112,7 @@ def _queries_step(
 @triton.jit(
     do_not_specialize=[
         "heads", "batch_heads", "group", "section", "tokens_q", "tokens_k",
-        "seq_q", "seq_k", "left", "right", "threshold",
+        "seq_q", "seq_k", "left", "right", "seed_batch", "threshold",
     ]
 )  # fmt: skip
 def attention_backward_queries_kernel(
@@ -149,6 +149,7 @@ def attention_backward_queries_kernel(
     seq_k,
     left,
     right,
+    seed_batch,  # batch elements that share a seed
     threshold,
     scale: "fp64",
     cap_scale: "fp64",
@@ -193,9 +194,7 @@ def attention_backward_queries_kernel(
     slope = 0.0
     if ALIBI & FLAGS:
         slope = tl.load(p_slopes + i_b * heads + i_h)
-    seed = 0
-    if DROPOUT & FLAGS:
-        seed = tl.load(p_seed)
+    seed = primitives.dropout_seed(p_seed, i_b, seed_batch, FLAGS)
     if MASKED & FLAGS:
         p_mask += i_b64 * mask_strides[0] + i_h64 * mask_strides[1]
         i_list = i_b64 * list_strides[0] + i_h64 * list_strides[1] + i_block * list_strides[2]

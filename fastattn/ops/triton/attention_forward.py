@@ -113,7 +113,7 @@ def _forward_step(
     l = l * shrink + tl.sum(p, 1)  # E3
     o_acc = o_acc * shrink[:, None]  # E4
     if DROPOUT & FLAGS:
-        keep = primitives.dropout_keep(seed, i_b, i_h, o_q, j_first, threshold, BLOCK_K)
+        keep = primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K)
         p = tl.where(keep, p, 0.0)
     o_acc += primitives.dot(p.to(v.dtype), v, ACC, FLAGS)  # E4
     return o_acc, m_new, l
@@ -122,7 +122,7 @@ def _forward_step(
 @triton.jit(
     do_not_specialize=[
         "heads", "batch_heads", "group", "section", "tokens_q", "tokens_k",
-        "seq_q", "seq_k", "left", "right", "threshold",
+        "seq_q", "seq_k", "left", "right", "seed_batch", "threshold",
     ]
 )  # fmt: skip
 def attention_forward_kernel(
@@ -135,7 +135,7 @@ def attention_forward_kernel(
     p_lists,  # [..., 2, key blocks]: those that the mask leaves in part; in full
     p_counts,  # [..., 2]
     p_slopes,  # [B, Hq], in the units of the scores
-    p_seed,  # [1]
+    p_seed,  # [B / seed_batch]
     p_starts_q,  # [B + 1]
     p_starts_k,  # [B + 1]
     q_strides,  # of batch, head, row
@@ -155,6 +155,7 @@ def attention_forward_kernel(
     seq_k,
     left,
     right,
+    seed_batch,  # batch elements that share a seed
     threshold,
     scale: "fp64",
     cap_scale: "fp64",
@@ -196,9 +197,7 @@ def attention_forward_kernel(
     slope = 0.0
     if ALIBI & FLAGS:
         slope = tl.load(p_slopes + i_b * heads + i_h)
-    seed = 0
-    if DROPOUT & FLAGS:
-        seed = tl.load(p_seed)
+    seed = primitives.dropout_seed(p_seed, i_b, seed_batch, FLAGS)
     if MASKED & FLAGS:
         p_mask += i_b64 * mask_strides[0] + i_h64 * mask_strides[1]
         i_list = i_b64 * list_strides[0] + i_h64 * list_strides[1] + i_block * list_strides[2]

@@ -1,10 +1,11 @@
-"""What belongs to the mask: the blocks that it leaves, and the float mask's gradient, E11.
+"""What belongs to the mask: the blocks that it leaves, and the float mask's gradient, E11, and
+the second order's, E14.
 
 1. ``mask_map_kernel``: 0, 1 or 2 for each tile: hidden, seen in part, seen in full. One program for
    each tile.
 2. ``mask_list_kernel``: from a row of the map the lists of its tiles of 1 and of 2.
 3. ``attention_mask_gradient_kernel``: a program owns a tile of dM and walks everything that the
-   mask was broadcast to, in a fixed order.
+   mask was broadcast to, in a fixed order. With SECOND_ORDER the gradient is E instead of dS.
 """
 
 import triton
@@ -12,10 +13,16 @@ import triton.language as tl
 
 from fastattn.ops.triton import primitives
 from fastattn.ops.triton.attention_backward import load_statistics, weights_and_gradient
+from fastattn.ops.triton.attention_tangent import cross, second_order
 from fastattn.ops.triton.primitives import (
     ALIBI,
     DROPOUT,
     FLOAT_MASK,
+    SECOND_ORDER,
+    T_KEY,
+    T_MASK,
+    T_QUERY,
+    T_VALUE,
 )
 
 
@@ -84,8 +91,8 @@ def mask_list_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "heads", "group", "seq_q", "seq_k", "left", "right", "threshold", "row_blocks",
-        "column_blocks", "each_batch", "each_head", "each_row", "each_column",
+        "heads", "group", "seq_q", "seq_k", "left", "right", "seed_batch", "threshold",
+        "row_blocks", "column_blocks", "each_batch", "each_head", "each_row", "each_column",
     ]
 )  # fmt: skip
 def attention_mask_gradient_kernel(
@@ -93,26 +100,36 @@ def attention_mask_gradient_kernel(
     p_k,  # [B, Hk, Sk, D]
     p_v,  # [B, Hk, Sk, Dv]
     p_do,  # [B, Hq, Sq, Dv]
-    p_lse,  # [B, Hq, Sq]
-    p_delta,  # [B, Hq, Sq]
+    p_t_q,  # like what they are tangents of, of the second order only
+    p_t_k,
+    p_t_v,
+    p_lse,  # [B, Hq, Sq], as those that follow
+    p_delta,
+    p_mu,
+    p_beta,
     p_dm,  # fp32 or fp64
     p_mask,
+    p_t_mask,
     p_slopes,
     p_seed,
     q_strides,
     k_strides,
     v_strides,
     do_strides,
-    lse_strides,
-    delta_strides,
+    t_q_strides,
+    t_k_strides,
+    t_v_strides,
+    row_strides,  # of LSE, Δ, μ, β: batch, head
     dm_strides,  # of batch, head, row, column
     mask_strides,
+    t_mask_strides,
     heads,
     group,
     seq_q,
     seq_k,
     left,
     right,
+    seed_batch,
     threshold,
     row_blocks,  # of dM: 1 where its rows are shared
     column_blocks,
@@ -124,6 +141,7 @@ def attention_mask_gradient_kernel(
     cap_scale: "fp64",
     cap: "fp64",
     keep_scale: "fp64",
+    raw_scale: "fp64",  # without the change of base
     SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
     SHARED_ROWS: tl.constexpr,
     SHARED_COLUMNS: tl.constexpr,
@@ -147,9 +165,7 @@ def attention_mask_gradient_kernel(
     cap_scale = primitives.scalar(cap_scale, ACC)
     cap = primitives.scalar(cap, ACC)
     keep_scale = primitives.scalar(keep_scale, ACC)
-    seed = 0
-    if DROPOUT & FLAGS:
-        seed = tl.load(p_seed)
+    raw_scale = primitives.scalar(raw_scale, ACC)
     dm = tl.zeros((BLOCK_Q, BLOCK_K), ACC)
 
     # main loop
@@ -178,43 +194,92 @@ def attention_mask_gradient_kernel(
             p_v + b64 * v_strides[0] + hk64 * v_strides[1],
             o_k, v_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, True, FLAGS,
         )  # fmt: skip
-        lse, delta = load_statistics(
-            p_lse + b64 * lse_strides[0] + h64 * lse_strides[1],
-            p_delta + b64 * delta_strides[0] + h64 * delta_strides[1],
-            o_q, seq_q, FLAGS,
-        )  # fmt: skip
+        row = b64 * row_strides[0] + h64 * row_strides[1]
+        lse, delta = load_statistics(p_lse + row, p_delta + row, o_q, seq_q, FLAGS)
         slope = 0.0
         if ALIBI & FLAGS:
             slope = tl.load(p_slopes + b * heads + h)
         keep = True
         if DROPOUT & FLAGS:
-            keep = primitives.dropout_keep(seed, b, h, o_q, j_first, threshold, BLOCK_K)
+            seed = primitives.dropout_seed(p_seed, b, seed_batch, FLAGS)
+            keep = primitives.dropout_keep(seed, h, o_q, j_first, threshold, BLOCK_K)
         qk = primitives.dot(q, tl.trans(k), ACC, FLAGS)
         dp = primitives.dot(do, tl.trans(v), ACC, FLAGS)
-        _, ds, _, _ = weights_and_gradient(
-            qk,
-            dp,
-            lse[:, None],
-            delta[:, None],
-            keep,
-            o_q[:, None],
-            o_k[None, :],
-            seq_q,
-            seq_k,
-            left,
-            right,
-            scale,
-            cap_scale,
-            cap,
-            slope,
-            keep_scale,
-            p_mask_here,
-            mask_strides,
-            True,
-            FLAGS,
-        )
+        if SECOND_ORDER & FLAGS:
+            t_q, t_k, h = q, k, dp
+            if T_QUERY & FLAGS:
+                t_q = primitives.load_rows(
+                    p_t_q + b64 * t_q_strides[0] + h64 * t_q_strides[1],
+                    o_q, t_q_strides[2], seq_q, HEAD_DIM, BLOCK_D, True, FLAGS,
+                )  # fmt: skip
+            if T_KEY & FLAGS:
+                t_k = primitives.load_rows(
+                    p_t_k + b64 * t_k_strides[0] + hk64 * t_k_strides[1],
+                    o_k, t_k_strides[2], seq_k, HEAD_DIM, BLOCK_D, True, FLAGS,
+                )  # fmt: skip
+            if T_VALUE & FLAGS:
+                t_v = primitives.load_rows(
+                    p_t_v + b64 * t_v_strides[0] + hk64 * t_v_strides[1],
+                    o_k, t_v_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, True, FLAGS,
+                )  # fmt: skip
+                h = primitives.dot(do, tl.trans(t_v), ACC, FLAGS)
+            p_t_mask_here = p_t_mask
+            if T_MASK & FLAGS:
+                p_t_mask_here += b64 * t_mask_strides[0] + h64 * t_mask_strides[1]
+            _, _, _, gradient, _ = second_order(
+                qk,
+                cross(q, t_q, k, t_k, ACC, T_QUERY, T_KEY, FLAGS),
+                dp,
+                h,
+                lse[:, None],
+                delta[:, None],
+                tl.load(p_mu + row + o_q, mask=o_q < seq_q, other=0.0)[:, None],
+                tl.load(p_beta + row + o_q, mask=o_q < seq_q, other=0.0)[:, None],
+                keep,
+                o_q[:, None],
+                o_k[None, :],
+                seq_q,
+                seq_k,
+                left,
+                right,
+                scale,
+                raw_scale,
+                cap_scale,
+                cap,
+                slope,
+                keep_scale,
+                p_mask_here,
+                p_t_mask_here,
+                mask_strides,
+                t_mask_strides,
+                True,
+                FLAGS,
+            )
+        else:
+            _, gradient, _, _ = weights_and_gradient(
+                qk,
+                dp,
+                lse[:, None],
+                delta[:, None],
+                keep,
+                o_q[:, None],
+                o_k[None, :],
+                seq_q,
+                seq_k,
+                left,
+                right,
+                scale,
+                cap_scale,
+                cap,
+                slope,
+                keep_scale,
+                p_mask_here,
+                mask_strides,
+                True,
+                FLAGS,
+            )
         # An empty row's dO may be NaN; none of its keys is visible.
-        dm += ds  # E11
+        dm += gradient  # E11, E14
 
     # epilogue
     i_bh64 = i_bh.to(tl.int64)

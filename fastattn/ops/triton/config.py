@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-KERNELS = ("forward", "keys", "queries", "mask_gradient")
+KERNELS = (
+    "forward", "keys", "queries", "mask_gradient", "jvp", "second_keys", "second_queries",
+    "second_mask",
+)  # fmt: skip
 
 
 class Tile(NamedTuple):
@@ -61,6 +64,43 @@ _ATTENTION: dict[str, dict[int, dict[int, dict[int, Tile]]]] = {
         },
         100: {
             2: {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
+        },
+    },
+    "jvp": {
+        80: {
+            2: {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 16, 8, 1)},
+            4: {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+            8: {64: Tile(16, 16, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        },
+        90: {
+            2: {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
+        },
+    },
+    "second_keys": {
+        80: {
+            2: {64: Tile(32, 64, 4, 1), 128: Tile(16, 64, 8, 1), 256: Tile(16, 32, 8, 1)},
+            4: {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+            8: {64: Tile(16, 16, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        },
+        90: {
+            2: {64: Tile(32, 128, 8, 2), 128: Tile(16, 128, 8, 1), 256: Tile(16, 64, 8, 1)},
+        },
+    },
+    "second_queries": {
+        80: {
+            2: {64: Tile(64, 32, 4, 1), 128: Tile(64, 16, 4, 1), 256: Tile(32, 16, 8, 1)},
+            4: {64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+            8: {64: Tile(16, 16, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        },
+        90: {
+            2: {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 16, 8, 1)},
+        },
+    },
+    "second_mask": {
+        80: {
+            2: {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+            4: {64: Tile(16, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
+            8: {64: Tile(16, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
         },
     },
     "mask_gradient": {

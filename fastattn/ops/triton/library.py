@@ -16,17 +16,31 @@ _ATTENTION = (
     "Tensor? starts_q, Tensor? starts_k, SymInt max_q, SymInt max_k, bool is_causal, float scale, "
     "float dropout_p, SymInt left, SymInt right, float softcap"
 )
+_RESULTS = "Tensor out, Tensor lse, "
+_TANGENTS = "Tensor? t_query, Tensor? t_key, Tensor? t_value, Tensor? t_mask, "
 _SCHEMAS = {
     "attention_forward": f"({_ATTENTION.format('')}) -> (Tensor, Tensor)",
     "attention_backward": (
-        f"(Tensor grad_out, Tensor? grad_lse, {_ATTENTION.format('Tensor out, Tensor lse, ')}, "
+        f"(Tensor grad_out, Tensor? grad_lse, {_ATTENTION.format(_RESULTS)}, "
         "bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "attention_jvp": f"({_ATTENTION.format(_TANGENTS + _RESULTS)}) -> (Tensor, Tensor)",
+    "attention_double_backward": (
+        "(Tensor grad_out, Tensor? grad_lse, "
+        f"{_ATTENTION.format(_TANGENTS + _RESULTS)}, bool[5] needs) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "linear_relu_forward": "(Tensor input, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
     "linear_relu_backward": (
         "(Tensor grad_out, Tensor input, Tensor weight, Tensor mask, bool[3] needs) "
         "-> (Tensor, Tensor, Tensor)"
     ),
+}
+_MODULES = {
+    "attention_forward": "attention",
+    "attention_backward": "attention",
+    "attention_jvp": "attention_second_order",
+    "attention_double_backward": "attention_second_order",
 }
 
 
@@ -41,7 +55,7 @@ def _late(module: str, name: str) -> Callable:
 
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
-    _module = _name.rsplit("_", 1)[0]
+    _module = _MODULES.get(_name, "linear_relu")
     _library.impl(_name, _late(_module, _name), "CUDA")
     if interpreting():
         _library.impl(_name, _late(_module, _name), "CPU")

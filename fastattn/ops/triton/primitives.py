@@ -24,10 +24,16 @@ UPCAST = tl.constexpr(1024)  # the interpreter multiplies bfloat16 as integers
 TF32 = tl.constexpr(2048)
 LSE_GRADIENT = tl.constexpr(4096)
 TMA = tl.constexpr(8192)  # the streamed operands are tensor descriptors
+T_QUERY = tl.constexpr(1 << 14)  # which tangents there are
+T_KEY = tl.constexpr(1 << 15)
+T_VALUE = tl.constexpr(1 << 16)
+T_MASK = tl.constexpr(1 << 17)
+SECOND_ORDER = tl.constexpr(1 << 18)  # the mask's gradient is E14's
 
 MASKED = tl.constexpr(4 + 8)
 WINDOWED = tl.constexpr(1 + 2)
 MAY_BE_EMPTY = tl.constexpr(1 + 4 + 8)  # a right bound alone leaves key 0 to every row
+T_SCORES = tl.constexpr((1 << 14) + (1 << 15) + (1 << 17))  # tangents that move the scores
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -274,12 +280,11 @@ def scores(
     EDGE: tl.constexpr,
     FLAGS: tl.constexpr,
 ):
-    """E1: the scores of a tile of Q Kᵀ, the softcap's derivative and which elements are visible;
-    scores are -inf where hidden. Without EDGE every element is visible and there is no mask."""
-    derivative = 1.0
+    """E1: the scores of a tile of Q Kᵀ, the softcap's tanh and which elements are visible; where
+    hidden -inf and 0. Without EDGE every element is visible and there is no mask."""
+    capped = 0.0
     if SOFTCAP & FLAGS:
         capped = tanh(qk * cap_scale)
-        derivative = 1.0 - capped * capped
         s = capped * cap  # E1
     else:
         s = qk * scale  # E1
@@ -292,7 +297,9 @@ def scores(
         if FLOAT_MASK & FLAGS:
             s += bias.to(qk.dtype)  # E1
         s = tl.where(visible, s, float("-inf"))
-    return s, derivative, visible
+        if SOFTCAP & FLAGS:
+            capped = tl.where(visible, capped, 0.0)
+    return s, capped, visible
 
 
 @triton.jit
@@ -309,10 +316,20 @@ def used_keys(visible, o_k, i_first, seq_q, seq_k, left, right, BLOCK_Q: tl.cons
 
 
 @triton.jit
-def dropout_keep(seed, i_b, i_h, o_q, j_first, threshold, BLOCK_K: tl.constexpr):
-    """The keep-mask ``[Q, BLOCK_K]``: word j % 4 of Philox at (j / 4, i, head, batch)."""
+def dropout_seed(p_seed, i_b, seed_batch, FLAGS: tl.constexpr):
+    """Batch element i_b's seed, and which of the seed_batch elements that share it i_b is."""
+    if DROPOUT & FLAGS:
+        return tl.load(p_seed + i_b // seed_batch), i_b % seed_batch
+    else:
+        return i_b, i_b
+
+
+@triton.jit
+def dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K: tl.constexpr):
+    """The keep-mask ``[Q, BLOCK_K]``: word j % 4 of Philox at (j / 4, i, head, batch), of
+    dropout_seed's pair."""
     o_k4 = j_first // 4 + tl.arange(0, BLOCK_K // 4)
-    w0, w1, w2, w3 = tl.philox(seed, o_k4[None, :], o_q[:, None], i_h, i_b)
+    w0, w1, w2, w3 = tl.philox(seed[0], o_k4[None, :], o_q[:, None], i_h, seed[1])
     least = tl.full((), threshold, tl.uint32)
     even = tl.interleave((w0 >= least).to(tl.int8), (w2 >= least).to(tl.int8))
     odd = tl.interleave((w1 >= least).to(tl.int8), (w3 >= least).to(tl.int8))

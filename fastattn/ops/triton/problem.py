@@ -17,7 +17,8 @@ FLAG = {
     name: getattr(primitives, name).value
     for name in (
         "WINDOW_LEFT", "WINDOW_RIGHT", "BOOL_MASK", "FLOAT_MASK", "SOFTCAP", "ALIBI", "DROPOUT",
-        "NEGATIVE_SCALE", "VARLEN", "WIDE", "UPCAST", "TF32", "LSE_GRADIENT", "MASKED", "TMA",
+        "NEGATIVE_SCALE", "VARLEN", "WIDE", "UPCAST", "TF32", "LSE_GRADIENT", "MASKED", "WINDOWED",
+        "TMA", "T_QUERY", "T_KEY", "T_VALUE", "T_MASK", "SECOND_ORDER",
     )
 }  # fmt: skip
 _L2_BYTES = 24 << 20  # what a section of heads may keep in a cache of 40 or 50 MB
@@ -56,8 +57,11 @@ def _check(query, key, value, attn_mask, slopes, seed, starts_q, starts_k, scale
     require(math.isfinite(scale), "scale", "a finite number", scale)
     require(0 <= p < 1, "dropout_p", "a probability in [0, 1)", p)
     if p > 0:
-        good = seed is not None and seed.dtype == torch.int64 and seed.numel() == 1
-        require(good, "seed", "an int64 tensor of 1 element", seed)
+        elements = math.prod(batch) if starts_q is None else starts_q.shape[0] - 1
+        good = seed is not None and seed.dtype == torch.int64 and seed.numel() > 0
+        good = good and elements % seed.numel() == 0
+        got = seed if seed is None else (seed.dtype, tuple(seed.shape))
+        require(good, "seed", f"int64 [n] with n a divisor of the batch of {elements}", got)
     if slopes is not None:
         good = slopes.shape[-1:] == query.shape[-3:-2] and slopes.dim() in (1, 2)
         require(good, "alibi_slopes", f"[{heads_q}] or [B, {heads_q}]", tuple(slopes.shape))
@@ -91,7 +95,7 @@ class Problem:
     v: Tensor  # [B, Hk, Sk, Dv]
     mask: Tensor | None  # [B, Hq, Sq, Sk], each extent possibly 1
     slopes: Tensor | None  # [B, Hq]
-    seed: Tensor | None
+    seed: Tensor | None  # [n], each for B / n batch elements
     starts_q: Tensor | None
     starts_k: Tensor | None
     seq_q: int
@@ -120,7 +124,7 @@ class Problem:
             "DROPOUT": self.dropout_p > 0,
             "NEGATIVE_SCALE": self.scale < 0,
             "VARLEN": self.starts_q is not None,
-            "WIDE": any(_extent(x) >= 2**31 for x in (q, self.k, self.v, self.mask)),
+            "WIDE": is_wide(q, self.k, self.v, self.mask),
             "UPCAST": interpreting() and q.dtype == torch.bfloat16,
             "TF32": q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest",
         }
@@ -138,10 +142,21 @@ class Problem:
             self.slopes = slopes.expand(self.batch, self.heads_q).contiguous()
         if flags["BOOL_MASK"]:
             self.mask = self.mask.view(torch.uint8)
+        if flags["DROPOUT"]:
+            self.seed = self.seed.reshape(-1).contiguous()
+
+    def widen(self, *tensors: Tensor | None) -> None:
+        """Offsets of 64 bits where one of these asks for them too."""
+        if is_wide(*tensors):
+            self.flags |= FLAG["WIDE"]
 
     def pointer(self, x: Tensor | None) -> Tensor:
         """x, or some tensor where a kernel's flags keep it from looking."""
         return self.q if x is None else x
+
+    def shared(self) -> tuple[Tensor, ...]:
+        """What the kernels that walk keys or queries take beside the operands and the mask."""
+        return tuple(map(self.pointer, (self.slopes, self.seed, self.starts_q, self.starts_k)))
 
     def tile(self, kernel: str, *walked: Tensor) -> config.Tile:
         """The tile of a kernel whose programs walk the ``[B, H, S, D]`` operands given."""
@@ -169,6 +184,7 @@ class Problem:
             "seq_k": self.seq_k,
             "left": self.left,
             "right": self.right,
+            "seed_batch": self.batch // self.seed.numel() if self.dropout_p > 0 else 1,
             "threshold": math.floor(self.dropout_p * 2**32),
             **self.numbers,
             "SHAPE": (
@@ -196,11 +212,14 @@ class Problem:
         ]
 
     def mask_strides(self) -> tuple[int, int, int, int]:
-        if self.mask is None:
-            return (0, 0, 0, 0)
-        return tuple(
-            0 if n == 1 else s for n, s in zip(self.mask.shape, self.mask.stride(), strict=True)
-        )
+        return mask_strides(self.mask)
+
+
+def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
+    """0 where broadcast."""
+    if mask is None:
+        return (0, 0, 0, 0)
+    return tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
 
 
 def _tma_can_load(x: Tensor) -> bool:
@@ -214,11 +233,19 @@ def _tma_can_load(x: Tensor) -> bool:
     )
 
 
-def _extent(x: Tensor | None) -> int:
-    """The largest offset inside one head, and a tile beyond it."""
-    if x is None:
-        return 0
-    return (x.shape[-2] + 256) * abs(x.stride(-2)) + (x.shape[-1] + 256) * abs(x.stride(-1))
+def is_wide(*tensors: Tensor | None) -> bool:
+    """Whether the offsets inside one head, and a tile beyond it, pass 2^31."""
+    return any(
+        (x.shape[-2] + 256) * x.stride(-2) + (x.shape[-1] + 256) * x.stride(-1) >= 2**31
+        for x in tensors
+        if x is not None
+    )
+
+
+def mask_4d(mask: Tensor, batch: torch.Size) -> Tensor:
+    """``[B, Hq, Sq, Sk]``, each extent possibly 1."""
+    batch = batch if math.prod(mask.shape[:-3]) > 1 else mask.shape[:-3]
+    return mask.expand(*batch, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
 
 
 def make_problem(
@@ -229,8 +256,7 @@ def make_problem(
     q, k, v = four_dims(query), four_dims(key), four_dims(value)
     mask = attn_mask
     if mask is not None:
-        batch = query.shape[:-3] if math.prod(mask.shape[:-3]) > 1 else mask.shape[:-3]
-        mask = mask.expand(*batch, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+        mask = mask_4d(mask, query.shape[:-3])
     if slopes is not None and slopes.dim() == 2 and query.dim() > 4:
         # One row for each element of the first batch dimension.
         slopes = slopes.repeat_interleave(q.shape[0] // max(1, slopes.shape[0]), 0)

@@ -1,0 +1,329 @@
+"""The second order's gradients of keys and values, E14.
+
+Grid: one program for each (block of BLOCK_K keys, key head, batch). It walks the queries that see
+its keys, and their tangents, in every query head of the group; its tiles are transposed,
+``[BLOCK_K, BLOCK_Q]``.
+"""
+
+import triton
+import triton.language as tl
+
+from fastattn.ops.triton import primitives
+from fastattn.ops.triton.attention_backward import load_statistics
+from fastattn.ops.triton.attention_tangent import cross, second_order
+from fastattn.ops.triton.primitives import (
+    ALIBI,
+    BOOL_MASK,
+    DROPOUT,
+    MASKED,
+    MAY_BE_EMPTY,
+    T_KEY,
+    T_QUERY,
+    T_SCORES,
+    T_VALUE,
+    VARLEN,
+    WINDOW_LEFT,
+    WINDOW_RIGHT,
+)
+
+
+@triton.jit
+def _second_keys_step(
+    gk,  # [BLOCK_K, BLOCK_D]
+    gv,  # [BLOCK_K, BLOCK_DV]
+    i_first,
+    k,
+    v,
+    t_k,
+    t_v,
+    j_first,
+    i_b,
+    i_h,
+    p_q,
+    p_t_q,
+    p_do,
+    p_rows,  # of LSE, Δ, μ, β
+    p_mask,
+    p_t_mask,
+    stride_q,
+    stride_t_q,
+    stride_do,
+    mask_strides,
+    t_mask_strides,
+    seq_q,
+    seq_k,
+    left,
+    right,
+    scale,
+    raw_scale,
+    cap_scale,
+    cap,
+    slope,
+    keep_scale,
+    seed,
+    threshold,
+    SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
+    ACC: tl.constexpr,
+    EDGE: tl.constexpr,
+    FLAGS: tl.constexpr,
+):
+    """One block of queries: E14."""
+    HEAD_DIM: tl.constexpr = SHAPE[0]
+    HEAD_DIM_V: tl.constexpr = SHAPE[1]
+    BLOCK_D: tl.constexpr = SHAPE[2]
+    BLOCK_DV: tl.constexpr = SHAPE[3]
+    BLOCK_Q: tl.constexpr = SHAPE[4]
+    BLOCK_K: tl.constexpr = SHAPE[5]
+    o_q = i_first + tl.arange(0, BLOCK_Q)
+    o_k = j_first + tl.arange(0, BLOCK_K)
+    q = primitives.load_block(
+        p_q, i_b, i_h, i_first, o_q, stride_q, seq_q, HEAD_DIM, BLOCK_Q, BLOCK_D, True, FLAGS
+    )
+    do = primitives.load_block(
+        p_do, i_b, i_h, i_first, o_q, stride_do, seq_q, HEAD_DIM_V, BLOCK_Q, BLOCK_DV, True, FLAGS
+    )
+    t_q = q
+    if T_QUERY & FLAGS:
+        t_q = primitives.load_block(
+            p_t_q, i_b, i_h, i_first, o_q, stride_t_q, seq_q, HEAD_DIM, BLOCK_Q, BLOCK_D, True,
+            FLAGS,
+        )  # fmt: skip
+    lse, delta = load_statistics(p_rows[0], p_rows[1], o_q, seq_q, FLAGS)
+    mu = tl.load(p_rows[2] + o_q, mask=o_q < seq_q, other=0.0)
+    beta = tl.load(p_rows[3] + o_q, mask=o_q < seq_q, other=0.0)
+    if MAY_BE_EMPTY & FLAGS:
+        q = primitives.clear_rows(q, lse != float("inf"))
+        t_q = primitives.clear_rows(t_q, lse != float("inf"))
+        do = primitives.clear_rows(do, lse != float("inf"))
+    qk = primitives.dot(k, tl.trans(q), ACC, FLAGS)  # [BLOCK_K, BLOCK_Q]
+    x = cross(k, t_k, q, t_q, ACC, T_KEY, T_QUERY, FLAGS)
+    g = primitives.dot(v, tl.trans(do), ACC, FLAGS)
+    h = g
+    if T_VALUE & FLAGS:
+        h = primitives.dot(t_v, tl.trans(do), ACC, FLAGS)
+    keep = True
+    if DROPOUT & FLAGS:
+        keep = tl.trans(primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K))
+    w, ds, e, _, _ = second_order(
+        qk,
+        x,
+        g,
+        h,
+        lse[None, :],
+        delta[None, :],
+        mu[None, :],
+        beta[None, :],
+        keep,
+        o_q[None, :],
+        o_k[:, None],
+        seq_q,
+        seq_k,
+        left,
+        right,
+        scale,
+        raw_scale,
+        cap_scale,
+        cap,
+        slope,
+        keep_scale,
+        p_mask,
+        p_t_mask,
+        mask_strides,
+        t_mask_strides,
+        EDGE,
+        FLAGS,
+    )
+    if T_SCORES & FLAGS:
+        if DROPOUT & FLAGS:
+            w = tl.where(keep, w, 0.0)
+        gv += primitives.dot(w.to(do.dtype), do, ACC, FLAGS)  # E14
+    gk += primitives.dot(e.to(q.dtype), q, ACC, FLAGS)  # E14
+    if T_QUERY & FLAGS:
+        gk += primitives.dot(ds.to(t_q.dtype), t_q, ACC, FLAGS)  # E14
+    return gk, gv
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads", "batch_heads", "section", "tokens_q", "tokens_k",
+        "seq_q", "seq_k", "left", "right", "seed_batch", "threshold",
+    ]
+)  # fmt: skip
+def attention_second_keys_kernel(
+    p_q,  # [B, Hq, Sq, D]; with TMA the tensor's descriptor
+    p_k,  # [B, Hk, Sk, D]
+    p_v,  # [B, Hk, Sk, Dv]
+    p_t_q,  # like what they are tangents of; p_t_q's descriptor with TMA
+    p_t_k,
+    p_t_v,
+    p_do,  # [B, Hq, Sq, Dv]; with TMA the tensor's descriptor
+    p_lse,  # [B, Hq, Sq], as those that follow
+    p_delta,
+    p_mu,
+    p_beta,
+    p_gk,
+    p_gv,
+    p_mask,
+    p_t_mask,
+    p_lists,  # [..., 2, query blocks]
+    p_counts,  # [..., 2]
+    p_slopes,
+    p_seed,
+    p_starts_q,
+    p_starts_k,
+    q_strides,
+    k_strides,
+    v_strides,
+    t_q_strides,
+    t_k_strides,
+    t_v_strides,
+    do_strides,
+    row_strides,  # of LSE, Δ, μ, β: batch, head
+    gk_strides,
+    gv_strides,
+    mask_strides,
+    t_mask_strides,
+    list_strides,  # of batch, head, key block
+    heads,  # key heads
+    batch_heads,
+    group,
+    section,
+    tokens_q,
+    tokens_k,
+    seq_q,
+    seq_k,
+    left,
+    right,
+    seed_batch,
+    threshold,
+    scale: "fp64",
+    cap_scale: "fp64",
+    cap: "fp64",
+    keep_scale: "fp64",
+    raw_scale: "fp64",  # without the change of base
+    SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
+    FLAGS: tl.constexpr,
+):
+    # ids
+    HEAD_DIM: tl.constexpr = SHAPE[0]
+    HEAD_DIM_V: tl.constexpr = SHAPE[1]
+    BLOCK_D: tl.constexpr = SHAPE[2]
+    BLOCK_DV: tl.constexpr = SHAPE[3]
+    BLOCK_Q: tl.constexpr = SHAPE[4]
+    BLOCK_K: tl.constexpr = SHAPE[5]
+    ACC: tl.constexpr = p_lse.dtype.element_ty
+    blocks = tl.cdiv(seq_k, BLOCK_K)
+    query_blocks = tl.cdiv(seq_q, BLOCK_Q)
+    # Under a causal mask the first keys are seen by the most queries.
+    i_block, i_hk, i_b = primitives.scheduled_block(blocks, heads, batch_heads, section, False)
+    i_b64, i_hk64 = i_b.to(tl.int64), i_hk.to(tl.int64)
+    start_q, seq_q = primitives.sequence(p_starts_q, i_b, tokens_q, seq_q, FLAGS)
+    start_k, seq_k = primitives.sequence(p_starts_k, i_b, tokens_k, seq_k, FLAGS)
+    j_first = i_block * BLOCK_K
+    if VARLEN & FLAGS:
+        if j_first >= seq_k:
+            return
+        i_b64 = i_b64 * 0
+    o_k = j_first + tl.arange(0, BLOCK_K)
+
+    # this program's tensors
+    p_k += i_b64 * k_strides[0] + i_hk64 * k_strides[1] + start_k * k_strides[2]
+    p_v += i_b64 * v_strides[0] + i_hk64 * v_strides[1] + start_k * v_strides[2]
+    p_t_k += i_b64 * t_k_strides[0] + i_hk64 * t_k_strides[1] + start_k * t_k_strides[2]
+    p_t_v += i_b64 * t_v_strides[0] + i_hk64 * t_v_strides[1] + start_k * t_v_strides[2]
+    p_gk += i_b64 * gk_strides[0] + i_hk64 * gk_strides[1] + start_k * gk_strides[2]
+    p_gv += i_b64 * gv_strides[0] + i_hk64 * gv_strides[1] + start_k * gv_strides[2]
+    scale = primitives.scalar(scale, ACC)
+    raw_scale = primitives.scalar(raw_scale, ACC)
+    cap_scale = primitives.scalar(cap_scale, ACC)
+    cap = primitives.scalar(cap, ACC)
+    keep_scale = primitives.scalar(keep_scale, ACC)
+    seed = primitives.dropout_seed(p_seed, i_b, seed_batch, FLAGS)
+
+    # prologue
+    k = primitives.load_rows(p_k, o_k, k_strides[2], seq_k, HEAD_DIM, BLOCK_D, True, FLAGS)
+    v = primitives.load_rows(p_v, o_k, v_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
+    t_k = k
+    if T_KEY & FLAGS:
+        t_k = primitives.load_rows(
+            p_t_k, o_k, t_k_strides[2], seq_k, HEAD_DIM, BLOCK_D, True, FLAGS
+        )
+    t_v = v
+    if T_VALUE & FLAGS:
+        t_v = primitives.load_rows(
+            p_t_v, o_k, t_v_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, True, FLAGS
+        )
+    gk = tl.zeros((BLOCK_K, BLOCK_D), ACC)
+    gv = tl.zeros((BLOCK_K, BLOCK_DV), ACC)
+
+    # main loops
+    for i_group in range(0, group):
+        i_h = i_hk * group + i_group
+        i_h64 = i_h.to(tl.int64)
+        slope = 0.0
+        if ALIBI & FLAGS:
+            slope = tl.load(p_slopes + i_b * (heads * group) + i_h)
+        row = i_b64 * row_strides[0] + i_h64 * row_strides[1] + start_q
+        args = (
+            k,
+            v,
+            t_k,
+            t_v,
+            j_first,
+            i_b,
+            i_h,
+            primitives.head_pointer(p_q, i_b64, i_h64, start_q, q_strides, FLAGS),
+            primitives.head_pointer(p_t_q, i_b64, i_h64, start_q, t_q_strides, FLAGS),
+            primitives.head_pointer(p_do, i_b64, i_h64, start_q, do_strides, FLAGS),
+            (p_lse + row, p_delta + row, p_mu + row, p_beta + row),
+            p_mask + i_b64 * mask_strides[0] + i_h64 * mask_strides[1],
+            p_t_mask + i_b64 * t_mask_strides[0] + i_h64 * t_mask_strides[1],
+            q_strides[2],
+            t_q_strides[2],
+            do_strides[2],
+            mask_strides,
+            t_mask_strides,
+            seq_q,
+            seq_k,
+            left,
+            right,
+            scale,
+            raw_scale,
+            cap_scale,
+            cap,
+            slope,
+            keep_scale,
+            seed,
+            threshold,
+        )
+        if MASKED & FLAGS:
+            i_list = i_b64 * list_strides[0] + i_h64 * list_strides[1] + i_block * list_strides[2]
+            p_count = p_counts + i_list * 2
+            p_list = p_lists + i_list * 2 * query_blocks
+            for n in range(0, tl.load(p_count)):
+                i_first = tl.load(p_list + n) * BLOCK_Q
+                gk, gv = _second_keys_step(gk, gv, i_first, *args, SHAPE, ACC, True, FLAGS)
+            if BOOL_MASK & FLAGS:
+                for n in range(0, tl.load(p_count + 1)):
+                    i_first = tl.load(p_list + query_blocks + n) * BLOCK_Q
+                    gk, gv = _second_keys_step(gk, gv, i_first, *args, SHAPE, ACC, False, FLAGS)
+        else:
+            lo, full_lo, full_hi, hi = primitives.query_range(
+                j_first, seq_q, seq_k, left, right, BLOCK_Q, BLOCK_K, FLAGS
+            )
+            if WINDOW_RIGHT & FLAGS:
+                for i_first in range(lo, full_lo, BLOCK_Q):
+                    gk, gv = _second_keys_step(gk, gv, i_first, *args, SHAPE, ACC, True, FLAGS)
+            for i_first in range(full_lo, full_hi, BLOCK_Q):
+                i_first = tl.multiple_of(i_first, BLOCK_Q)
+                gk, gv = _second_keys_step(gk, gv, i_first, *args, SHAPE, ACC, False, FLAGS)
+            if WINDOW_LEFT & FLAGS:
+                for i_first in range(full_hi, hi, BLOCK_Q):
+                    gk, gv = _second_keys_step(gk, gv, i_first, *args, SHAPE, ACC, True, FLAGS)
+
+    # epilogue
+    gk *= raw_scale
+    if DROPOUT & FLAGS:
+        gv *= keep_scale
+    primitives.store_rows(p_gk, o_k, gk, gk_strides[2], seq_k, HEAD_DIM, BLOCK_D, FLAGS)
+    primitives.store_rows(p_gv, o_k, gv, gv_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, FLAGS)

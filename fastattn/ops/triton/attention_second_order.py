@@ -1,0 +1,300 @@
+"""Forward mode and double backward by the Triton kernels: from tensors to launches.
+
+Arguments are those of ``fastattn.ops.triton.attention``; ``t_*`` are tangents of what they are
+named after, absent ones are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from fastattn.ops.triton.attention_jvp import attention_jvp_kernel
+from fastattn.ops.triton.attention_parts import (
+    Tangents,
+    check_cotangents,
+    check_results,
+    make_delta,
+    mask_gradient,
+    mask_lists,
+)
+from fastattn.ops.triton.attention_second_keys import attention_second_keys_kernel
+from fastattn.ops.triton.attention_second_queries import attention_second_queries_kernel
+from fastattn.ops.triton.launch import launch
+from fastattn.ops.triton.problem import (
+    FLAG,
+    Problem,
+    four_dims,
+    like_rows,
+    make_problem,
+    mask_4d,
+    mask_strides,
+    require,
+    row_strides,
+)
+
+
+def _make_tangents(
+    p: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    t_query: Tensor | None,
+    t_key: Tensor | None,
+    t_value: Tensor | None,
+    t_mask: Tensor | None,
+) -> Tangents:
+    pairs = {
+        "t_query": (t_query, query),
+        "t_key": (t_key, key),
+        "t_value": (t_value, value),
+        "t_mask": (t_mask, attn_mask),
+    }
+    good = t_mask is None or (attn_mask is not None and attn_mask.dtype != torch.bool)
+    require(good, "t_mask", "none without a float mask", t_mask)
+    for name, (tangent, x) in pairs.items():
+        if tangent is None:
+            continue
+        good = tangent.shape == x.shape and tangent.dtype == x.dtype and tangent.device == x.device
+        require(good, name, f"{x.dtype} {tuple(x.shape)} on {x.device}",
+                 (tangent.dtype, tuple(tangent.shape), tangent.device))  # fmt: skip
+        if name != "t_mask" or p.mask is not None:
+            p.flags |= FLAG[name.upper()]
+    t = Tangents(
+        p.q if t_query is None else four_dims(t_query),
+        p.k if t_key is None else four_dims(t_key),
+        p.v if t_value is None else four_dims(t_value),
+        p.mask if t_mask is None or p.mask is None else mask_4d(t_mask, query.shape[:-3]),
+    )
+    p.widen(*t)
+    return t
+
+
+def _jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """tO ``[B, Hq, Sq, Dv]`` and μ ``[B, Hq, Sq]``, E12."""
+    t_out = like_rows(p.q, p.v.shape[-1], p.starts_q is not None)
+    mu = torch.empty_like(lse)
+    tile = p.tile("jvp", p.k, p.v, t.k, t.v)
+    k, v, t_k, t_v = p.walked(tile, tile.block_k, p.k, p.v, t.k, t.v)
+    lists, counts, list_strides = mask_lists(p, tile, by_key=False)
+    launch(
+        attention_jvp_kernel,
+        (triton.cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
+        p.q,
+        k,
+        v,
+        t.q,
+        t_k,
+        t_v,
+        out,
+        lse,
+        t_out,
+        mu,
+        p.pointer(p.mask),
+        p.pointer(t.mask),
+        p.pointer(lists),
+        p.pointer(counts),
+        *p.shared(),
+        *map(row_strides, (p.q, p.k, p.v, t.q, t.k, t.v, out)),
+        lse.stride()[:2],
+        row_strides(t_out),
+        mu.stride()[:2],
+        p.mask_strides(),
+        mask_strides(t.mask),
+        list_strides,
+        p.heads_q,
+        p.batch * p.heads_q,
+        p.group,
+        p.section(p.seq_k, p.heads_k) * p.group,
+        p.q.shape[2],
+        p.k.shape[2],
+        raw_scale=p.scale,
+        **p.common(tile),
+    )
+    return t_out, mu
+
+
+def attention_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    slopes: Tensor | None,
+    t_query: Tensor | None,
+    t_key: Tensor | None,
+    t_value: Tensor | None,
+    t_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    left: int,
+    right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """The tangents of out ``[*, Hq, Sq, Dv]`` and of LSE ``[*, Hq, Sq]``."""
+    p = make_problem(
+        query, key, value, attn_mask, slopes, seed, starts_q, starts_k, max_q, max_k, is_causal,
+        scale, dropout_p, left, right, softcap,
+    )  # fmt: skip
+    check_results(p, query, value, out, lse)
+    t = _make_tangents(p, query, key, value, attn_mask, t_query, t_key, t_value, t_mask)
+    o = four_dims(out)
+    p.widen(o)
+    t_out, mu = _jvp(p, t, o, lse.reshape(p.q.shape[:3]).contiguous())
+    return t_out.view(out.shape), mu.view(lse.shape)
+
+
+def _gradient_of_queries(p: Problem, t: Tangents, do: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+    gq = like_rows(p.q, p.q.shape[-1], p.starts_q is not None)
+    tile = p.tile("second_queries", p.k, p.v, t.k, t.v)
+    k, v, t_k, t_v = p.walked(tile, tile.block_k, p.k, p.v, t.k, t.v)
+    lists, counts, list_strides = mask_lists(p, tile, by_key=False)
+    launch(
+        attention_second_queries_kernel,
+        (triton.cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
+        p.q,
+        k,
+        v,
+        t.q,
+        t_k,
+        t_v,
+        do,
+        *rows,
+        gq,
+        p.pointer(p.mask),
+        p.pointer(t.mask),
+        p.pointer(lists),
+        p.pointer(counts),
+        *p.shared(),
+        *map(row_strides, (p.q, p.k, p.v, t.q, t.k, t.v, do)),
+        rows[0].stride()[:2],
+        row_strides(gq),
+        p.mask_strides(),
+        mask_strides(t.mask),
+        list_strides,
+        p.heads_q,
+        p.batch * p.heads_q,
+        p.group,
+        p.section(p.seq_k, p.heads_k) * p.group,
+        p.q.shape[2],
+        p.k.shape[2],
+        raw_scale=p.scale,
+        **p.common(tile),
+    )
+    return gq
+
+
+def _gradients_of_keys(
+    p: Problem, t: Tangents, do: Tensor, rows: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    packed = p.starts_q is not None
+    gk, gv = (like_rows(x, x.shape[-1], packed) for x in (p.k, p.v))
+    tile = p.tile("second_keys", p.q, t.q, do)
+    q, t_q, d_out = p.walked(tile, tile.block_q, p.q, t.q, do)
+    lists, counts, list_strides = mask_lists(p, tile, by_key=True)
+    launch(
+        attention_second_keys_kernel,
+        (triton.cdiv(p.seq_k, tile.block_k) * p.batch * p.heads_k,),
+        q,
+        p.k,
+        p.v,
+        t_q,
+        t.k,
+        t.v,
+        d_out,
+        *rows,
+        gk,
+        gv,
+        p.pointer(p.mask),
+        p.pointer(t.mask),
+        p.pointer(lists),
+        p.pointer(counts),
+        *p.shared(),
+        *map(row_strides, (p.q, p.k, p.v, t.q, t.k, t.v, do)),
+        rows[0].stride()[:2],
+        row_strides(gk),
+        row_strides(gv),
+        p.mask_strides(),
+        mask_strides(t.mask),
+        list_strides,
+        p.heads_k,
+        p.batch * p.heads_k,
+        p.group,
+        p.section(p.seq_q * p.group, p.heads_k),
+        p.q.shape[2],
+        p.k.shape[2],
+        raw_scale=p.scale,
+        **p.common(tile),
+    )
+    return gk, gv
+
+
+def attention_double_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    slopes: Tensor | None,
+    t_query: Tensor | None,
+    t_key: Tensor | None,
+    t_value: Tensor | None,
+    t_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    left: int,
+    right: int,
+    softcap: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``attention_jvp``'s tangents, which are the gradients of grad_out and grad_lse, and those of
+    query, key, value and the float mask, E14; ``needs`` has one flag for both tangents, then one
+    each. What is not needed is empty."""
+    p = make_problem(
+        query, key, value, attn_mask, slopes, seed, starts_q, starts_k, max_q, max_k, is_causal,
+        scale, dropout_p, left, right, softcap,
+    )  # fmt: skip
+    check_results(p, query, value, out, lse)
+    check_cotangents(grad_out, grad_lse, attn_mask, out, lse, needs[4])
+    t = _make_tangents(p, query, key, value, attn_mask, t_query, t_key, t_value, t_mask)
+    do, o, lse4 = four_dims(grad_out), four_dims(out), lse.reshape(p.q.shape[:3]).contiguous()
+    p.widen(do, o)
+    results = [query.new_empty((0,)), lse.new_empty((0,)), *[query.new_empty((0,))] * 4]
+    if not any(needs):
+        return tuple(results)
+    t_out, mu = _jvp(p, t, o, lse4)
+    if needs[0]:
+        results[:2] = t_out.view(out.shape), mu.view(lse.shape)
+    if not any(needs[1:]):
+        return tuple(results)
+    # β, as Δ: the row's weighted sum of what E14 subtracts it from
+    rows = (lse4, make_delta(p, do, o, lse4, grad_lse), mu, make_delta(p, do, t_out, lse4, None))
+    if needs[1]:
+        results[2] = _gradient_of_queries(p, t, do, rows).view(query.shape)
+    if needs[2] or needs[3]:
+        gk, gv = _gradients_of_keys(p, t, do, rows)
+        results[3] = gk.view(key.shape) if needs[2] else results[3]
+        results[4] = gv.view(value.shape) if needs[3] else results[4]
+    if needs[4]:
+        results[5] = mask_gradient(p, do, rows, attn_mask, query.shape[:-3], t)
+    return tuple(results)
