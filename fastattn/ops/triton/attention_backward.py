@@ -34,6 +34,19 @@ def load_statistics(p_lse, p_delta, o_q, seq_q, FLAGS: tl.constexpr):
 
 
 @triton.jit
+def score_gradient(
+    p, dp, delta, keep, keep_scale, visible, EDGE: tl.constexpr, FLAGS: tl.constexpr
+):
+    """dS before the softcap: E7."""
+    if DROPOUT & FLAGS:
+        dp = tl.where(keep, dp * keep_scale, 0.0)  # E7
+    ds = p * (dp - delta)  # E7
+    if EDGE:
+        ds = tl.where(visible, ds, 0.0)  # a hidden key's dP may be NaN
+    return ds
+
+
+@triton.jit
 def weights_and_gradient(
     qk,
     dp,  # dO Vᵀ
@@ -75,11 +88,7 @@ def weights_and_gradient(
         FLAGS,
     )
     p = primitives.power(s - lse, FLAGS)  # E6
-    if DROPOUT & FLAGS:
-        dp = tl.where(keep, dp * keep_scale, 0.0)  # E7
-    ds = p * (dp - delta)  # E7
-    if EDGE:
-        ds = tl.where(visible, ds, 0.0)  # a hidden key's dP may be NaN
+    ds = score_gradient(p, dp, delta, keep, keep_scale, visible, EDGE, FLAGS)
     return p, ds, capped, visible
 
 

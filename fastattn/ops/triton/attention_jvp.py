@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fastattn.ops.triton import primitives
 from fastattn.ops.triton.attention_backward import load_lse
-from fastattn.ops.triton.attention_tangent import cross, tangent_scores
+from fastattn.ops.triton.attention_tangent import weights_and_tangent
 from fastattn.ops.triton.primitives import (
     ALIBI,
     BOOL_MASK,
@@ -86,9 +86,13 @@ def _jvp_step(
             p_t_k, i_b, i_hk, j_first, o_k, stride_t_k, seq_k, HEAD_DIM, BLOCK_K, BLOCK_D, EDGE,
             FLAGS,
         )  # fmt: skip
-    qk = primitives.dot(q, tl.trans(k), ACC, FLAGS)  # [BLOCK_Q, BLOCK_K]
-    s, capped, visible = primitives.scores(
-        qk,
+    p, a, _, _, visible = weights_and_tangent(  # [BLOCK_Q, BLOCK_K]
+        q,
+        t_q,
+        k,
+        t_k,
+        lse[:, None],
+        0.0,
         o_q[:, None],
         o_k[None, :],
         seq_q,
@@ -96,15 +100,20 @@ def _jvp_step(
         left,
         right,
         scale,
+        raw_scale,
         cap_scale,
         cap,
         slope,
         p_mask,
+        p_t_mask,
         mask_strides,
+        t_mask_strides,
+        ACC,
+        T_QUERY,
+        T_KEY,
         EDGE,
         FLAGS,
     )
-    p = primitives.power(s - lse[:, None], FLAGS)  # E6
     used = o_k < seq_k
     if EDGE and ((MASKED | WINDOWED) & FLAGS):
         used = primitives.used_keys(
@@ -114,19 +123,6 @@ def _jvp_step(
     if DROPOUT & FLAGS:
         keep = primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K)
     if T_SCORES & FLAGS:
-        x = cross(q, t_q, k, t_k, ACC, T_QUERY, T_KEY, FLAGS)
-        a, _ = tangent_scores(
-            x,
-            capped,
-            visible,
-            o_q[:, None],
-            o_k[None, :],
-            raw_scale,
-            p_t_mask,
-            t_mask_strides,
-            EDGE,
-            FLAGS,
-        )
         pa = p * a
         mu += tl.sum(pa, 1)  # E12
         if DROPOUT & FLAGS:

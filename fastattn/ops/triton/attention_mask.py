@@ -12,15 +12,18 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.triton import primitives
-from fastattn.ops.triton.attention_backward import load_statistics, weights_and_gradient
-from fastattn.ops.triton.attention_tangent import cross, second_order
+from fastattn.ops.triton.attention_backward import (
+    load_statistics,
+    score_gradient,
+    weights_and_gradient,
+)
+from fastattn.ops.triton.attention_tangent import second_gradient, weights_and_tangent
 from fastattn.ops.triton.primitives import (
     ALIBI,
     DROPOUT,
     FLOAT_MASK,
     SECOND_ORDER,
     T_KEY,
-    T_MASK,
     T_QUERY,
     T_VALUE,
 )
@@ -203,10 +206,8 @@ def attention_mask_gradient_kernel(
         if DROPOUT & FLAGS:
             seed = primitives.dropout_seed(p_seed, b, seed_batch, FLAGS)
             keep = primitives.dropout_keep(seed, h, o_q, j_first, threshold, BLOCK_K)
-        qk = primitives.dot(q, tl.trans(k), ACC, FLAGS)
-        dp = primitives.dot(do, tl.trans(v), ACC, FLAGS)
         if SECOND_ORDER & FLAGS:
-            t_q, t_k, h = q, k, dp
+            t_q, t_k, t_v = q, k, v
             if T_QUERY & FLAGS:
                 t_q = primitives.load_rows(
                     p_t_q + b64 * t_q_strides[0] + h64 * t_q_strides[1],
@@ -222,20 +223,15 @@ def attention_mask_gradient_kernel(
                     p_t_v + b64 * t_v_strides[0] + hk64 * t_v_strides[1],
                     o_k, t_v_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, True, FLAGS,
                 )  # fmt: skip
-                h = primitives.dot(do, tl.trans(t_v), ACC, FLAGS)
-            p_t_mask_here = p_t_mask
-            if T_MASK & FLAGS:
-                p_t_mask_here += b64 * t_mask_strides[0] + h64 * t_mask_strides[1]
-            _, _, _, gradient, _ = second_order(
-                qk,
-                cross(q, t_q, k, t_k, ACC, T_QUERY, T_KEY, FLAGS),
-                dp,
-                h,
+            mu = tl.load(p_mu + row + o_q, mask=o_q < seq_q, other=0.0)
+            beta = tl.load(p_beta + row + o_q, mask=o_q < seq_q, other=0.0)
+            p, tangent, _, _, visible = weights_and_tangent(
+                q,
+                t_q,
+                k,
+                t_k,
                 lse[:, None],
-                delta[:, None],
-                tl.load(p_mu + row + o_q, mask=o_q < seq_q, other=0.0)[:, None],
-                tl.load(p_beta + row + o_q, mask=o_q < seq_q, other=0.0)[:, None],
-                keep,
+                mu[:, None],
                 o_q[:, None],
                 o_k[None, :],
                 seq_q,
@@ -247,18 +243,26 @@ def attention_mask_gradient_kernel(
                 cap_scale,
                 cap,
                 slope,
-                keep_scale,
                 p_mask_here,
-                p_t_mask_here,
+                p_t_mask + b64 * t_mask_strides[0] + h64 * t_mask_strides[1],
                 mask_strides,
                 t_mask_strides,
+                ACC,
+                T_QUERY,
+                T_KEY,
                 True,
                 FLAGS,
             )
+            g = primitives.dot(do, tl.trans(v), ACC, FLAGS)
+            ds = score_gradient(p, g, delta[:, None], keep, keep_scale, visible, True, FLAGS)
+            h = primitives.dot(do, tl.trans(t_v), ACC, FLAGS)
+            gradient = second_gradient(
+                p, ds, tangent, h, beta[:, None], keep, keep_scale, visible, True, FLAGS
+            )
         else:
             _, gradient, _, _ = weights_and_gradient(
-                qk,
-                dp,
+                primitives.dot(q, tl.trans(k), ACC, FLAGS),
+                primitives.dot(do, tl.trans(v), ACC, FLAGS),
                 lse[:, None],
                 delta[:, None],
                 keep,

@@ -9,8 +9,12 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.triton import primitives
-from fastattn.ops.triton.attention_backward import load_statistics
-from fastattn.ops.triton.attention_tangent import cross, second_order
+from fastattn.ops.triton.attention_backward import load_statistics, score_gradient
+from fastattn.ops.triton.attention_tangent import (
+    before_softcap,
+    second_gradient,
+    weights_and_tangent,
+)
 from fastattn.ops.triton.primitives import (
     ALIBI,
     BOOL_MASK,
@@ -95,25 +99,14 @@ def _second_keys_step(
         q = primitives.clear_rows(q, lse != float("inf"))
         t_q = primitives.clear_rows(t_q, lse != float("inf"))
         do = primitives.clear_rows(do, lse != float("inf"))
-    qk = primitives.dot(k, tl.trans(q), ACC, FLAGS)  # [BLOCK_K, BLOCK_Q]
-    x = cross(k, t_k, q, t_q, ACC, T_KEY, T_QUERY, FLAGS)
-    g = primitives.dot(v, tl.trans(do), ACC, FLAGS)
-    h = g
-    if T_VALUE & FLAGS:
-        h = primitives.dot(t_v, tl.trans(do), ACC, FLAGS)
-    keep = True
-    if DROPOUT & FLAGS:
-        keep = tl.trans(primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K))
-    w, ds, e, _, _ = second_order(
-        qk,
-        x,
-        g,
-        h,
+    # Each product is used before the next is made: four of them do not fit into the registers.
+    p, tangent, x, capped, visible = weights_and_tangent(  # [BLOCK_K, BLOCK_Q]
+        k,
+        t_k,
+        q,
+        t_q,
         lse[None, :],
-        delta[None, :],
         mu[None, :],
-        beta[None, :],
-        keep,
         o_q[None, :],
         o_k[:, None],
         seq_q,
@@ -125,21 +118,34 @@ def _second_keys_step(
         cap_scale,
         cap,
         slope,
-        keep_scale,
         p_mask,
         p_t_mask,
         mask_strides,
         t_mask_strides,
+        ACC,
+        T_KEY,
+        T_QUERY,
         EDGE,
         FLAGS,
     )
+    keep = True
+    if DROPOUT & FLAGS:
+        keep = tl.trans(primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K))
     if T_SCORES & FLAGS:
+        w = p * tangent
         if DROPOUT & FLAGS:
             w = tl.where(keep, w, 0.0)
         gv += primitives.dot(w.to(do.dtype), do, ACC, FLAGS)  # E14
-    gk += primitives.dot(e.to(q.dtype), q, ACC, FLAGS)  # E14
+    g = primitives.dot(v, tl.trans(do), ACC, FLAGS)
+    ds = score_gradient(p, g, delta[None, :], keep, keep_scale, visible, EDGE, FLAGS)
+    h = g
+    if T_VALUE & FLAGS:
+        h = primitives.dot(t_v, tl.trans(do), ACC, FLAGS)
+    e = second_gradient(p, ds, tangent, h, beta[None, :], keep, keep_scale, visible, EDGE, FLAGS)
+    ds, e = before_softcap(ds, e, x, capped, cap_scale, FLAGS)
     if T_QUERY & FLAGS:
         gk += primitives.dot(ds.to(t_q.dtype), t_q, ACC, FLAGS)  # E14
+    gk += primitives.dot(e.to(q.dtype), q, ACC, FLAGS)  # E14
     return gk, gv
 
 

@@ -8,8 +8,12 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.triton import primitives
-from fastattn.ops.triton.attention_backward import load_statistics
-from fastattn.ops.triton.attention_tangent import cross, second_order
+from fastattn.ops.triton.attention_backward import load_statistics, score_gradient
+from fastattn.ops.triton.attention_tangent import (
+    before_softcap,
+    second_gradient,
+    weights_and_tangent,
+)
 from fastattn.ops.triton.primitives import (
     ALIBI,
     BOOL_MASK,
@@ -88,30 +92,15 @@ def _second_queries_step(
             p_t_k, i_b, i_hk, j_first, o_k, stride_t_k, seq_k, HEAD_DIM, BLOCK_K, BLOCK_D, EDGE,
             FLAGS,
         )  # fmt: skip
-    qk = primitives.dot(q, tl.trans(k), ACC, FLAGS)  # [BLOCK_Q, BLOCK_K]
-    x = cross(q, t_q, k, t_k, ACC, T_QUERY, T_KEY, FLAGS)
-    g = primitives.dot(do, tl.trans(v), ACC, FLAGS)
-    h = g
-    if T_VALUE & FLAGS:
-        t_v = primitives.load_block(
-            p_t_v, i_b, i_hk, j_first, o_k, stride_t_v, seq_k, HEAD_DIM_V, BLOCK_K, BLOCK_DV, EDGE,
-            FLAGS,
-        )  # fmt: skip
-        h = primitives.dot(do, tl.trans(t_v), ACC, FLAGS)
-    keep = True
-    if DROPOUT & FLAGS:
-        keep = primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K)
     lse, delta, mu, beta = rows
-    _, ds, e, _, visible = second_order(
-        qk,
-        x,
-        g,
-        h,
+    # Each product is used before the next is made: four of them do not fit into the registers.
+    p, tangent, x, capped, visible = weights_and_tangent(  # [BLOCK_Q, BLOCK_K]
+        q,
+        t_q,
+        k,
+        t_k,
         lse[:, None],
-        delta[:, None],
         mu[:, None],
-        beta[:, None],
-        keep,
         o_q[:, None],
         o_k[None, :],
         seq_q,
@@ -123,14 +112,30 @@ def _second_queries_step(
         cap_scale,
         cap,
         slope,
-        keep_scale,
         p_mask,
         p_t_mask,
         mask_strides,
         t_mask_strides,
+        ACC,
+        T_QUERY,
+        T_KEY,
         EDGE,
         FLAGS,
     )
+    keep = True
+    if DROPOUT & FLAGS:
+        keep = primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K)
+    g = primitives.dot(do, tl.trans(v), ACC, FLAGS)
+    ds = score_gradient(p, g, delta[:, None], keep, keep_scale, visible, EDGE, FLAGS)
+    h = g
+    if T_VALUE & FLAGS:
+        t_v = primitives.load_block(
+            p_t_v, i_b, i_hk, j_first, o_k, stride_t_v, seq_k, HEAD_DIM_V, BLOCK_K, BLOCK_DV, EDGE,
+            FLAGS,
+        )  # fmt: skip
+        h = primitives.dot(do, tl.trans(t_v), ACC, FLAGS)
+    e = second_gradient(p, ds, tangent, h, beta[:, None], keep, keep_scale, visible, EDGE, FLAGS)
+    ds, e = before_softcap(ds, e, x, capped, cap_scale, FLAGS)
     if EDGE and ((MASKED | WINDOWED) & FLAGS):
         used = primitives.used_keys(
             visible, o_k, i_first, seq_q, seq_k, left, right, BLOCK_Q, FLAGS
@@ -138,9 +143,9 @@ def _second_queries_step(
         k = primitives.clear_rows(k, used)
         if T_KEY & FLAGS:
             t_k = primitives.clear_rows(t_k, used)
-    gq += primitives.dot(e.to(k.dtype), k, ACC, FLAGS)  # E14
     if T_KEY & FLAGS:
         gq += primitives.dot(ds.to(t_k.dtype), t_k, ACC, FLAGS)  # E14
+    gq += primitives.dot(e.to(k.dtype), k, ACC, FLAGS)  # E14
     return gq
 
 

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.triton import primitives
-from fastattn.ops.triton.attention_backward import weights_and_gradient
 from fastattn.ops.triton.primitives import DROPOUT, SOFTCAP, T_MASK, T_SCORES, T_VALUE
 
 
@@ -24,42 +23,13 @@ def cross(a, t_a, b, t_b, ACC: tl.constexpr, T_A: tl.constexpr, T_B: tl.constexp
 
 
 @triton.jit
-def tangent_scores(
-    x,
-    capped,
-    visible,
-    i,
-    j,
-    raw_scale,
-    p_t_mask,
-    t_mask_strides,
-    EDGE: tl.constexpr,
-    FLAGS: tl.constexpr,
-):
-    """From x = tQ Kᵀ + Q tKᵀ: A, E12, and x; both are 0 where hidden: a hidden key's tangent may be
-    NaN."""
-    if EDGE:
-        x = tl.where(visible, x, 0.0)
-    a = x * raw_scale
-    if SOFTCAP & FLAGS:
-        a *= 1.0 - capped * capped
-    if T_MASK & FLAGS:
-        p_tile = p_t_mask + i.to(tl.int64) * t_mask_strides[2] + j.to(tl.int64) * t_mask_strides[3]
-        a += tl.load(p_tile, mask=visible, other=0.0).to(x.dtype)
-    return a, x
-
-
-@triton.jit
-def second_order(
-    qk,
-    x,  # tQ Kᵀ + Q tKᵀ
-    g,  # dO Vᵀ
-    h,  # dO tVᵀ
+def weights_and_tangent(
+    a,  # the tile is A Bᵀ: Q and K, or K and Q where it is transposed
+    t_a,
+    b,
+    t_b,
     lse,  # of the rows, shaped like i
-    delta,
     mu,
-    beta,
-    keep,
     i,
     j,
     seq_q,
@@ -71,21 +41,19 @@ def second_order(
     cap_scale,
     cap,
     slope,
-    keep_scale,
     p_mask,
     p_t_mask,
     mask_strides,
     t_mask_strides,
+    ACC: tl.constexpr,
+    T_A: tl.constexpr,
+    T_B: tl.constexpr,
     EDGE: tl.constexpr,
     FLAGS: tl.constexpr,
 ):
-    """P (A - μ), dS and E of Q Kᵀ, E of the mask, and what is visible: E14."""
-    p, ds, capped, visible = weights_and_gradient(
-        qk,
-        g,
-        lse,
-        delta,
-        keep,
+    """P, A - μ, tQ Kᵀ + Q tKᵀ, the softcap's tanh, what is visible: E6, E12."""
+    s, capped, visible = primitives.scores(
+        primitives.dot(a, tl.trans(b), ACC, FLAGS),
         i,
         j,
         seq_q,
@@ -96,33 +64,46 @@ def second_order(
         cap_scale,
         cap,
         slope,
-        keep_scale,
         p_mask,
         mask_strides,
         EDGE,
         FLAGS,
     )
+    p = primitives.power(s - lse, FLAGS)  # E6
+    x = cross(a, t_a, b, t_b, ACC, T_A, T_B, FLAGS)
+    if EDGE:
+        x = tl.where(visible, x, 0.0)  # a hidden key's tangent may be NaN
+    tangent = x * raw_scale
+    if SOFTCAP & FLAGS:
+        tangent *= 1.0 - capped * capped
+    if T_MASK & FLAGS:
+        p_tile = p_t_mask + i.to(tl.int64) * t_mask_strides[2] + j.to(tl.int64) * t_mask_strides[3]
+        tangent += tl.load(p_tile, mask=visible, other=0.0).to(ACC)
+    return p, tangent - mu, x, capped, visible
+
+
+@triton.jit
+def second_gradient(
+    p, ds, tangent, h, beta, keep, keep_scale, visible, EDGE: tl.constexpr, FLAGS: tl.constexpr
+):
+    """E of the scores after the softcap, from H = dO tVᵀ: E14."""
     e = -beta * p
+    if T_SCORES & FLAGS:
+        e += ds * tangent
     if T_VALUE & FLAGS:
         if DROPOUT & FLAGS:
             h = tl.where(keep, h * keep_scale, 0.0)
         if EDGE:
             h = tl.where(visible, h, 0.0)
-        e += p * h  # E14
-    w = tl.zeros_like(p)
-    e_mask = e
-    if T_SCORES & FLAGS:
-        a, x = tangent_scores(
-            x, capped, visible, i, j, raw_scale, p_t_mask, t_mask_strides, EDGE, FLAGS
-        )
-        a -= mu
-        w = p * a
-        e += ds * a  # E14
-        e_mask = e
-        if SOFTCAP & FLAGS:
-            e -= (2.0 * cap_scale) * capped * x * ds  # E14
+        e += p * h
+    return e
+
+
+@triton.jit
+def before_softcap(ds, e, x, capped, cap_scale, FLAGS: tl.constexpr):
+    """dS and E of the scores before the softcap: E14."""
     if SOFTCAP & FLAGS:
         derivative = 1.0 - capped * capped
-        e *= derivative
+        e = derivative * (e - 2.0 * cap_scale * capped * x * ds)
         ds *= derivative
-    return w, ds, e, e_mask, visible
+    return ds, e

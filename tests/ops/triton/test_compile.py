@@ -40,7 +40,13 @@ def compiler(monkeypatch, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from fastattn.ops.triton import attention, linear_relu, problem
+    from fastattn.ops.triton import (
+        attention,
+        attention_parts,
+        attention_second_order,
+        linear_relu,
+        problem,
+    )
 
     class Driver:
         architecture = 90
@@ -71,7 +77,7 @@ def compiler(monkeypatch, tmp_path):
         fake.architecture = architecture
         for module in (problem, linear_relu):
             monkeypatch.setattr(module, "capability", lambda _: architecture)
-        for module in (attention, linear_relu):
+        for module in (attention, attention_parts, attention_second_order, linear_relu):
             monkeypatch.setattr(module, "launch", launch)
         return compiled
 
@@ -81,9 +87,9 @@ def compiler(monkeypatch, tmp_path):
         driver.reset_active()
 
 
-def attend(dtype, head_dim, mask=None, **options) -> None:
-    """A forward and a backward with everything asked for; nothing runs."""
-    from fastattn.ops.triton import attention
+def attend(dtype, head_dim, mask=None, order=1, **options) -> None:
+    """A forward and a backward, or a double backward, with everything asked for; nothing runs."""
+    from fastattn.ops.triton import attention, attention_second_order
 
     q = torch.empty(1, 4, 256, head_dim, dtype=dtype)
     k = torch.empty(1, options.pop("heads_k", 4), 256, head_dim, dtype=dtype)
@@ -92,11 +98,22 @@ def attend(dtype, head_dim, mask=None, **options) -> None:
     window, softcap = options.pop("window", (-1, -1)), options.pop("softcap", 0.0)
     packed = (None, None, 0, 0)
     more = (causal, 0.1, p, *window, softcap)
+    bias = None if mask is None or mask.dtype == torch.bool else mask
+    needs = [True] * (order + 2) + [bias is not None]
+    if order == 2:
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=_wide(dtype))
+        attention_second_order.attention_double_backward(
+            out, lse, q, k, k, mask, slopes, q, k, k, bias, out, lse, seed, *packed, *more, needs
+        )
+        return
     out, lse = attention.attention_forward(q, k, k, mask, slopes, seed, *packed, *more)
-    needs = [True] * 3 + [mask is not None and mask.dtype != torch.bool]
     attention.attention_backward(
         out, lse, q, k, k, mask, slopes, out, lse, seed, *packed, *more, needs
     )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
