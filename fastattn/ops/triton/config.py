@@ -167,7 +167,7 @@ class Product(NamedTuple):
     num_stages: int
 
 
-PRODUCTS = ("forward", "input_gradient", "weight_gradient")
+PRODUCTS = ("forward", "jvp", "input_gradient", "weight_gradient")
 INTERPRETED_PRODUCT = Product(16, 16, 16, 1, 1)
 WANTED_PROGRAMS = 264  # two for each processor of an H200
 _FUSED_DEPTH = 1024  # above this cuBLAS and an element by element kernel are taken
@@ -175,6 +175,7 @@ _FUSED_DEPTH = 1024  # above this cuBLAS and an element by element kernel are ta
 # kernel -> architecture -> Product, for 16 bits: wider types go to cuBLAS
 _PRODUCT: dict[str, dict[int, Product]] = {
     "forward": {80: Product(128, 64, 32, 4, 3), 90: Product(128, 64, 64, 4, 3)},
+    "jvp": {80: Product(128, 64, 32, 4, 2), 90: Product(128, 64, 64, 4, 3)},
     "input_gradient": {80: Product(64, 64, 32, 4, 3), 90: Product(64, 128, 64, 4, 3)},
     "weight_gradient": {80: Product(64, 64, 32, 4, 3), 90: Product(64, 128, 64, 4, 3)},
 }

@@ -35,6 +35,10 @@ _SCHEMAS = {
         "(Tensor grad_out, Tensor input, Tensor weight, Tensor mask, bool[3] needs) "
         "-> (Tensor, Tensor, Tensor)"
     ),
+    "linear_relu_jvp": (
+        "(Tensor input, Tensor weight, Tensor mask, Tensor? t_input, Tensor? t_weight, "
+        "Tensor? t_bias) -> Tensor"
+    ),
 }
 _MODULES = {
     "attention_forward": "attention",

@@ -1,10 +1,11 @@
-"""Linear layers with a ReLU, E15-E16: ``y = relu(x Wᵀ + b)`` and one bit an element of what passed.
+"""Linear layers with a ReLU, E15-E17: ``y = relu(x Wᵀ + b)`` and one bit an element of what passed.
 
 1. ``linear_relu_forward_kernel``: a program owns a tile of y and its bits.
 2. ``linear_relu_input_gradient_kernel``: a tile of dX; dY is masked while it is loaded.
 3. ``linear_relu_weight_gradient_kernel``: a tile of dW over a share of the rows; the first column
    of tiles adds up the bias gradient on the way.
-4. ``relu_bits_kernel`` and ``masked_gradient_kernel`` are the element by element parts beside a
+4. ``linear_relu_jvp_kernel``: a tile of tY, both products into one sum.
+5. ``relu_bits_kernel`` and ``masked_gradient_kernel`` are the element by element parts beside a
    product that cuBLAS does.
 """
 
@@ -36,12 +37,18 @@ def load_tile(p_x, o_rows, o_columns, stride_row, stride_column, rows, columns):
 
 
 @triton.jit
+def load_passes(p_bits, o_m, o_n, m, n):
+    """R, ``[len(o_m), len(o_n)]``."""
+    p_bytes = p_bits + o_m.to(tl.int64)[:, None] * ((n + 7) // 8) + (o_n // 8)[None, :]
+    bits = tl.load(p_bytes, mask=(o_m < m)[:, None] & (o_n < n)[None, :], other=0)
+    return ((bits >> (o_n % 8).to(tl.uint8)[None, :]) & 1) != 0
+
+
+@triton.jit
 def load_masked(p_dy, p_bits, o_m, o_n, stride_dy, stride_dy_column, m, n):
     """G = dY∘R, ``[len(o_m), len(o_n)]``."""
     dy = load_tile(p_dy, o_m, o_n, stride_dy, stride_dy_column, m, n)
-    p_bytes = p_bits + o_m.to(tl.int64)[:, None] * ((n + 7) // 8) + (o_n // 8)[None, :]
-    bits = tl.load(p_bytes, mask=(o_m < m)[:, None] & (o_n < n)[None, :], other=0)
-    passes = ((bits >> (o_n % 8).to(tl.uint8)[None, :]) & 1) != 0
+    passes = load_passes(p_bits, o_m, o_n, m, n)
     return tl.where(passes, dy, tl.zeros((), dy.dtype))  # E16
 
 
@@ -160,6 +167,51 @@ def linear_relu_weight_gradient_kernel(
     tl.store(p_tile, acc.to(p_dw.dtype.element_ty), mask=(o_n < n)[:, None] & (o_k < k)[None, :])
     if i_k == 0:
         tl.store(p_db + i_part * n + o_n, db.to(p_db.dtype.element_ty), mask=o_n < n)
+
+
+@triton.jit(do_not_specialize=["m"])
+def linear_relu_jvp_kernel(
+    p_x,  # [M, K]
+    p_w,  # [N, K]
+    p_t_x,
+    p_t_w,
+    p_t_bias,  # [N]
+    p_bits,  # [M, ceil(N / 8)]
+    p_t_y,  # [M, N], contiguous
+    stride_x,
+    stride_w,
+    stride_t_x,
+    stride_t_w,
+    m,
+    n,
+    k,
+    T_INPUT: tl.constexpr,
+    T_WEIGHT: tl.constexpr,
+    T_BIAS: tl.constexpr,
+    ACC: tl.constexpr,
+    FLAGS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    i_m, i_n = tile_of(tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), 8)
+    o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for first in range(0, k, BLOCK_K):
+        o_k = first + tl.arange(0, BLOCK_K)
+        if T_INPUT:
+            t_x = load_tile(p_t_x, o_m, o_k, stride_t_x, 1, m, k)
+            w = load_tile(p_w, o_n, o_k, stride_w, 1, n, k)
+            acc += dot(t_x, tl.trans(w), ACC, FLAGS)  # E17
+        if T_WEIGHT:
+            x = load_tile(p_x, o_m, o_k, stride_x, 1, m, k)
+            t_w = load_tile(p_t_w, o_n, o_k, stride_t_w, 1, n, k)
+            acc += dot(x, tl.trans(t_w), ACC, FLAGS)  # E17
+    if T_BIAS:
+        acc += tl.load(p_t_bias + o_n, mask=o_n < n, other=0.0).to(ACC)[None, :]
+    t_y = tl.where(load_passes(p_bits, o_m, o_n, m, n), acc, 0.0)  # E17
+    p_tile = p_t_y + o_m.to(tl.int64)[:, None] * n + o_n[None, :]
+    tl.store(p_tile, t_y.to(p_t_y.dtype.element_ty), mask=(o_m < m)[:, None] & (o_n < n)[None, :])
 
 
 @triton.jit(do_not_specialize=["m"])

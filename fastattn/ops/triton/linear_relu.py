@@ -15,6 +15,7 @@ from fastattn.ops.triton.launch import launch
 from fastattn.ops.triton.linear_kernels import (
     linear_relu_forward_kernel,
     linear_relu_input_gradient_kernel,
+    linear_relu_jvp_kernel,
     linear_relu_weight_gradient_kernel,
     masked_gradient_kernel,
     relu_bits_kernel,
@@ -122,6 +123,11 @@ def linear_relu_forward(
     return y.view(*input.shape[:-1], n), bits
 
 
+def _check_mask(mask: Tensor, m: int, n: int) -> None:
+    good = mask.shape == (m, (n + 7) // 8) and mask.dtype == torch.uint8 and mask.is_contiguous()
+    _require(good, "mask", f"uint8 {(m, (n + 7) // 8)}", (mask.dtype, tuple(mask.shape)))
+
+
 def linear_relu_backward(
     grad_out: Tensor, input: Tensor, weight: Tensor, mask: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,8 +138,7 @@ def linear_relu_backward(
     good = grad_out.shape == (*input.shape[:-1], n) and grad_out.dtype == input.dtype
     _require(good, "grad_out", f"{input.dtype} {(*input.shape[:-1], n)}",
              (grad_out.dtype, tuple(grad_out.shape)))  # fmt: skip
-    good = mask.shape == (m, (n + 7) // 8) and mask.dtype == torch.uint8 and mask.is_contiguous()
-    _require(good, "mask", f"uint8 {(m, (n + 7) // 8)}", (mask.dtype, tuple(mask.shape)))
+    _check_mask(mask, m, n)
     dy = grad_out.reshape(m, n)  # any strides: often the expanded gradient of a sum
     grads = [input.new_empty((0,))] * 3
     if _fused(x, m, n, k):
@@ -144,10 +149,22 @@ def linear_relu_backward(
             grads[1] = dw if needs[1] else grads[1]
             grads[2] = db if needs[2] else grads[2]
         return tuple(grads)
+    g, parts = _masked(dy, mask, m, n, needs[2])
+    if needs[0]:
+        grads[0] = (g @ w).view(input.shape)
+    if needs[1]:
+        grads[1] = g.t() @ x
+    if needs[2]:
+        grads[2] = parts.sum(0).to(x.dtype)
+    return tuple(grads)
+
+
+def _masked(dy: Tensor, mask: Tensor, m: int, n: int, bias: bool) -> tuple[Tensor, Tensor]:
+    """dY∘R, and with bias what each block of its rows adds up to."""
     g = dy.new_empty((m, n))
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     blocks = triton.cdiv(m, _ELEMENT_ROWS)
-    parts = torch.empty((blocks, n) if needs[2] else (0,), dtype=wide, device=x.device)
+    parts = torch.empty((blocks, n) if bias else (0,), dtype=wide, device=dy.device)
     launch(
         masked_gradient_kernel,
         (blocks, triton.cdiv(n, _ELEMENT_COLUMNS)),
@@ -159,18 +176,74 @@ def linear_relu_backward(
         dy.stride(1),
         m,
         n,
-        BIAS=needs[2],
+        BIAS=bias,
         BLOCK_M=_ELEMENT_ROWS,
         BLOCK_N=_ELEMENT_COLUMNS,
-        device=x.device,
+        device=dy.device,
     )
-    if needs[0]:
-        grads[0] = (g @ w).view(input.shape)
-    if needs[1]:
-        grads[1] = g.t() @ x
-    if needs[2]:
-        grads[2] = parts.sum(0).to(x.dtype)
-    return tuple(grads)
+    return g, parts
+
+
+def linear_relu_jvp(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    t_input: Tensor | None,
+    t_weight: Tensor | None,
+    t_bias: Tensor | None,
+) -> Tensor:
+    """The tangent of the output ``[*, N]``, E17; at least one of the three is there."""
+    _check(input, weight)
+    x, w = _rows(input), _rows(weight)
+    (m, k), n = x.shape, w.shape[0]
+    _check_mask(mask, m, n)
+    tangents = {
+        "t_input": (t_input, input.shape),
+        "t_weight": (t_weight, weight.shape),
+        "t_bias": (t_bias, weight.shape[:1]),
+    }
+    for name, (tangent, shape) in tangents.items():
+        good = tangent is None or (tangent.shape == shape and tangent.dtype == input.dtype)
+        _require(good, name, f"{input.dtype} {tuple(shape)}", tangent)
+    good = any(tangent is not None for tangent, _ in tangents.values())
+    _require(good, "t_input", "at least one tangent", None)
+    t_x = None if t_input is None else _rows(t_input)
+    t_w = None if t_weight is None else _rows(t_weight)
+    if t_x is None and t_w is None:
+        t_y = _masked(t_bias.expand(m, n), mask, m, n, False)[0]
+    elif _fused(x, m, n, k):
+        t_y = x.new_empty((m, n))
+        options = _options(x, "jvp")
+        t_bias = None if t_bias is None else t_bias.contiguous()
+        launch(
+            linear_relu_jvp_kernel,
+            (_grid(options, m, n),),
+            x,
+            w,
+            x if t_x is None else t_x,
+            w if t_w is None else t_w,
+            x if t_bias is None else t_bias,
+            mask,
+            t_y,
+            x.stride(0),
+            w.stride(0),
+            0 if t_x is None else t_x.stride(0),
+            0 if t_w is None else t_w.stride(0),
+            m,
+            n,
+            k,
+            T_INPUT=t_x is not None,
+            T_WEIGHT=t_w is not None,
+            T_BIAS=t_bias is not None,
+            **options,
+        )
+    else:
+        t_y = t_bias  # a row that addmm adds to every row
+        for a, b in ((t_x, w), (x, t_w)):
+            if a is not None and b is not None:
+                t_y = a @ b.t() if t_y is None else torch.addmm(t_y, a, b.t())
+        t_y = _masked(t_y, mask, m, n, False)[0]
+    return t_y.view(*input.shape[:-1], n)
 
 
 def _input_gradient(dy: Tensor, mask: Tensor, w: Tensor, m: int, n: int, k: int) -> Tensor:
