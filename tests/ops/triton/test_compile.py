@@ -30,6 +30,7 @@ class Compiled(NamedTuple):
     kernel: str
     shared: int
     stack: int  # bytes a thread, of spilled registers
+    registers: int  # a handful where the assembler gave up: beyond tensor memory
     ptx: str
 
 
@@ -70,8 +71,9 @@ def compiler(monkeypatch, tmp_path):
         usage = subprocess.run(
             [str(cuobjdump), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
         ).stdout
-        stack = int(re.search(r"STACK:(\d+)", usage)[1])
-        compiled.append(Compiled(kernel.__name__, built.metadata.shared, stack, built.asm["ptx"]))
+        stack, registers = (int(re.search(rf"{n}:(\d+)", usage)[1]) for n in ("STACK", "REG"))
+        ptx = built.asm["ptx"]
+        compiled.append(Compiled(kernel.__name__, built.metadata.shared, stack, registers, ptx))
 
     def set_architecture(architecture: int) -> list[Compiled]:
         fake.architecture = architecture
@@ -151,6 +153,75 @@ def check_attention(compiled: list[Compiled], architecture: int, dtype: str, hea
             assert "wgmma.mma_async" in kernel.ptx, kernel.kernel
 
 
+# Masked tiles of these spill a little, full ones do not.
+MASKED_TILES_SPILL = {(90, 128, "attention_second_keys_kernel"): 64}
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", SHARED_BYTES)
+def test_second_order(architecture, dtype, head_dim, mask, compiler):
+    if config.why_not(architecture, DTYPES[dtype].itemsize, head_dim):
+        pytest.skip(config.why_not(architecture, DTYPES[dtype].itemsize, head_dim))
+    compiled = compiler(architecture)
+    bias = torch.empty(1, 4, 256, 256, dtype=DTYPES[dtype]) if mask else None
+    attend(DTYPES[dtype], head_dim, bias, order=2, is_causal=not mask)
+    names = {kernel.kernel for kernel in compiled}
+    assert names >= {
+        "attention_jvp_kernel", "attention_second_keys_kernel", "attention_second_queries_kernel",
+    }  # fmt: skip
+    assert ("attention_mask_gradient_kernel" in names) == mask
+    for kernel in compiled:
+        assert kernel.shared <= SHARED_BYTES[architecture], kernel[:4]
+        assert kernel.registers >= 16, kernel[:4]
+        attention = "second" in kernel.kernel or "jvp" in kernel.kernel
+        if dtype == "bf16" and head_dim <= 128 and not mask:
+            allowed = MASKED_TILES_SPILL.get((architecture, head_dim, kernel.kernel), 0)
+            assert kernel.stack <= SPILLS + allowed, kernel[:4]
+        if dtype == "bf16" and architecture == 90 and attention:
+            assert "wgmma.mma_async" in kernel.ptx, kernel.kernel
+    loads = {k.kernel for k in compiled if "cp.async.bulk.tensor" in k.ptx}
+    tma = dtype == "bf16" and architecture >= 90 and head_dim <= 128
+    assert loads == ({"attention_jvp_kernel"} if tma else set())
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("architecture", [90, 100])
+def test_second_order_without_tensor_descriptors(architecture, head_dim, compiler, monkeypatch):
+    from fastattn.ops.triton import problem
+
+    monkeypatch.setattr(problem, "_tma_can_load", lambda _: False)
+    compiled = compiler(architecture)
+    attend(torch.bfloat16, head_dim, order=2, is_causal=True)
+    (jvp,) = (kernel for kernel in compiled if "jvp" in kernel.kernel)
+    assert jvp.stack <= SPILLS
+    assert jvp.shared <= SHARED_BYTES[architecture]
+    assert jvp.registers >= 16
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("architecture, head_dim", [(90, 64), (90, 128), (80, 128), (100, 256)])
+def test_second_order_with_every_option(architecture, head_dim, mask, compiler):
+    compiled = compiler(architecture)
+    dtype = torch.bool if mask == "bool" else torch.bfloat16
+    attend(
+        torch.bfloat16,
+        head_dim,
+        None if mask == "none" else torch.empty(1, 1, 256, 256, dtype=dtype),
+        order=2,
+        is_causal=True,
+        window=(100, 5),
+        softcap=2.0,
+        dropout_p=0.1,
+        slopes=torch.empty(4),
+        heads_k=2,
+    )
+    for kernel in compiled:
+        assert kernel.shared <= SHARED_BYTES[architecture], kernel[:4]
+        assert kernel.registers >= 16, kernel[:4]
+
+
 @pytest.mark.parametrize(
     "architecture, head_dim, mask",
     [
@@ -193,7 +264,8 @@ def test_linear_relu(architecture, dtype, fused, compiler, monkeypatch):
     x, w = (torch.empty(rows, 784, dtype=DTYPES[dtype]) for rows in (64, 128))
     out, bits = linear_relu.linear_relu_forward(x, w, w[:, 0])
     linear_relu.linear_relu_backward(out, x, w, bits, [True] * 3)
-    assert len(compiled) == (3 if fused else 2)
+    linear_relu.linear_relu_jvp(x, w, bits, x, w, w[:, 0])
+    assert len(compiled) == (4 if fused else 3)
     for kernel in compiled:
         assert kernel.shared <= SHARED_BYTES[architecture], kernel[:3]
         if dtype == "bf16":
