@@ -124,8 +124,7 @@ def attention_backward(
     do, lse = four_dims(grad_out), lse.reshape(p.q.shape[:3]).contiguous()
     p.widen(do)
     delta = make_delta(p, do, four_dims(out), lse, grad_lse)
-    absent = query.new_empty((0,))
-    grads = [absent] * 4
+    grads = [query.new_empty((0,)) for _ in range(4)]  # none may be another
     strides = (*map(row_strides, (p.q, p.k, p.v, do)), lse.stride()[:2], delta.stride()[:2])
     if needs[0]:
         dq = like_rows(p.q, query.shape[-1], varlen)
@@ -195,8 +194,8 @@ def attention_backward(
             out_scale=p.scale,
             **p.common(tile),
         )
-        grads[1] = dk.view(key.shape) if needs[1] else absent
-        grads[2] = dv.view(value.shape) if needs[2] else absent
+        grads[1] = dk.view(key.shape) if needs[1] else grads[1]
+        grads[2] = dv.view(value.shape) if needs[2] else grads[2]
     if needs[3]:
         grads[3] = mask_gradient(p, do, (lse, delta), attn_mask, query.shape[:-3])
     return tuple(grads)

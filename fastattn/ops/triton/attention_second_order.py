@@ -279,7 +279,8 @@ def attention_double_backward(
     t = _make_tangents(p, query, key, value, attn_mask, t_query, t_key, t_value, t_mask)
     do, o, lse4 = four_dims(grad_out), four_dims(out), lse.reshape(p.q.shape[:3]).contiguous()
     p.widen(do, o)
-    results = [query.new_empty((0,)), lse.new_empty((0,)), *[query.new_empty((0,))] * 4]
+    like = (query, lse, query, key, value, query)
+    results = [x.new_empty((0,)) for x in like]  # none may be another
     if not any(needs):
         return tuple(results)
     t_out, mu = _jvp(p, t, o, lse4)

@@ -140,7 +140,7 @@ def linear_relu_backward(
              (grad_out.dtype, tuple(grad_out.shape)))  # fmt: skip
     _check_mask(mask, m, n)
     dy = grad_out.reshape(m, n)  # any strides: often the expanded gradient of a sum
-    grads = [input.new_empty((0,))] * 3
+    grads = [input.new_empty((0,)) for _ in range(3)]  # none may be another
     if _fused(x, m, n, k):
         if needs[0]:
             grads[0] = _input_gradient(dy, mask, w, m, n, k).view(input.shape)
