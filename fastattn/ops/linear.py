@@ -95,9 +95,9 @@ def _fake_backward(grad_out, input, weight, mask, needs):
 for _namespace in ["fastattn_triton", *(["fastattn"] if _extension.HAS_NATIVE else [])]:
     torch.library.register_fake(f"{_namespace}::linear_relu_forward", _fake_forward)
     torch.library.register_fake(f"{_namespace}::linear_relu_backward", _fake_backward)
+    torch.library.register_fake(f"{_namespace}::linear_relu_jvp", _fake_jvp)
 
 if _extension.HAS_NATIVE:
-    torch.library.register_fake("fastattn::linear_relu_jvp", _fake_jvp)
 
     @torch.library.register_fake("fastattn::mlp_forward")
     def _(input, weights, biases):
@@ -112,13 +112,3 @@ if _extension.HAS_NATIVE:
     def _(grad_out, input, weights, hidden, needs):
         shapes = [input.shape, *(w.shape for w in weights), *((w.shape[0],) for w in weights)]
         return [input.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True)]
-
-
-# --- second order: Triton's op --------------------------------------------------------------------
-
-
-def _fake_jvp(input, weight, mask, t_input, t_weight, t_bias):
-    return input.new_empty((*input.shape[:-1], weight.shape[0]))
-
-
-torch.library.register_fake("fastattn_triton::linear_relu_jvp", _fake_jvp)

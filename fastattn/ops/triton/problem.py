@@ -257,9 +257,12 @@ def make_problem(
     mask = attn_mask
     if mask is not None:
         mask = mask_4d(mask, query.shape[:-3])
-    if slopes is not None and slopes.dim() == 2 and query.dim() > 4:
-        # One row for each element of the first batch dimension.
-        slopes = slopes.repeat_interleave(q.shape[0] // max(1, slopes.shape[0]), 0)
+    if slopes is not None and slopes.dim() == 2:
+        batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
+        good = (slopes.shape[0] > 0 and batch % slopes.shape[0] == 0) or batch == 0
+        require(good, "alibi_slopes", f"rows that divide the batch of {batch}", tuple(slopes.shape))
+        # Each row serves as many batch elements that follow each other.
+        slopes = slopes.repeat_interleave(batch // max(1, slopes.shape[0]), 0)
     if is_causal:
         right = 0
     return Problem(
