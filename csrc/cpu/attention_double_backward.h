@@ -14,7 +14,9 @@ class AttentionDoubleBackward {
   using A = Acc<T>;
   using E = Operand<T>;
   static constexpr int64_t kStride = SecondTile<T>::kStride;
-  static constexpr int64_t kScoreBytes = int64_t{32} << 20;  // of a block of query rows
+  // Of a block of query rows: their scores (160 KB a block of keys) are read again from L2 or L3.
+  static constexpr int64_t kMostRows = 48;
+  static constexpr int64_t kScoreBytes = int64_t{32} << 20;
 
  public:
   AttentionDoubleBackward(const AttentionDoubleBackwardProblem& problem, const Parallel& parallel)
@@ -36,7 +38,7 @@ class AttentionDoubleBackward {
     // So many rows that their scores stay near.
     const int64_t row_bytes =
         SecondTile<T>::elements(p_, 1) * key_blocks_ * static_cast<int64_t>(sizeof(A));
-    block_rows_ = max64(2 * kRows, min64(kBlockQ, kScoreBytes / row_bytes / kRows * kRows));
+    block_rows_ = max64(2 * kRows, min64(kMostRows, kScoreBytes / row_bytes / kRows * kRows));
     const int64_t blocks = max64(1, ceil_div(p_.seq_q, block_rows_));
     const int64_t part = p_.seq_k * (dim_padded_ + dim_v_padded_);
     int64_t ranges = 1;

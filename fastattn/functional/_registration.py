@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from fastattn import ops
 from fastattn.functional._autograd import in_transform
 from fastattn.functional.attention import AttentionFunction
-from fastattn.functional.attention_derivatives import AttentionDerivative, Call
+from fastattn.functional.attention_derivatives import AttentionDerivative, Call, Request
 from fastattn.functional.linear import LinearReLUFunction, MLPFunction
 from fastattn.functional.linear_derivatives import LinearReLUBackward, LinearReLUTangent
 
@@ -51,8 +51,8 @@ def _derivative(
     (seed, starts_q, starts_k, *numbers), options = _options(rest, backend == "triton")
     found = iter(
         AttentionDerivative.apply(
-            Call(*numbers, options, backend), tuple(needs), *cotangents, *inputs, *results, seed,
-            slopes, starts_q, starts_k, *tangents,
+            Request(Call(*numbers, options, backend), tuple(needs)), *cotangents, *inputs,
+            *results, seed, slopes, starts_q, starts_k, *tangents,
         )
     )  # fmt: skip
     absent = inputs[0].new_empty((0,))

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,14 +36,24 @@ from fastattn.functional import _batching, higher_order
 from fastattn.functional._autograd import add, apply, kernel, save_for_forward
 
 
-class Call(NamedTuple):
-    """What of an attention call is not a tensor."""
+@dataclass(frozen=True)
+class Call:
+    """What of an attention call is not a tensor: to torch.func one argument, no tree."""
 
     is_causal: bool
     scale: float
     dropout_p: float
     options: ops.Options
     backend: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of AttentionDerivative: of J_n (t_out, t_lse), and of G_n for query, key,
+    value, mask."""
+
+    call: Call
+    needs: tuple[bool, ...]
 
 
 class Extras(NamedTuple):
@@ -68,8 +79,7 @@ class AttentionDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        call: Call,
-        needs: tuple[bool, ...],  # of J_n, and of G_n for query, key, value, mask
+        request: Request,
         grad_out: Tensor | None,  # [*, Hq, Sq, Dv]
         grad_lse: Tensor | None,  # [*, Hq, Sq]
         query: Tensor,
@@ -84,6 +94,7 @@ class AttentionDerivative(torch.autograd.Function):
         starts_k: Tensor | None,
         *tangents: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        call, needs = request.call, request.needs
         order = len(tangents) // 4
         extras = Extras(seed, slopes, starts_q, starts_k)
         inputs = (query, key, value, attn_mask)
@@ -131,7 +142,7 @@ class AttentionDerivative(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.call, ctx.needs, *tensors = inputs
+        ctx.request, *tensors = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         save_for_forward(ctx, *tensors)
@@ -139,9 +150,9 @@ class AttentionDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         cotangents = ctx.saved_tensors[:2]
-        point, tangents = _Point.split(ctx.call, ctx.saved_tensors)
-        of_j, of_g = _by_output(ctx.needs, grads)
-        asked = ctx.needs_input_grad[2:]
+        point, tangents = _Point.split(ctx.request.call, ctx.saved_tensors)
+        of_j, of_g = _by_output(ctx.request.needs, grads)
+        asked = ctx.needs_input_grad[1:]
         sums: list[Tensor | None] = [None] * len(asked)
 
         def take(place: int, found: Sequence[Tensor | None]) -> None:
@@ -158,13 +169,13 @@ class AttentionDerivative(torch.autograd.Function):
                 take(place, found[2:])
             if any(x is not None for x in of_j):
                 take(place, point.derivative(of_j, rest, (False, *needs))[2:])
-        return (None, None, *(x if ask else None for x, ask in zip(sums, asked, strict=True)))
+        return (None, *(x if ask else None for x, ask in zip(sums, asked, strict=True)))
 
     @staticmethod
-    def jvp(ctx, _call, _needs, *directions):
+    def jvp(ctx, _request, *directions):
         refuse_tangent_of_slopes(directions[_TANGENTS - 3])
-        cotangents, needs = ctx.saved_tensors[:2], ctx.needs
-        point, tangents = _Point.split(ctx.call, ctx.saved_tensors)
+        cotangents, needs = ctx.saved_tensors[:2], ctx.request.needs
+        point, tangents = _Point.split(ctx.request.call, ctx.saved_tensors)
         of_inputs = directions[_INPUTS : _INPUTS + 4]
         total = point.derivative(cotangents, [*tangents, of_inputs], needs)
         found = point.derivative(directions[:2], tangents, (False, *needs[1:]))
@@ -180,14 +191,14 @@ class AttentionDerivative(torch.autograd.Function):
         )
 
     @staticmethod
-    def vmap(info, in_dims, call, needs, *tensors):
+    def vmap(info, in_dims, request, *tensors):
         return _batching.attention(
-            functools.partial(AttentionDerivative.apply, call, needs),
+            functools.partial(AttentionDerivative.apply, request),
             info.batch_size,
             tensors,
-            in_dims[2:],
+            in_dims[1:],
             _batching.DERIVATIVE,
-            whole_mask=needs[4],
+            whole_mask=request.needs[4],
         )
 
 
@@ -224,7 +235,7 @@ class _Point:
         flat = [x for t in tangents for x in t]
         found = iter(
             apply(
-                AttentionDerivative, self.call, tuple(needs), *cotangents, *self.inputs,
+                AttentionDerivative, Request(self.call, tuple(needs)), *cotangents, *self.inputs,
                 *self.results, *self.extras, *flat,
             )
         )  # fmt: skip

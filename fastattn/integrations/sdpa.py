@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias
 
 from fastattn import backends, functional
@@ -24,8 +23,8 @@ def override_sdpa() -> Iterator[None]:
     """Within it, ``torch.nn.functional.scaled_dot_product_attention`` is fastattn's.
 
     It holds for every thread until the last one has left, and may be nested. Calls that fastattn
-    has no kernel for (other devices and dtypes, nested tensors, tensor subclasses, forward-mode AD
-    and function transforms) and calls that it refuses go to torch's own, with torch's own errors.
+    has no kernel for (other devices and dtypes, nested tensors, tensor subclasses) and calls that
+    it refuses go to torch's own, with torch's own errors.
     Code that took the function by ``from torch.nn.functional import scaled_dot_product_attention``
     before keeps what it took.
     """
@@ -69,8 +68,6 @@ def _served(query: object, key: object, value: object, attn_mask: object) -> boo
     if not all(type(x) in plain and x.layout == torch.strided for x in (query, key, value)):
         return False
     if attn_mask is not None and type(attn_mask) not in (*plain, CausalBias):
-        return False
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
     if not (query.dim() and value.dim()):
         return False

@@ -112,21 +112,20 @@ def test_what_is_not_served_goes_to_torch(case, served):
         torch.testing.assert_close(*flat)
 
 
-def test_transforms_and_forward_mode_go_to_torch(served):
-    from torch.autograd import forward_ad
-
+def test_transforms_and_forward_mode_are_served(served):
     q, k, v = qkv()
-    with fastattn.override_sdpa():
-        mapped = torch.vmap(F.scaled_dot_product_attention)(q, k, v)
-        with (
-            forward_ad.dual_level(),
-            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        ):
-            dual = forward_ad.make_dual(q, torch.ones_like(q))
-            tangent = forward_ad.unpack_dual(F.scaled_dot_product_attention(dual, k, v)).tangent
+
+    def modes():
+        attention = F.scaled_dot_product_attention
+        mapped = torch.vmap(attention)(q, k, v)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return mapped, *torch.func.jvp(attention, (q, k, v), (k, v, q))
+
+    expected = modes()
     assert not served
-    torch.testing.assert_close(mapped, TORCH(q, k, v))
-    assert tangent is not None
+    with fastattn.override_sdpa():
+        torch.testing.assert_close(modes(), expected)
+    assert len(served) == 2
 
 
 @pytest.mark.parametrize(
