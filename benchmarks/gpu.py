@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gpu_cases import ATTENTION, LINEAR, STEPS, Attention, Linear, Step
+from gpu_cases import ATTENTION, LINEAR, SECOND_ORDER, STEPS, Attention, Linear, SecondOrder, Step
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
-from fastattn import backends
+from fastattn import backends, ops
 
 L2_BYTES = 64 << 20
 TIMINGS = 20
@@ -158,6 +158,40 @@ def run_attention(case: Attention) -> list[tuple]:
                 raise AssertionError(f"{case.name}: differs from {name} by {worst}")
         rows += [(case.name, p, name, *r) for p, *r in forward_and_backward(
             function, inputs, case.flops)]  # fmt: skip
+    return rows
+
+
+def run_second_order(case: SecondOrder) -> list[tuple]:
+    """Ours alone: nobody else has them fused. The backward is there to be compared with."""
+    shape = (case.batch, case.heads, case.seq, case.dim)
+    q, k, v, t_q, t_k, t_v, cotangent = (
+        torch.randn(shape, dtype=case.dtype, device="cuda") for _ in range(7)
+    )
+    numbers = (None, case.mask == "causal", case.dim**-0.5, 0.0)
+    rest = (None, None, None, ops.NO_OPTIONS, "triton")
+    inputs, tangents = (q, k, v, None), (t_q, t_k, t_v, None)
+    results = ops.attention_forward(*inputs, *numbers, *rest)
+    runs = {
+        "forward": (1.0, lambda _: ops.attention_forward(*inputs, *numbers, *rest)),
+        "jvp": (2.5, lambda _: ops.attention_jvp(*inputs, *tangents, *results, *numbers, *rest)),
+        "backward": (
+            2.5,
+            lambda _: ops.attention_backward(
+                cotangent, None, *inputs, *results, *numbers, [True] * 3 + [False], *rest
+            ),
+        ),
+        "double backward": (
+            6.0,
+            lambda _: ops.attention_double_backward(
+                cotangent, None, *inputs, *tangents, *results, *numbers, [True] * 4 + [False], *rest
+            ),
+        ),
+    }
+    rows = []
+    with torch.no_grad():
+        for name, (factor, run) in runs.items():
+            ms = median_ms(run, 1)
+            rows.append((case.name, name, "fastattn", ms, factor * case.flops / ms / 1e9))
     return rows
 
 
@@ -310,7 +344,7 @@ def main() -> int:
     stop = time.monotonic() + options.seconds
     rows: list[tuple] = []
     failed = left_out = 0
-    for case in [*ATTENTION, *STEPS, *LINEAR]:
+    for case in [*ATTENTION, *SECOND_ORDER, *STEPS, *LINEAR]:
         remaining = stop - time.monotonic()
         if remaining < 0:
             left_out += 1
@@ -319,6 +353,8 @@ def main() -> int:
         try:
             if isinstance(case, Attention):
                 rows += run_attention(case)
+            elif isinstance(case, SecondOrder):
+                rows += run_second_order(case)
             elif isinstance(case, Step):
                 rows += run_step(case)
             else:

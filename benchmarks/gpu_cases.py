@@ -26,6 +26,29 @@ class Attention(NamedTuple):
         return full / 2 if self.mask == "causal" else full
 
 
+class SecondOrder(NamedTuple):
+    """The kernels of forward mode and of the second derivative beside the first-order ones.
+
+    FLOPs: the tangent 10·B·H·S²·D (five products), the second derivative 24 (twelve).
+    """
+
+    batch: int
+    heads: int
+    seq: int
+    dim: int
+    dtype: torch.dtype = torch.bfloat16
+    mask: str = "full"  # full, causal
+
+    @property
+    def name(self) -> str:
+        size = f"{self.batch}x{self.heads}x{self.seq}x{self.dim}"
+        return f"second order {size} {str(self.dtype)[6:]} {self.mask}"
+
+    @property
+    def flops(self) -> float:
+        return Attention(*self).flops
+
+
 class Linear(NamedTuple):
     rows: int
     n_in: int
@@ -66,6 +89,11 @@ ATTENTION = [
     Attention(4, 16, 2048, 128, mask="bias"),
     Attention(2, 16, 2048, 64, torch.float32),
     Attention(2, 16, 2048, 64, torch.float32, "causal"),
+]
+SECOND_ORDER = [
+    SecondOrder(2, 16, 8192, 128),
+    SecondOrder(2, 16, 8192, 128, mask="causal"),
+    SecondOrder(8, 16, 2048, 64),
 ]
 LINEAR = [
     Linear(rows, n_in, n_out)

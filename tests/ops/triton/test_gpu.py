@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn import reference
@@ -48,6 +49,56 @@ def test_error_policy(dtype, head_dim, mask):
     actual = gradients(call(fastattn.scaled_dot_product_attention), inputs, cotangent)
     for name, a, o, p in zip(("out", "dq", "dk", "dv", "dmask"), actual, wide, peer, strict=False):
         assert_accurate(name, a, o, p)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "float"])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_second_order_error_policy(dtype, head_dim, mask):
+    shapes = [(2, 4, 1000, head_dim), *[(2, 4, 1111, head_dim)] * 2]
+    shapes += [(1, 4, 1000, 1111)] if mask == "float" else []
+    inputs, tangents = (
+        [torch.randn(shape, dtype=dtype, device="cuda") for shape in shapes] for _ in range(2)
+    )
+    cotangent = torch.randn(shapes[0], dtype=dtype, device="cuda")
+
+    def second(function, wide=False):
+        kind = torch.float64 if wide else dtype
+        leaves = [x.detach().to(kind).requires_grad_() for x in (cotangent, *inputs)]
+        grads = torch.autograd.grad(function(*leaves[1:]), leaves[1:], leaves[0], create_graph=True)
+        products = sum((g * t.to(kind)).sum() for g, t in zip(grads, tangents, strict=True))
+        return torch.autograd.grad(products, leaves)
+
+    def oracle(q, k, v, bias=None):
+        return reference.attention(q, k, v, bias, is_causal=mask == "causal")[0]
+
+    def peer(q, k, v, bias=None):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, bias, is_causal=mask == "causal")
+
+    def ours(q, k, v, bias=None):
+        return fastattn.scaled_dot_product_attention(q, k, v, bias, is_causal=mask == "causal")
+
+    results = zip(second(ours), second(oracle, wide=True), second(peer), strict=True)
+    for name, (actual, wide, theirs) in zip(("t_out", "gq", "gk", "gv", "gm"), results,
+                                            strict=False):  # fmt: skip
+        assert_accurate(name, actual, wide, theirs)
+
+
+def test_the_second_order_in_a_cuda_graph():
+    q, k, v = (x.detach() for x in leaves(2, 4, 500, 64))
+    graph = torch.cuda.CUDAGraph()
+
+    def tangent():
+        return torch.func.jvp(fastattn.scaled_dot_product_attention, (q, k, v), (k, v, q))[1]
+
+    tangent()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = tangent()
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    assert torch.equal(captured, tangent())
 
 
 @pytest.mark.parametrize("shape", [(64, 784, 128), (1024, 768, 3072), (300, 1000, 77)], ids=str)
