@@ -183,7 +183,8 @@ class AttentionJvp {
   // Products of row i -> Z * P and Z * P * A of the strip's keys; adds to mu.
   void row(const KeyStep<T>& where, const TangentTerms<T>& terms, int64_t i, A lse,
            const StripKeys& strip, A* s, A* a, A& mu, A* z) const {
-    const int64_t from = min64(strip.to, max64(strip.from, where.from(i)));
+    // strip.to, in whole words, may be one past the keys.
+    const int64_t from = min64(min64(strip.to, where.keys), max64(strip.from, where.from(i)));
     int64_t to = max64(from, where.to(i));
     if (lse == -kInf<A>) to = from;  // nothing to attend to
     const int64_t begin = from / kWidth<A> * kWidth<A>, end = round_up(to, kWidth<A>);

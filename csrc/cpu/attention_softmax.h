@@ -68,7 +68,8 @@ struct OnlineSoftmax {
   // Products of row i -> scores, and its new maximum.
   FASTATTN_INLINE Row maximum(const KeyStep<T>& step, int64_t i, int64_t from, int64_t to, A* s,
                               A& m, A& rescale) const {
-    const int64_t seen_from = min64(to, max64(from, step.from(i)));
+    // `to`, in whole words, may be one past the keys.
+    const int64_t seen_from = min64(min64(to, step.keys), max64(from, step.from(i)));
     const int64_t seen_to = max64(seen_from, step.to(i));
     Row row{seen_from / kWidth<A> * kWidth<A>, round_up(seen_to, kWidth<A>), A(0), A(0)};
     row.factor = static_cast<A>(base_2 ? p.scale * kLog2E : p.scale);

@@ -23,6 +23,11 @@ def apply(function: type[torch.autograd.Function], *args: object) -> Tensor | tu
     return _base_apply(function, *_unwrap_dead_wrappers(args))
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Where torch's own operations compute derivatives: in their operands' dtype, as kernels do."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 R = TypeVar("R")
 
 try:

@@ -33,7 +33,9 @@ def attention(
     """
     kinds = (*kinds, *FORWARD[:4] * ((len(tensors) - len(kinds)) // 4))
     at = kinds.index("mask")
-    fold = _Leading(size, whole_mask)
+    # A mask and its tangents keep one shape.
+    masks = [dim for dim, kind in zip(in_dims, kinds, strict=True) if kind == "mask"]
+    fold = _Leading(size, whole_mask or any(dim is not None for dim in masks))
     if any(x is not None for x, kind in zip(tensors, kinds, strict=True) if kind == "starts"):
         # The queries stand three places before the mask, the keys two.
         tokens = [_lead(tensors[n], in_dims[n], size).shape[-2] for n in (at - 3, at - 2)]

@@ -139,8 +139,9 @@ def _register(
 
     def kernel(keyset, *args):
         if _differentiated(args):
+            on_gpu = next(x for x in args if isinstance(x, Tensor)).is_cuda
             try:
-                return function(backend, *args)
+                return function("cuda" if on_gpu and backend == "cpu" else backend, *args)
             except NotImplementedError as error:
                 raise RuntimeError(
                     f"{library.ns}::{name}: torch.func does not reach an op that is called "

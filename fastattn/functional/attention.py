@@ -21,7 +21,7 @@ from fastattn.functional.attention_derivatives import (
     Call,
     Extras,
     gradients,
-    refuse_tangent_of_slopes,
+    refuse_slopes,
     tangents_of_results,
 )
 
@@ -64,6 +64,7 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
+        refuse_slopes(ctx.needs_input_grad[8:9] == (True,), "gradient")
         inputs, results, extras = _saved(ctx)
         needs = ctx.needs_input_grad[:4]
         if may_be_differentiated():
@@ -84,7 +85,7 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *directions):
-        refuse_tangent_of_slopes(directions[8])
+        refuse_slopes(directions[8] is not None, "tangent")
         inputs, results, extras = _saved(ctx)
         return tangents_of_results(ctx.call, inputs, results, extras, directions[:4])
 

@@ -68,7 +68,7 @@ class Extras(NamedTuple):
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 Tangent = Sequence[Tensor | None]  # of Inputs, None for 0
 NOTHING = (None,) * 6
-_INPUTS, _TANGENTS = 2, 12  # where they begin among the Function's tensors
+_INPUTS, _SLOPES, _TANGENTS = 2, 9, 12  # where they begin among the Function's tensors
 
 
 class AttentionDerivative(torch.autograd.Function):
@@ -153,6 +153,7 @@ class AttentionDerivative(torch.autograd.Function):
         point, tangents = _Point.split(ctx.request.call, ctx.saved_tensors)
         of_j, of_g = _by_output(ctx.request.needs, grads)
         asked = ctx.needs_input_grad[1:]
+        refuse_slopes(asked[_SLOPES], "gradient")
         sums: list[Tensor | None] = [None] * len(asked)
 
         def take(place: int, found: Sequence[Tensor | None]) -> None:
@@ -173,7 +174,7 @@ class AttentionDerivative(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, _request, *directions):
-        refuse_tangent_of_slopes(directions[_TANGENTS - 3])
+        refuse_slopes(directions[_SLOPES] is not None, "tangent")
         cotangents, needs = ctx.saved_tensors[:2], ctx.request.needs
         point, tangents = _Point.split(ctx.request.call, ctx.saved_tensors)
         of_inputs = directions[_INPUTS : _INPUTS + 4]
@@ -274,11 +275,11 @@ def _reference_options(call: Call, extras: Extras) -> dict[str, object]:
     }
 
 
-def refuse_tangent_of_slopes(tangent: Tensor | None) -> None:
-    """The kernels have no derivative for it."""
-    if tangent is not None:
+def refuse_slopes(asked: bool, what: str) -> None:
+    """The kernels have no derivative for alibi_slopes."""
+    if asked:
         raise RuntimeError(
-            "alibi_slopes: expected no tangent, as the kernels have none for it; use "
+            f"alibi_slopes: expected no {what}, as the kernels have none for it; use "
             'backend="reference"'
         )
 

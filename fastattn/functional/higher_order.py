@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
+from fastattn.functional._autograd import is_batched_gradient, without_autocast
 
 _SCORES = 1 << 20  # scores of all heads and batch elements that are there at a time
 
@@ -38,6 +39,15 @@ def derivative(
     """
     starts_q, starts_k = options.pop("starts_q", None), options.pop("starts_k", None)
     query, key, value, mask = inputs
+    for tangent in tangents:
+        for name, x, t in zip(("query", "key", "value", "mask"), inputs, tangent, strict=True):
+            if t is not None and t.shape != x.shape:
+                raise ValueError(f"t_{name}: expected shape {tuple(x.shape)}, got {tuple(t.shape)}")
+    if any(is_batched_gradient(x) for xs in (cotangents, *tangents) for x in xs if x is not None):
+        raise RuntimeError(
+            "is_grads_batched: expected the first or the second derivative of attention, got a "
+            "higher one; torch.func.vmap of torch.func.vjp takes any"
+        )
     accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
     heads_q, head_dim_v = query.shape[-3], value.shape[-1]
     out = query.new_zeros((*query.shape[:-1], head_dim_v), dtype=accumulator)
@@ -136,7 +146,7 @@ def _rows(
         [None if t is None else t.to(x.dtype) for t, x in zip(ts, leaves, strict=True)]
         for ts in tangents
     ]
-    with torch.enable_grad():
+    with torch.enable_grad(), without_autocast(query):
         out, lse = reference.attention(query, key, value, mask, **options)
         lse = torch.where(lse == -math.inf, 0.0, lse)
         of = [leaf(torch.zeros_like(y) if c is None else c)

@@ -17,6 +17,7 @@ from fastattn.functional._autograd import (
     may_be_differentiated,
     save_for_forward,
     transforming,
+    without_autocast,
 )
 from fastattn.functional.linear_derivatives import (
     batched_linear_relu,
@@ -110,9 +111,12 @@ def _gradients_by_layer(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """MLPFunction's gradients with a graph of their own."""
-    tensors = [input, *parameters]
-    with torch.enable_grad():
-        out = layer_by_layer(input, parameters[:layers], parameters[layers:], "cpu")
+    with torch.enable_grad(), without_autocast(input):
+        # An alias for each place: what is given twice, or is made of another one, counts apart.
+        tensors = [None if x is None else x.view_as(x) for x in (input, *parameters)]
+        weights, biases = tensors[1 : layers + 1], tensors[layers + 1 :]
+        backend = "cuda" if input.is_cuda else "cpu"
+        out = layer_by_layer(tensors[0], weights, biases, backend)
         wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
         grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
     return [next(grads) if need else None for need in needs]

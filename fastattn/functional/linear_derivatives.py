@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastattn import ops
-from fastattn.functional._autograd import add, apply, kernel, save_for_forward
+from fastattn.functional._autograd import (
+    add,
+    apply,
+    kernel,
+    save_for_forward,
+    without_autocast,
+)
 
 
 class LinearReLUBackward(torch.autograd.Function):
@@ -55,11 +62,11 @@ class LinearReLUBackward(torch.autograd.Function):
             _gradient(1, needs[1], grad_out, t_input, weight, mask, ctx.backend),
             None,
         )
-        like = (input, weight, weight[:, 0])
+        shapes = (input.shape, weight.shape, weight.shape[:1])
         sums = [add(x, y) for x, y in zip(total, moved, strict=True)]
         return tuple(
-            torch.zeros_like(z) if x is None else x
-            for x, z, need in zip(sums, like, needs, strict=True)
+            input.new_zeros(shape) if x is None else x
+            for x, shape, need in zip(sums, shapes, needs, strict=True)
             if need
         )
 
@@ -71,17 +78,16 @@ class LinearReLUBackward(torch.autograd.Function):
             folded = mask.flatten(0, 1)
             return LinearReLUBackward.apply(needs, backend, grad_out, input, weight, folded), (0,)
         grad_out, input, weight, mask = _in_front(size, (grad_out, input, weight, mask), dims)
-        shape = input.shape
-        grad_out, input = grad_out.reshape(size, -1, grad_out.shape[-1]), _rows(input)
-        passes = _passes(mask, grad_out.shape[-1])
-        masked = torch.where(passes, grad_out, 0.0)
+        shape, grad_out, input = input.shape, _rows(grad_out), _rows(input)
+        masked = torch.where(_passes(mask, grad_out.shape[-1]), grad_out, 0.0)
         found = []
-        if needs[0]:
-            found.append((masked @ weight).reshape(shape))
-        if needs[1]:
-            found.append(masked.transpose(1, 2) @ input)
-        if needs[2]:
-            found.append(masked.sum(1))
+        with without_autocast(input):
+            if needs[0]:
+                found.append((masked @ weight).reshape(shape))
+            if needs[1]:
+                found.append(masked.transpose(1, 2) @ input)
+            if needs[2]:
+                found.append(masked.sum(1))
         return tuple(found), (0,) * len(found)
 
 
@@ -90,6 +96,7 @@ class LinearReLUTangent(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, input, weight, mask, t_input, t_weight, t_bias):
+        backend = "triton" if backend == "cuda" else backend  # which has no kernel for it
         return kernel(ops.linear_relu_jvp, input, weight, mask, t_input, t_weight, t_bias, backend)
 
     @staticmethod
@@ -144,10 +151,11 @@ class LinearReLUTangent(torch.autograd.Function):
         input, weight, mask, t_input, t_weight, t_bias = _in_front(size, tensors, dims)
         shape, width = input.shape[:-1], weight.shape[1]
         total = None
-        if t_input is not None:
-            total = _rows(t_input) @ weight.transpose(1, 2)
-        if t_weight is not None:
-            total = add(total, _rows(input) @ t_weight.transpose(1, 2))
+        with without_autocast(input):
+            if t_input is not None:
+                total = _rows(t_input) @ weight.transpose(1, 2)
+            if t_weight is not None:
+                total = add(total, _rows(input) @ t_weight.transpose(1, 2))
         if t_bias is not None:
             total = t_bias[:, None] if total is None else total + t_bias[:, None]
         tangent = torch.where(_passes(mask, width), total, 0.0)
@@ -217,9 +225,10 @@ def batched_linear_relu(
         out, mask = function(input, weight, bias, backend)
         return (out, mask.unflatten(0, (size, mask.shape[0] // size))), (0, 0)
     input, weight, bias = _in_front(size, (input, weight, bias), in_dims)
-    sums = _rows(input) @ weight.transpose(1, 2)
+    with without_autocast(input):
+        sums = _rows(input) @ weight.transpose(1, 2)
     out = torch.relu(sums if bias is None else sums + bias[:, None])
-    return (out.reshape(*input.shape[:-1], -1), _bits(out)), (0, 0)
+    return (out.reshape(*input.shape[:-1], weight.shape[1]), _bits(out)), (0, 0)
 
 
 def _in_front(
@@ -235,7 +244,7 @@ def _in_front(
 
 def _rows(x: Tensor) -> Tensor:
     """``[N, *, K]`` -> ``[N, M, K]``."""
-    return x.reshape(x.shape[0], -1, x.shape[-1]) if x.dim() != 3 else x
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def _bits(out: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """The ops' floating-point operations for ``torch.utils.flop_counter.FlopCounterMode``. As torch
 does for its own attention, a product counts whole, whatever mask hides of it; packed sequences
-count their own lengths."""
+count their own lengths, where those can be read."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,7 +26,9 @@ def _attention(
     """``of_scores`` products over D and ``of_values`` over Dv."""
     pairs = query.shape[:-1].numel() * key.shape[-2]
     if starts_q is not None:
-        pairs = query.shape[-3] * int((starts_q.diff() * starts_k.diff()).sum())
+        # Fake, or on the meta device: at most every pair of tokens.
+        with contextlib.suppress(RuntimeError):
+            pairs = query.shape[-3] * int((starts_q.diff() * starts_k.diff()).sum())
     return 2 * pairs * (of_scores * query.shape[-1] + of_values * value.shape[-1])
 
 

@@ -279,3 +279,33 @@ def test_autocast():
         assert first.dtype == second.dtype == torch.float32
     exact = jvp(grad(loss), (q,), (q,))[1]
     assert (second - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_derivatives_in_autocast_keep_their_dtype():
+    """A float32 graph that is differentiated inside an autocast region."""
+    q, k, v = inputs()
+    w, w2 = weights()
+
+    def third(context):
+        x = fastattn.scaled_dot_product_attention(q, k, v)
+        with context:
+            for _ in range(3):
+                (x,) = torch.autograd.grad(x.sin().sum(), q, create_graph=True)
+        y = fastattn.mlp(q, [w, w2])
+        with context:
+            (g,) = torch.autograd.grad(y, w, y.detach().sin(), create_graph=True)
+        return x, *torch.autograd.grad(g.sin().sum(), (w, w2))
+
+    outside = third(torch.autocast("cpu", enabled=False))
+    torch.testing.assert_close(third(torch.autocast("cpu", dtype=torch.bfloat16)), outside)
+
+
+def test_flops_of_fake_packed_sequences():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        packed = [torch.randn(1, 4, 16, 8) for _ in range(3)]
+        starts = torch.tensor([0, 5, 16])
+        numbers = (False, 0.3, 0.0, -1, -1, 0.0)
+        torch.ops.fastattn.attention_forward(*packed, None, None, None, starts, starts, *numbers)
+    assert counter.get_total_flops() == 2 * 2 * 4 * 16 * 16 * 8

@@ -105,6 +105,26 @@ def test_linear_layers(name, bias):
     gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
+def test_an_mlp_in_an_mlp():
+    """Weights that come twice, and an input that is made of one of them."""
+    x, w, w2 = (torch.randn(*s, requires_grad=True) for s in ((3, 4), (4, 4), (4, 4)))
+
+    def composed(mlp):
+        def function(x, w, w2):
+            return mlp(mlp(x @ w.T, [w, w]), [w, w2])
+
+        return function
+
+    ours = composed(lambda x, weights: fastattn.mlp(x, weights))
+    theirs = composed(lambda x, weights: torch.relu(x @ weights[0].T) @ weights[1].T)
+    results = []
+    for function in (ours, theirs):
+        loss = function(x, w, w2).pow(3).sum()
+        grads = torch.autograd.grad(loss, (x, w, w2), create_graph=True)
+        results.append((*grads, *torch.autograd.grad(sum(g.sin().sum() for g in grads), (w, w2))))
+    torch.testing.assert_close(*results, **CLOSE)
+
+
 def losses(**options):
     """The same function of query, key and value by the kernels and by the reference."""
 
@@ -145,6 +165,23 @@ def test_torch_func(mode):
 
             results.append(mode(loss, argnums=every)(*inputs))
         torch.testing.assert_close(*results, **CLOSE)
+
+
+@pytest.mark.parametrize("mode", [*SECOND.values(), jacfwd, jacrev], ids=[*SECOND, "f", "r"])
+def test_torch_func_of_a_float_mask(mode):
+    mask = torch.randn(4, 5)
+
+    def loss(backend):
+        return lambda q, m: attention(backend)(q, K, V, m).pow(3).sum()
+
+    results = [mode(loss(backend), argnums=(0, 1))(Q, mask) for backend in ("cpu", "reference")]
+    torch.testing.assert_close(*results, **CLOSE)
+    many = torch.stack([mask, mask.sin()])
+
+    def tangent(m):
+        return jvp(lambda m: attention()(Q, K, V, m), (m,), (mask,))[1]
+
+    torch.testing.assert_close(vmap(tangent)(many), looped(tangent, (0,), many), **CLOSE)
 
 
 @pytest.mark.parametrize("modes", itertools.product([jacfwd, jacrev], repeat=3))
@@ -417,6 +454,32 @@ def test_no_graph_keeps_itself_alive():
         assert seen() is None
     finally:
         gc.enable()
+
+
+def test_sizes_of_zero_of_linear_layers():
+    w, b = torch.zeros(4, 0), torch.randn(4)
+
+    def gradient(b):
+        return grad(lambda b: fastattn.linear_relu(torch.zeros(3, 0), w, b).sin().sum())(b)
+
+    torch.testing.assert_close(jvp(gradient, (b,), (b,))[1], -3 * b * b.relu().sin())
+    empty = vmap(grad(lambda w, x: fastattn.linear_relu(x, w).sum()), (0, 0))(
+        torch.zeros(2, 0, 3), torch.zeros(2, 5, 3)
+    )
+    assert empty.shape == (2, 0, 3)
+
+
+def test_what_there_is_not_is_refused():
+    q = Q.clone().requires_grad_()
+    slopes = torch.tensor([0.5, 0.25], requires_grad=True)
+    out, _ = AttentionFunction.apply(q, K, V, None, None, False, 0.5, 0.0, slopes)
+    with pytest.raises(RuntimeError, match="alibi_slopes: expected no gradient"):
+        out.sum().backward()
+    x = attention()(q, K, V)
+    for _ in range(2):
+        (x,) = torch.autograd.grad(x.pow(3).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="is_grads_batched: expected"):
+        torch.autograd.grad(x, q, torch.eye(x.numel()).view(-1, *x.shape), is_grads_batched=True)
 
 
 def test_bad_tangents_raise():

@@ -4,6 +4,8 @@ every dtype, over options, odd shapes and absent tangents."""
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -269,6 +271,35 @@ def test_a_direct_call_with_bad_metadata_raises(argument, change):
     change(arguments)
     with pytest.raises(RuntimeError, match=f"attention_jvp: {argument}: expected"):
         ops.attention_jvp(*arguments)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
+@pytest.mark.parametrize("window", [(1, -1), (0, 2), (3, 0)])
+def test_nothing_is_read_beyond_the_mask(window):
+    """Odd numbers of keys, rows whose window begins behind them, and a page that must not be
+    touched."""
+    program = f"""
+import ctypes, mmap, torch
+from fastattn import ops
+page = mmap.PAGESIZE
+pages = mmap.mmap(-1, 2 * page)
+address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page), page, 0) == 0
+rows, keys = 36, 33
+mask = torch.frombuffer(pages, dtype=torch.uint8, count=rows * keys, offset=page - rows * keys)
+mask = mask.fill_(1).view(torch.bool).view(1, 1, rows, keys)
+for dtype in (torch.bfloat16, torch.float32):
+    q, k = (torch.randn(1, 1, n, 8).to(dtype) for n in (rows, keys))
+    rest = (None, None, None, ops.Options(*{window}))
+    numbers = (None, False, 0.3, 0.0)
+    out, lse = ops.attention_forward(q, k, k, mask, *numbers, *rest)
+    needs, tangents = [True] * 4 + [False], (q, k, k, None, out, lse)
+    ops.attention_backward(out, None, q, k, k, mask, out, lse, *numbers, needs[1:], *rest)
+    ops.attention_jvp(q, k, k, mask, *tangents, *numbers, *rest)
+    ops.attention_double_backward(out, None, q, k, k, mask, *tangents, *numbers, needs, *rest)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:] or f"signal {-run.returncode}"
 
 
 # rows, in, out
