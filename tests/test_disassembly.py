@@ -53,6 +53,8 @@ def inner_loops(instructions: list[str]) -> list[list[str]]:
         a for a in spans if not any(b != a and a[0] <= b[0] <= b[1] <= a[1] for b in spans)
     ]
     bodies = [instructions[a : b + 1] for a, b in innermost]
+    # What returns is no loop: a jump back to the end, where there is no depth.
+    bodies = [body for body in bodies if not any(line.endswith("\tret") for line in body)]
     return [body for body in bodies if any(map(FMA.search, body))]
 
 

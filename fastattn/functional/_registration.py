@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import ops
-from fastattn.functional._autograd import in_transform
+from fastattn.functional._autograd import in_transform, kernel
 from fastattn.functional.attention import AttentionFunction
 from fastattn.functional.attention_derivatives import AttentionDerivative, Call, Request
 from fastattn.functional.linear import LinearReLUFunction, MLPFunction
@@ -105,11 +105,29 @@ def _mlp_inference(backend: str, *args):
     return _mlp_forward(backend, *args)[0]
 
 
-def _mlp_backward(backend: str, *args):
-    raise RuntimeError(
-        "fastattn::mlp_backward has no derivative of its own: fastattn.mlp is differentiable any "
-        "number of times"
-    )
+class _MLPBackward(torch.autograd.Function):
+    """The op, whose derivative is refused where it is asked for."""
+
+    @staticmethod
+    def forward(layers, needs, grad_out, input, *tensors):
+        weights, hidden = list(tensors[:layers]), list(tensors[layers:])
+        return tuple(kernel(ops.mlp_backward, grad_out, input, weights, hidden, needs))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "fastattn::mlp_backward has no derivative of its own: fastattn.mlp is differentiable "
+            "any number of times"
+        )
+
+
+def _mlp_backward(backend: str, grad_out, input, weights, hidden, needs):
+    tensors = (grad_out, input, *weights, *hidden)
+    return list(_MLPBackward.apply(len(weights), needs, *tensors))
 
 
 _FUNCTIONS = {
@@ -137,20 +155,21 @@ def _register(
 ) -> None:
     op = getattr(getattr(torch.ops, library.ns), name).default
 
-    def kernel(keyset, *args):
+    def differentiable(keyset, *args):
         if _differentiated(args):
             on_gpu = next(x for x in args if isinstance(x, Tensor)).is_cuda
             try:
                 return function("cuda" if on_gpu and backend == "cpu" else backend, *args)
             except NotImplementedError as error:
-                raise RuntimeError(
+                # Of this kind torch.compile makes a break in the graph, and goes on without it.
+                raise NotImplementedError(
                     f"{library.ns}::{name}: torch.func does not reach an op that is called "
                     "directly; call fastattn's functions or fastattn.functional's Functions"
                 ) from error
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    library.impl(name, kernel, "Autograd", with_keyset=True)
+    library.impl(name, differentiable, "Autograd", with_keyset=True)
 
 
 _libraries = []  # kept: a registration ends with its library
