@@ -217,6 +217,31 @@ def test_small_mlp(dtype, rows):
         assert torch.equal(ours(*tensors), actual[0])
 
 
+def test_the_second_derivative_goes_on_from_the_kernels_first():
+    """Forward mode and double backward are Triton's, of what these kernels saved."""
+    qkv = inputs(2, 4, 2, 200, 222, 64)
+    x, w, b = (torch.randn(*s, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+               for s in ((100, 64), (72, 64), (72,)))  # fmt: skip
+    cases = (
+        (lambda q, k, v, backend: scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True, backend=backend), qkv),
+        (lambda x, w, b, backend: linear_relu(x, w, b, backend=backend), (x, w, b)),
+        (lambda x, w, b, backend: mlp(x, [w, w.T], [b, None], backend=backend), (x, w, b)),
+    )  # fmt: skip
+    for function, leaves in cases:
+        results = []
+        for backend in ("cuda", "reference"):
+            out = function(*leaves, backend)
+            grads = torch.autograd.grad(out.float().square().sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(grads[0].float().sin().sum(), leaves[1])
+            detached = tuple(y.detach() for y in leaves)
+            tangent = torch.func.jvp(lambda *y, f=function, n=backend: f(*y, n), detached, detached)
+            results.append((*second, *tangent))
+        for actual, expected in zip(*results, strict=True):
+            error = (actual.float() - expected.float()).abs().max()
+            assert error <= 0.05 * expected.float().abs().max()
+
+
 def test_sizes_of_0():
     for shape in ((0, 2, 2, 5, 5, 64), (1, 2, 2, 0, 5, 64), (1, 2, 2, 5, 0, 64)):
         q, k, v = inputs(*shape)
