@@ -16,7 +16,7 @@ def apply(function: type[torch.autograd.Function], *args: object) -> Tensor | tu
     differentiated, the Function's ``inference``, if it has one."""
     if torch.compiler.is_compiling():
         return function.forward(*args)  # the op has its own autograd
-    if _base_apply is None or _in_transform():
+    if in_transform():
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return getattr(function, "inference", function.forward)(*args)

@@ -55,8 +55,11 @@ def _derivative(
             *results, seed, slopes, starts_q, starts_k, *tangents,
         )
     )  # fmt: skip
-    absent = inputs[0].new_empty((0,))
-    return [next(found) if need else absent for need in (needs[0], *needs)]
+    likes = (*results, *[inputs[0]] * 4)
+    return [
+        next(found) if need else like.new_empty((0,))
+        for need, like in zip((needs[0], *needs), likes, strict=True)
+    ]
 
 
 def _attention_backward(backend: str, *args):
@@ -87,8 +90,7 @@ def _linear_relu_forward(backend: str, input, weight, bias):
 
 def _linear_relu_backward(backend: str, grad_out, input, weight, mask, needs):
     found = iter(LinearReLUBackward.apply(tuple(needs), backend, grad_out, input, weight, mask))
-    absent = input.new_empty((0,))
-    return tuple(next(found) if need else absent for need in needs)
+    return tuple(next(found) if need else input.new_empty((0,)) for need in needs)
 
 
 def _linear_relu_jvp(backend: str, *tensors):

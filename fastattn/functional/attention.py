@@ -14,7 +14,6 @@ from fastattn.functional._autograd import (
     apply,
     autocast,
     kernel,
-    may_be_differentiated,
     save_for_forward,
 )
 from fastattn.functional.attention_derivatives import (
@@ -67,20 +66,7 @@ class AttentionFunction(torch.autograd.Function):
         refuse_slopes(ctx.needs_input_grad[8:9] == (True,), "gradient")
         inputs, results, extras = _saved(ctx)
         needs = ctx.needs_input_grad[:4]
-        if may_be_differentiated():
-            cotangents = (grad_out, grad_lse)
-            grads = gradients(ctx.call, inputs, results, extras, cotangents, needs)
-            return (*grads, *(None,) * 9)
-        if grad_out is None and grad_lse is None:
-            return (None,) * 13
-        if grad_out is None:
-            grad_out = torch.zeros_like(results[0])
-        call, (seed, *extras) = ctx.call, extras
-        grads = kernel(
-            ops.attention_backward, grad_out, grad_lse, *inputs, *results, seed, call.is_causal,
-            call.scale, call.dropout_p, list(needs), *extras, call.options, call.backend,
-        )  # fmt: skip
-        grads = (g if need else None for g, need in zip(grads, needs, strict=True))
+        grads = gradients(ctx.call, inputs, results, extras, (grad_out, grad_lse), needs)
         return (*grads, *(None,) * 9)
 
     @staticmethod

@@ -48,7 +48,7 @@ def derivative(
             "is_grads_batched: expected the first or the second derivative of attention, got a "
             "higher one; torch.func.vmap of torch.func.vjp takes any"
         )
-    accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
+    accumulator = _accumulator(query)
     heads_q, head_dim_v = query.shape[-3], value.shape[-1]
     out = query.new_zeros((*query.shape[:-1], head_dim_v), dtype=accumulator)
     results = [out, out.new_zeros(query.shape[:-1])]
@@ -60,14 +60,13 @@ def derivative(
     if starts_q is not None:
         calls = _sequences(starts_q.tolist(), starts_k.tolist(), heads_q, options)
     for rows_q, rows_k, call in calls:
-        of = _Sequence(rows_q, rows_k, accumulator)
+        of = _Sequence(rows_q, rows_k)
         seq_q, seq_k = of.queries(query).shape[-2], of.keys(key).shape[-2]
         step = max(1, _SCORES // max(1, query.shape[:-2].numel() * seq_k))
         for i in range(0, seq_q, step):
             rows = slice(i, min(seq_q, i + step))
             found = _rows(
-                [of.queries(c, rows) for c in (cotangents[0],)]
-                + [of.statistics(cotangents[1], rows)],
+                [of.queries(cotangents[0], rows), of.statistics(cotangents[1], rows)],
                 of.inputs(inputs, rows),
                 [of.inputs(t, rows) for t in tangents],
                 needs,
@@ -92,8 +91,8 @@ def derivative(
 class _Sequence:
     """Views of the tensors at one of the packed sequences, and at some rows of it."""
 
-    def __init__(self, rows_q: slice, rows_k: slice, dtype: torch.dtype) -> None:
-        self.rows_q, self.rows_k, self.dtype = rows_q, rows_k, dtype
+    def __init__(self, rows_q: slice, rows_k: slice) -> None:
+        self.rows_q, self.rows_k = rows_q, rows_k
 
     def queries(self, x: Tensor | None, rows: slice = slice(None)) -> Tensor | None:
         return None if x is None else x[..., self.rows_q, :][..., rows, :]

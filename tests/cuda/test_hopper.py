@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn import backends, linear_relu, mlp, reference, scaled_dot_product_attention
-from fastattn.testing import assert_accurate
+from fastattn.testing import assert_accurate, unit_roundoff
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in backends.available(), reason="needs a Hopper GPU and the CUDA kernels"
@@ -239,7 +239,8 @@ def test_the_second_derivative_goes_on_from_the_kernels_first():
             results.append((*second, *tangent))
         for actual, expected in zip(*results, strict=True):
             error = (actual.float() - expected.float()).abs().max()
-            assert error <= 0.05 * expected.float().abs().max()
+            # A few results on the way, each rounded to bfloat16.
+            assert error <= 16 * unit_roundoff(torch.bfloat16) * expected.float().abs().max()
 
 
 def test_sizes_of_0():

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 from fastattn import ops, reference
+from fastattn.testing import unit_roundoff
 
 pytestmark = pytest.mark.native
 
@@ -279,7 +280,8 @@ def test_autocast():
         first, second = jvp(grad(loss), (q,), (q,))
         assert first.dtype == second.dtype == torch.float32
     exact = jvp(grad(loss), (q,), (q,))[1]
-    assert (second - exact).abs().max() < 0.1 * exact.abs().max()
+    # A few results on the way, each rounded to bfloat16.
+    assert (second - exact).abs().max() < 16 * unit_roundoff(torch.bfloat16) * exact.abs().max()
 
 
 def test_derivatives_in_autocast_keep_their_dtype():
