@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help setup test demo lint format bench gpu-check wheel clean
+.PHONY: help setup test demo lint format bench gpu-bundle gpu-check wheel clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -43,12 +43,15 @@ OUT_BENCH ?= fastattn-bench
 bench: setup ## Paired timings against torch, into OUT_BENCH=dir
 	$(BIN)/python -m fastattn bench --output $(OUT_BENCH)
 
+gpu-bundle: setup ## The libraries that travel to a GPU machine, into gpu-bundle/
+	$(BIN)/python benchmarks/gpu_bundle.py
+
 OUT ?= gpu-check
-gpu-check: ## On a GPU machine, with PYTHON's own torch and Triton: build, test, time, into OUT=dir
+gpu-check: ## On a GPU machine, with PYTHON's own torch and Triton: check, time, test, into OUT=dir
 	$(PYTHON) benchmarks/gpu_check.py --output $(OUT)
 
 wheel: setup ## A wheel for this platform and Python in dist/
 	FASTATTN_REQUIRE_NATIVE=1 $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
 
 clean: ## Build products; .venv stays
-	rm -rf build dist *.egg-info fastattn/_ops.so fastattn/_cuda.so fastattn/_C*.so fastattn/_build_info.json $(VENV)/.built
+	rm -rf build dist gpu-bundle *.egg-info fastattn/_ops.so fastattn/_cuda.so fastattn/_C*.so fastattn/_build_info.json $(VENV)/.built

@@ -7,21 +7,22 @@ Products, in the package directory:
   _build_info.json  what was built, or why not and what to do
 
 FASTATTN_SKIP_NATIVE=1 leaves the native library out, FASTATTN_REQUIRE_NATIVE=1 makes its failure
-an error, FASTATTN_BUILD_EMULATED=1 adds the kernels that only tests run, FASTATTN_BUILD_TUNE=1 the
-CUDA kernels that only `benchmarks/gpu_check.py --tune` times. The CUDA library is built
-where nvcc is (in CUDA_HOME or on the PATH), unless FASTATTN_SKIP_CUDA_BUILD=1;
+an error, FASTATTN_BUILD_EMULATED=1 adds the kernels that only tests run. The CUDA library is built
+where nvcc is (in CUDA_HOME, on the PATH or in /usr/local/cuda), unless FASTATTN_SKIP_CUDA_BUILD=1;
 FASTATTN_CUDA_ARCHS=90a is all there is so far. CXX names the compiler, MAX_JOBS bounds the
-parallel compilations.
+parallel compilations. A build that fails keeps the libraries of an earlier build in place.
 """
 
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -54,10 +55,20 @@ ISA_FLAGS = {
 # avx512bf16's tiles without its instructions, for tests.
 EMULATED_FLAGS = {"emulated": [*AVX2, "-O2"]}
 CUDA_ARCHS = ("90a",)
+# Builds of the CUDA library beside the one that is installed (`make gpu-bundle`): waits that name
+# themselves when they hang, and the tiles that only benchmarks/gpu/tune.py times.
+CUDA_VARIANTS = {"": [], "watchdog": ["-DFASTATTN_WATCHDOG"], "tune": ["-DFASTATTN_TUNE"]}
+# ptxas numbers what makes a kernel slower or wrong (C7508: setmaxnreg is ignored, C7510: matrix
+# products are serialised), and calls only some of it a warning.
+PTXAS_WARNING = re.compile(r".*(?:\bwarning\b|\(C\d{4}\)).*")
 
 
 class NativeBuildError(Exception):
     """A library cannot be built; args are the reason and what to do."""
+
+
+class LeftOut(NativeBuildError):
+    """A library is left out on purpose."""
 
 
 def compiler() -> str:
@@ -72,11 +83,12 @@ def compiler() -> str:
 
 def cuda_compiler() -> str:
     if os.environ.get("FASTATTN_SKIP_CUDA_BUILD") == "1":
-        raise NativeBuildError("FASTATTN_SKIP_CUDA_BUILD=1 was set", "unset it and reinstall")
+        raise LeftOut("FASTATTN_SKIP_CUDA_BUILD=1 was set", "unset it and reinstall")
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    paths = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(paths))
     if nvcc is None:
-        where = f"in CUDA_HOME={home}" if home else "on the PATH"
+        where = f"in CUDA_HOME={home}" if home else "on the PATH or in /usr/local/cuda/bin"
         raise NativeBuildError(
             f"no nvcc was found {where}", "install the CUDA toolkit 12.5 or later, then reinstall"
         )
@@ -164,7 +176,7 @@ def ninja_flags(flags: list[str]) -> str:
     return shlex.join(flags).replace("$", "$$")
 
 
-def write_ninja(build_dir: Path, cxx: str, isas: list[str]) -> None:
+def write_ninja(build_dir: Path, cxx: str, isas: list[str], module: bool = True) -> None:
     torch_includes, torch_lib = torch_paths()
     torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     torch_flags += [f"-isystem{path}" for path in torch_includes]
@@ -188,6 +200,8 @@ def write_ninja(build_dir: Path, cxx: str, isas: list[str]) -> None:
         elif name == "ops" or name.startswith("register_"):
             flags = torch_flags
         elif name == "module":
+            if not module:
+                continue
             flags = [f"-isystem{path}" for path in python_includes()]
         else:
             flags = [f"-DFASTATTN_HAVE_{isa.upper()}" for isa in isas]
@@ -204,15 +218,16 @@ def write_ninja(build_dir: Path, cxx: str, isas: list[str]) -> None:
     lines += [
         f"build _ops.so: link {' '.join(o for o in objects if o != 'module.o')}",
         f"  flags = {ninja_flags([f'-L{torch_lib}', '-ltorch_cpu', *strict])}",
-        f"build {MODULE}: link module.o cpu_cpu_features.o",
-        f"  flags = {ninja_flags(dynamic)}",
-        "",
     ]
+    if module:
+        lines.append(f"build {MODULE}: link module.o cpu_cpu_features.o")
+        lines.append(f"  flags = {ninja_flags(dynamic)}")
+    lines.append("")
     build_dir.mkdir(parents=True, exist_ok=True)
     (build_dir / "build.ninja").write_text("\n".join(lines))
 
 
-def write_cuda_ninja(build_dir: Path, cxx: str, nvcc: str) -> None:
+def write_cuda_ninja(build_dir: Path, cxx: str, nvcc: str, variant: str) -> None:
     torch_includes, torch_lib = torch_paths()
     archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs()]
     host = [flag for flag in COMMON if not flag.startswith(("-std", "-O"))]
@@ -224,7 +239,9 @@ def write_cuda_ninja(build_dir: Path, cxx: str, nvcc: str) -> None:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule compile_cuda",
-        "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out",
+        # The log of an object stays beside it, also when a later build has nothing to compile.
+        "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out > $out.log 2>&1"
+        " || { cat $out.log; false; }",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -236,8 +253,7 @@ def write_cuda_ninja(build_dir: Path, cxx: str, nvcc: str) -> None:
         objects.append(target)
         if source.suffix == ".cu":
             flags = ["-std=c++20", "-O3", *archs, f"-I{CSRC}", f"-Xcompiler={','.join(host)}"]
-            flags += ["-ccbin", shlex.split(cxx)[0]]
-            flags += ["-DFASTATTN_TUNE"] if os.environ.get("FASTATTN_BUILD_TUNE") == "1" else []
+            flags += ["-ccbin", shlex.split(cxx)[0], *CUDA_VARIANTS[variant]]
         else:
             flags = [*COMMON, f"-I{CSRC}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
             flags += [f"-isystem{path}" for path in torch_includes]
@@ -257,19 +273,21 @@ def run_ninja(build_dir: Path, what: str, hint: str) -> None:
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     command = [ninja_program(), "-C", str(build_dir), *jobs]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
+    (build_dir / "build.log").write_text(result.stdout + result.stderr)
     if result.returncode != 0:
         output = (result.stdout + result.stderr).splitlines()
         errors = [line for line in output if "error:" in line] or output[-3:]
         raise NativeBuildError(f"the {what} build failed: " + " | ".join(errors[:3]), hint)
 
 
-def build_native(build_dir: Path) -> list[str]:
-    """Build _ops.so and the module in build_dir; returns the kernel sets that are in."""
+def build_native(build_dir: Path, least: bool = False) -> list[str]:
+    """Build _ops.so and the module in build_dir; returns the kernel sets that are in. ``least``:
+    what the CUDA kernels need beside them, in little time: one kernel set, no module."""
     if os.environ.get("FASTATTN_SKIP_NATIVE") == "1":
-        raise NativeBuildError("FASTATTN_SKIP_NATIVE=1 was set", "unset it and reinstall")
+        raise LeftOut("FASTATTN_SKIP_NATIVE=1 was set", "unset it and reinstall")
     cxx = compiler()
-    isas = usable_isas(cxx)
-    write_ninja(build_dir, cxx, isas)
+    isas = ["generic"] if least else usable_isas(cxx)
+    write_ninja(build_dir, cxx, isas, module=not least)
     run_ninja(
         build_dir,
         "C++",
@@ -278,13 +296,16 @@ def build_native(build_dir: Path) -> list[str]:
     return isas
 
 
-def build_cuda(build_dir: Path) -> list[str]:
-    """Build _cuda.so in build_dir; returns the architectures that are in."""
+def build_cuda(build_dir: Path, variant: str = "") -> dict[str, list[str]]:
+    """Build _cuda.so in build_dir; returns the architectures that are in, and what ptxas has
+    against the kernels."""
     if sys.platform != "linux":
         raise NativeBuildError("the CUDA kernels are built on Linux only", "use Triton elsewhere")
-    write_cuda_ninja(build_dir, compiler(), cuda_compiler())
+    write_cuda_ninja(build_dir, compiler(), cuda_compiler(), variant)
     run_ninja(build_dir, "CUDA", "the CUDA toolkit 12.5 or later is needed; reinstall with it")
-    return cuda_archs()
+    logs = (log.read_text() for log in sorted(build_dir.glob("*.o.log")))
+    warnings = [line.strip() for text in logs for line in PTXAS_WARNING.findall(text)]
+    return {"archs": cuda_archs(), "warnings": warnings}
 
 
 def install(build_dir: Path, package: Path, *names: str) -> None:
@@ -293,6 +314,14 @@ def install(build_dir: Path, package: Path, *names: str) -> None:
         staged = package / f".{name}.new"
         shutil.copy2(build_dir / name, staged)
         staged.replace(package / name)
+
+
+def earlier_facts(package: Path) -> dict:
+    """The build facts of an earlier build in place; empty where there was none."""
+    try:
+        return json.loads((package / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 class BuildNative(build_ext):
@@ -304,29 +333,56 @@ class BuildNative(build_ext):
         build_dir = ROOT / "build" / tag if self.inplace else Path(self.build_temp) / "native"
         package = (ROOT if self.inplace else Path(self.build_lib)) / "fastattn"
         package.mkdir(parents=True, exist_ok=True)
-        info = {"native": True, "reason": "", "hint": ""}
-        try:
-            info["isas"] = build_native(build_dir.resolve())
-            install(build_dir, package, "_ops.so", MODULE)
-        except NativeBuildError as error:
-            reason, hint = error.args
-            if os.environ.get("FASTATTN_REQUIRE_NATIVE") == "1":
-                raise SystemExit(f"fastattn: {reason}; {hint}") from error
-            print(f"fastattn: native library not built: {reason}; {hint}", file=sys.stderr)
-            info.update(native=False, reason=reason, hint=hint, isas=[])
-            for name in ("_ops.so", MODULE):
-                (package / name).unlink(missing_ok=True)
-        info["cuda"] = {"built": True, "reason": "", "hint": ""}
-        try:
-            if not info["native"]:
-                raise NativeBuildError("the native library was not built", info["hint"])
-            info["cuda"]["archs"] = build_cuda((build_dir / "cuda").resolve())
-            install(build_dir / "cuda", package, "_cuda.so")
-        except NativeBuildError as error:
-            reason, hint = error.args
-            info["cuda"] = {"built": False, "reason": reason, "hint": hint, "archs": []}
-            (package / "_cuda.so").unlink(missing_ok=True)
+        earlier = earlier_facts(package)
+        info = self.built(
+            package,
+            ("_ops.so", MODULE),
+            lambda: {"isas": build_native(build_dir.resolve())},
+            build_dir,
+            earlier if earlier.get("native") else None,
+        )
+        if info["reason"] and os.environ.get("FASTATTN_REQUIRE_NATIVE") == "1":
+            raise SystemExit(f"fastattn: {info['reason']}; {info['hint']}")
+        info["native"] = info.pop("built")
+        cuda_dir, earlier_cuda = build_dir / "cuda", earlier.get("cuda") or {}
+        info["cuda"] = self.built(
+            package,
+            ("_cuda.so",),
+            lambda: self.build_cuda(cuda_dir.resolve(), info),
+            cuda_dir,
+            earlier_cuda if earlier_cuda.get("built") else None,
+        )
         (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+
+    @staticmethod
+    def build_cuda(build_dir: Path, native: dict) -> dict[str, list[str]]:
+        if not native["native"]:  # the schemas of the ops are in _ops.so
+            raise LeftOut("the native library was not built", native["hint"])
+        return build_cuda(build_dir)
+
+    @staticmethod
+    def built(
+        package: Path,
+        products: tuple[str, ...],
+        build: Callable[[], dict[str, list[str]]],
+        build_dir: Path,
+        earlier: dict | None,
+    ) -> dict:
+        """Runs ``build`` and installs its products; returns the facts. What an earlier build left
+        stays in place where this one fails, and goes where it is left out on purpose."""
+        try:
+            facts = build()
+            install(build_dir, package, *products)
+            return {"built": True, "reason": "", "hint": "", **facts}
+        except NativeBuildError as error:
+            reason, hint = error.args
+            print(f"fastattn: {', '.join(products)} not built: {reason}; {hint}", file=sys.stderr)
+            there = all((package / name).exists() for name in products)
+            if earlier is not None and there and not isinstance(error, LeftOut):
+                return {**earlier, "built": True, "reason": reason, "hint": hint}
+            for name in products:
+                (package / name).unlink(missing_ok=True)
+            return {"built": False, "reason": reason, "hint": hint, "isas": [], "archs": []}
 
     def get_outputs(self) -> list[str]:
         return []

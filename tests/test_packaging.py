@@ -7,6 +7,7 @@ it was asked to make: what is tested is the driver, in seconds.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -35,6 +37,9 @@ case "$*" in
   *-fsyntax-only*) exit 0;;
 esac
 echo "$*" >> "$LOG"
+case "$*" in
+  *".cu -o"*) echo "$SAY";;
+esac
 while [ $# -gt 0 ]; do
   if [ "$1" = -o ]; then : > "$2"; fi
   shift
@@ -72,6 +77,13 @@ def build(tree: Path, **env: str) -> dict:
     done = setup_py(tree, "build_ext", "--inplace", **env)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((tree / "fastattn/_build_info.json").read_text())
+
+
+def load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fastattn_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def fake_compiler(tree: Path, refuse: str = "no such flag") -> dict[str, str]:
@@ -182,12 +194,25 @@ def test_use_without_the_native_library(tree):
     assert done.stdout.count("/bin/false cannot compile C++20") == 2
 
 
-def test_compile_error_is_reported_and_leaves_no_stale_library(tree):
+def test_a_failed_build_keeps_the_libraries_of_the_last_one(tree):
     env = fake_compiler(tree)
-    assert build(tree, **env)["native"]
-    assert (tree / "fastattn/_ops.so").exists()
+    built = build(tree, **env)
+    libraries = {p.name: p.read_bytes() for p in (tree / "fastattn").glob("*.so")}
+    assert "_ops.so" in libraries
     (tree / "csrc/ops.cpp").touch()
     info = build(tree, **{**env, "REFUSE": "-c "})
+    assert info["native"]
+    assert info["isas"] == built["isas"]
+    assert "error: refused" in info["reason"]
+    assert {p.name: p.read_bytes() for p in (tree / "fastattn").glob("*.so")} == libraries
+    assert not build(tree, **env)["reason"], "the next good build says nothing of it"
+    assert not build(tree, **env, FASTATTN_SKIP_NATIVE="1")["native"]
+    assert not list((tree / "fastattn").glob("*.so")), "what is left out on purpose goes"
+
+
+def test_a_failed_first_build_leaves_no_library(tree):
+    info = build(tree, **{**fake_compiler(tree), "REFUSE": "-c "})
+    assert not info["native"]
     assert "error: refused" in info["reason"]
     assert not list((tree / "fastattn").glob("*.so"))
 
@@ -225,25 +250,59 @@ def test_cuda_flags(tree):
     assert "-rpath" not in link
 
 
+CUDA_FAILURES = [
+    ({"FASTATTN_CUDA_ARCHS": "90a;100"}, "got ['100']"),
+    ({"CUDA_HOME": "/nowhere"}, "no nvcc was found in CUDA_HOME=/nowhere"),
+    ({"REFUSE": ".cu -o"}, "the CUDA build failed: error: refused"),
+]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [
-        ({"FASTATTN_SKIP_CUDA_BUILD": "1"}, "FASTATTN_SKIP_CUDA_BUILD=1 was set"),
-        ({"FASTATTN_CUDA_ARCHS": "90a;100"}, "got ['100']"),
-        ({"CUDA_HOME": "/nowhere"}, "no nvcc was found in CUDA_HOME=/nowhere"),
-        ({"REFUSE": ".cu -o"}, "the CUDA build failed: error: refused"),
-    ],
+    [({"FASTATTN_SKIP_CUDA_BUILD": "1"}, "FASTATTN_SKIP_CUDA_BUILD=1 was set"), *CUDA_FAILURES],
     ids=["skipped", "arch", "missing", "error"],
 )
 def test_without_cuda_the_rest_is_built(tree, change, reason):
-    env = fake_nvcc(tree)
-    assert build(tree, **env)["cuda"]["built"]
-    (tree / "csrc/cuda/launch/refusal.cu").touch()
-    info = build(tree, **{**env, **change})
+    info = build(tree, **{**fake_nvcc(tree), **change})
     assert info["native"]
     assert not info["cuda"]["built"]
     assert reason in info["cuda"]["reason"]
     assert not (tree / "fastattn/_cuda.so").exists()
+
+
+@pytest.mark.parametrize(("change", "reason"), CUDA_FAILURES, ids=["arch", "missing", "error"])
+def test_a_failed_cuda_build_keeps_the_library_of_the_last_one(tree, change, reason):
+    env = fake_nvcc(tree)
+    assert build(tree, **env)["cuda"]["built"]
+    (tree / "csrc/cuda/launch/refusal.cu").touch()
+    facts = build(tree, **{**env, **change})["cuda"]
+    assert facts["built"]
+    assert facts["archs"] == ["90a"]
+    assert reason in facts["reason"]
+    assert (tree / "fastattn/_cuda.so").exists()
+    build(tree, **{**env, "FASTATTN_SKIP_CUDA_BUILD": "1"})
+    assert not (tree / "fastattn/_cuda.so").exists()
+
+
+def test_nvcc_is_found_in_its_usual_place(monkeypatch, tmp_path):
+    """A login shell often has no nvcc on its PATH."""
+    setup = load_setup()
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("FASTATTN_SKIP_CUDA_BUILD", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    looked = []
+    monkeypatch.setattr(setup.shutil, "which", lambda name, path=None: looked.append(path) or "x")
+    assert setup.cuda_compiler() == "x"
+    assert looked == [f"{tmp_path}:/usr/local/cuda/bin"]
+
+
+def test_what_ptxas_says_is_kept(tree):
+    """Also by a build that has nothing to compile."""
+    env = {**fake_nvcc(tree), "SAY": "ptxas info : (C7510) Potential Performance Loss: serialized"}
+    for _ in range(2):
+        warnings = build(tree, **env)["cuda"]["warnings"]
+        assert warnings
+        assert all("C7510" in line for line in warnings)
 
 
 def test_a_compiler_without_avx512_leaves_only_that_out(tree):

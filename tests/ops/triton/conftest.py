@@ -3,8 +3,6 @@ tests are skipped: `make test` runs them with the interpreter."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -12,8 +10,6 @@ from fastattn.ops import triton
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    shard, shards = map(int, os.environ.get("FASTATTN_TEST_SHARD", "0/1").split("/"))
-    items[:] = items[shard::shards]  # benchmarks/gpu_check.py has no pytest-xdist
     if triton.why_not() is not None:
         reason = triton.why_not()
     elif triton.interpreting() or torch.cuda.is_available():

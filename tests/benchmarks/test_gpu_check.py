@@ -1,0 +1,190 @@
+"""The check for a GPU machine, without one: with a fault in each rehearsal the verdict is red,
+the culprit is named, and every other stage delivers its rows in its box."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gpu import evidence as evidence_module
+from gpu.cases import FAMILIES, PROFILES
+from gpu.evidence import TABLES, TEXTS, Evidence
+from gpu.plan import BOXES, ROOT, SPEED, TRITON_SPEED
+from gpu.processes import Child, watch
+from gpu.rehearsal import FAULTS, STAGES, rehearse
+from gpu.smoke import KERNELS, cases_of, judge
+
+CHECK = ROOT / "benchmarks/gpu_check.py"
+
+
+@pytest.fixture(scope="module")
+def fault_free(tmp_path_factory):
+    return rehearse("nothing", tmp_path_factory.mktemp("check"))
+
+
+def test_without_a_fault_it_is_green(fault_free):
+    assert not fault_free.wrong
+    assert fault_free.page.endswith("Verdict: GREEN")
+    for stage in STAGES:
+        assert fault_free.spent[stage] <= BOXES[stage]
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "nothing"])
+def test_a_fault_is_named_and_the_other_stages_deliver(tmp_path, fault, fault_free):
+    rehearsal = rehearse(fault, tmp_path)
+    assert not rehearsal.wrong
+    _, culprits, silent = FAULTS[fault]
+    assert rehearsal.page.endswith("Verdict: RED")
+    assert any(culprits[0] in line for line in rehearsal.page.splitlines() if "RED:" in line)
+    # What has nothing to do with the fault is as without it.
+    before = {(s, r["kernel"], r["case"]) for s, r in fault_free.evidence.rows if s == "smoke"}
+    after = {(s, r["kernel"], r["case"]) for s, r in rehearsal.evidence.rows if s == "smoke"}
+    if "smoke" not in silent:
+        assert {row for row in before if row[1] not in culprits} <= after
+    assert len(rehearsal.evidence.of_stage("Triton speed")) == len(
+        fault_free.evidence.of_stage("Triton speed")
+    )
+    if fault == "a wrong result":  # the kernel is not timed, its peer is
+        rows = [row for row in rehearsal.evidence.of_stage("speed") if "MLP step" in row["case"]]
+        ours = [row for row in rows if row["implementation"] == "cuda"]
+        assert ours
+        assert all(not row["ms"] and "mlp_forward failed" in row["note"] for row in ours)
+        assert any(row["ms"] for row in rows if row["implementation"] == "eager")
+
+
+def test_at_most_six_small_files(fault_free):
+    assert len(TABLES) + len(TEXTS) == 6
+    files = list(fault_free.evidence.output.iterdir())
+    assert {file.name for file in files} <= {*TABLES, *TEXTS}
+    assert 6 * evidence_module.MOST_BYTES < 2_000_000
+
+
+def test_a_long_log_is_cut(tmp_path):
+    evidence = Evidence(tmp_path)
+    for _ in range(4):
+        evidence.text("tests.txt", "x" * 100_000)
+    text = (tmp_path / "tests.txt").read_text()
+    assert len(text) < evidence_module.MOST_BYTES + 100
+    assert text.endswith("[cut off here]\n")
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(CHECK), *arguments], capture_output=True, text=True, timeout=120,
+        check=False, **options,
+    )  # fmt: skip
+
+
+def test_a_machine_without_a_gpu_is_refused_in_one_line(tmp_path):
+    output = tmp_path / "new"
+    done = run("--output", str(output))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("gpu-check: torch sees no GPU")
+    assert not done.stdout
+    assert not list(output.iterdir()), "nothing is half written"
+
+
+def test_a_folder_without_libraries_is_refused(tmp_path):
+    done = run("--output", str(tmp_path / "new"), "--libraries", str(tmp_path))
+    assert done.returncode == 2
+    assert "--libraries: expected a folder with _cuda.so" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("/dev/null/x", "is not writable"), ("/dev/full", "is not writable")]
+)
+def test_an_output_that_cannot_be_written_is_refused(path, reason):
+    done = run("--output", path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert reason in done.stderr
+
+
+def test_a_full_disk_is_refused(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(evidence_module.errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evidence_module.os, "fsync", full)
+    assert "is full: No space left on device" in Evidence.refuse(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_later_turns_the_verdict_red(tmp_path):
+    evidence = Evidence(tmp_path / "gone")
+    evidence.row("smoke.csv", "smoke", kernel="k")
+    assert evidence.of_stage("smoke")
+    assert "smoke.csv: cannot be written" in str(evidence.red[0])
+
+
+def child(program: str, seconds: float = 20.0) -> Child:
+    return Child("child", [sys.executable, "-u", "-c", program], {}, Path("/"), seconds)
+
+
+def test_a_program_that_hangs_is_killed_with_what_it_started():
+    running = child(
+        "import subprocess, sys, time\n"
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(p.pid)\n"
+        "time.sleep(600)\n",
+        seconds=4.0,
+    )
+    lines = []
+    watch([running], float("inf"), lambda _, line: lines.append(line))
+    assert running.status == "no end after 4 s"
+    grandchild = Path(f"/proc/{lines[0]}/stat")
+    assert not grandchild.exists() or ") Z " in grandchild.read_text()
+
+
+def test_lines_before_a_crash_are_kept():
+    running = child("import os\nprint('one')\nprint('two')\nos.abort()")
+    watch([running], float("inf"), lambda *_: None)
+    assert running.lines[:2] == ["one", "two"]
+    assert running.status == "ended by SIGABRT"
+
+
+def test_the_stage_ends_what_runs_too_long():
+    import time
+
+    running = child("import time; time.sleep(600)")
+    watch([running], time.monotonic() + 1.0, lambda *_: None)
+    assert running.status.startswith("cut off")
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_zeros_are_wrong_at_every_scale(scale):
+    expected = scale * np.random.default_rng(0).standard_normal((100, 64))
+    assert judge(expected * (1 + 2e-3), expected, "bfloat16").passed
+    assert not judge(np.zeros_like(expected), expected, "bfloat16").passed
+
+
+def test_a_single_wrong_row_is_seen_and_shown():
+    expected = np.random.default_rng(0).standard_normal((4, 2048, 128))
+    actual = expected.copy()
+    actual[2, 64 * 7 + 9] = 0.0
+    verdict = judge(actual, expected, "bfloat16")
+    assert not verdict.passed
+    rows = verdict.map.split("/")
+    assert rows[1] != "........"
+    assert [row for n, row in enumerate(rows) if n != 1] == ["........"] * 7
+
+
+def test_nan_is_wrong_and_equal_infinities_are_right():
+    expected = np.array([1.0, 2.0, -np.inf])
+    assert judge(expected.copy(), expected, "bfloat16").passed
+    assert not judge(np.array([1.0, np.nan, -np.inf]), expected, "bfloat16").passed
+    assert not judge(np.array([1.0, 2.0, 3.0]), expected, "bfloat16").passed
+
+
+def test_the_plan_names_what_there_is():
+    assert sum(BOXES.values()) < 600
+    stands_on = {kernel for cases in FAMILIES.values() for c in cases for kernel in c.stands_on}
+    assert stands_on <= set(KERNELS)
+    assert {f for _, families in [*SPEED, *TRITON_SPEED] for f in families} == set(FAMILIES)
+    assert set(PROFILES) <= set(KERNELS)
+    assert all(cases_of(name) for name in KERNELS)
+    assert all(sum(len(case.name) for case in cases_of(name)) for name in KERNELS)
