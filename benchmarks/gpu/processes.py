@@ -114,9 +114,10 @@ def watch(
     stop: float,
     on_line: Callable[[Child, str], None],
     until: Callable[[], bool] = lambda: False,
+    kill: bool = True,
 ) -> None:
-    """Reads the children until all have ended, ``until`` holds or the clock says ``stop``; then
-    those that still run are killed, unless ``until`` ended it."""
+    """Reads the children until all have ended, ``until`` holds or the clock says ``stop``; those
+    that still run at ``stop`` are killed, unless ``kill`` is False."""
     children = list(children)
     while True:
         running = False
@@ -127,9 +128,10 @@ def watch(
             running |= child.status == ""
             if not had_ended and child.status != "":
                 child.kill(child.status)  # what it started goes with it
-        if not running or until():
+        late = time.monotonic() > stop
+        if not running or until() or (late and not kill):
             return
-        if time.monotonic() > stop:
+        if late:
             for child in children:
                 if child.status == "":
                     child.kill("cut off: the stage's time was used up")

@@ -23,11 +23,11 @@ from gpu.summary import summary
 FAULTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "nothing": ("", (), ()),
     "a kernel hangs": (
-        "hang:attention_backward128", ("attention_backward128", "test_stand_in[4]"), (),
+        "hang:attention_backward128", ("attention_backward128", "test_attention[2]"), (),
     ),
     "a kernel crashes": ("crash:linear_grad_weight", ("linear_grad_weight",), ()),
     "a sticky error": (
-        "sticky:attention_forward64", ("attention_forward64", "test_stand_in[3]"), (),
+        "sticky:attention_forward64", ("attention_forward64", "test_attention[1]"), (),
     ),
     "a wrong result": ("wrong:mlp_forward", ("mlp_forward",), ()),
     "a missing library": (
@@ -89,6 +89,7 @@ def rehearse(fault: str, output: Path) -> Rehearsal:
         speed_clock=CLOCK,
         profile_clock=CLOCK,
         test_clock=CLOCK,
+        triton_test_clock=CLOCK,
         build_clock=CLOCK,
         profiler=tool,
         sanitizer=tool,

@@ -43,6 +43,9 @@ class Bench:
             "ceilings": {"copy GB/s": 3000.0, "matmul TFLOP/s": 700.0},
         }
 
+    def prepare(self, implementation: str, cases: list[Case]) -> None:
+        pass
+
     def smoke(self, kernel: str, case: SmokeCase) -> dict[str, tuple[NDArray, NDArray]]:
         self._launch(kernel)
         random = np.random.default_rng(0)

@@ -32,11 +32,12 @@ class Tests:
         stage: str,
         selection: tuple[str, ...],
         plan: Plan,
+        clock: float,
         evidence: Evidence,
         start: Callable[..., Child],
     ) -> None:
         self.stage, self.selection, self.plan, self.evidence = stage, selection, plan, evidence
-        self._start = start
+        self._clock, self._start = clock, start
         self.outcomes: Counter[str] = Counter()
         self._shards: dict[Child, Shard] = {}  # of the processes that run
         self._ended: list[Child] = []  # by force
@@ -61,7 +62,7 @@ class Tests:
         ]  # fmt: skip
         shard.running = ""
         shard.child = self._start(
-            f"shard {shard.number}", command, self.plan.test_clock,
+            f"shard {shard.number}", command, self._clock,
             FASTATTN_CHECK_SHARD=f"{shard.number}/{self.plan.shards}", FASTATTN_CHECK_AFTER=after,
         )  # fmt: skip
         self._shards[shard.child] = shard

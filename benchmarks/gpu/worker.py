@@ -31,6 +31,9 @@ class Bench(Protocol):
     def environment(self) -> dict[str, object]:
         """Names and versions, why the libraries or the GPU cannot be used, the two ceilings."""
 
+    def prepare(self, implementation: str, cases: list[Case]) -> None:
+        """What costs time before the first timing: a context, kernels to compile."""
+
     def smoke(self, kernel: str, case: SmokeCase) -> dict[str, tuple[NDArray, NDArray]]:
         """The kernel's results, and what they should be."""
 
@@ -77,6 +80,7 @@ def smoke(bench: Bench, kernel: str, only_first: bool) -> int:
 
 def speed(bench: Bench, implementation: str, families: list[str], failed: set[str]) -> int:
     """Gets ready, then waits for a line on stdin: no two are timed at once."""
+    bench.prepare(implementation, [case for family in families for case in FAMILIES[family]])
     tell("ready")
     if not sys.stdin.readline():
         return 0
