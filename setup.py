@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,9 +59,9 @@ CUDA_ARCHS = ("90a",)
 # Builds of the CUDA library beside the one that is installed (`make gpu-bundle`): waits that name
 # themselves when they hang, and the tiles that only benchmarks/gpu/tune.py times.
 CUDA_VARIANTS = {"": [], "watchdog": ["-DFASTATTN_WATCHDOG"], "tune": ["-DFASTATTN_TUNE"]}
-# ptxas numbers what makes a kernel slower or wrong (C7508: setmaxnreg is ignored, C7510: matrix
-# products are serialised), and calls only some of it a warning.
-PTXAS_WARNING = re.compile(r".*(?:\bwarning\b|\(C\d{4}\)).*")
+# ptxas numbers what it has against a kernel (C7508: setmaxnreg is ignored, C7510: matrix products
+# are serialised), and calls only some of it a warning.
+PTXAS_WARNING = re.compile(r"\((C\d{4})\)|(.*\bwarning\b.*)")
 
 
 class NativeBuildError(Exception):
@@ -296,16 +297,18 @@ def build_native(build_dir: Path, least: bool = False) -> list[str]:
     return isas
 
 
-def build_cuda(build_dir: Path, variant: str = "") -> dict[str, list[str]]:
-    """Build _cuda.so in build_dir; returns the architectures that are in, and what ptxas has
-    against the kernels."""
+def build_cuda(build_dir: Path, variant: str = "") -> dict[str, object]:
+    """Build _cuda.so in build_dir; returns the architectures that are in, and how often ptxas has
+    what against the kernels. The logs stay beside the objects."""
     if sys.platform != "linux":
         raise NativeBuildError("the CUDA kernels are built on Linux only", "use Triton elsewhere")
     write_cuda_ninja(build_dir, compiler(), cuda_compiler(), variant)
     run_ninja(build_dir, "CUDA", "the CUDA toolkit 12.5 or later is needed; reinstall with it")
     logs = (log.read_text() for log in sorted(build_dir.glob("*.o.log")))
-    warnings = [line.strip() for text in logs for line in PTXAS_WARNING.findall(text)]
-    return {"archs": cuda_archs(), "warnings": warnings}
+    warnings = Counter(
+        code or line.strip() for text in logs for code, line in PTXAS_WARNING.findall(text)
+    )
+    return {"archs": cuda_archs(), "ptxas": dict(sorted(warnings.items()))}
 
 
 def install(build_dir: Path, package: Path, *names: str) -> None:
@@ -355,7 +358,7 @@ class BuildNative(build_ext):
         (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
     @staticmethod
-    def build_cuda(build_dir: Path, native: dict) -> dict[str, list[str]]:
+    def build_cuda(build_dir: Path, native: dict) -> dict[str, object]:
         if not native["native"]:  # the schemas of the ops are in _ops.so
             raise LeftOut("the native library was not built", native["hint"])
         return build_cuda(build_dir)
@@ -364,7 +367,7 @@ class BuildNative(build_ext):
     def built(
         package: Path,
         products: tuple[str, ...],
-        build: Callable[[], dict[str, list[str]]],
+        build: Callable[[], dict[str, object]],
         build_dir: Path,
         earlier: dict | None,
     ) -> dict:

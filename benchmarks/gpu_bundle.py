@@ -56,8 +56,7 @@ def bundle(folder: Path, setup: ModuleType) -> dict:
     facts = collect(ROOT / "fastattn", folder)
     build = ROOT / "build" / (sysconfig.get_config_var("SOABI") or "native")
     for variant in VARIANTS:
-        built = setup.build_cuda(build / f"cuda_{variant}", variant)
-        facts["cuda"][variant] = built["warnings"]
+        facts["cuda"][variant] = setup.build_cuda(build / f"cuda_{variant}", variant)
         shutil.copy2(build / f"cuda_{variant}" / "_cuda.so", folder / f"_cuda_{variant}.so")
     return facts
 

@@ -72,17 +72,18 @@ class Rehearsal:
         return found
 
 
-def rehearse(fault: str, output: Path) -> Rehearsal:
+def stand_in_plan(fault: str) -> Plan:
+    """``fault`` as FASTATTN_REHEARSED_FAULT has it."""
     environment = dict(os.environ)
     environment |= {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)]),
         "PYTHONUNBUFFERED": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "FASTATTN_REHEARSED_FAULT": FAULTS[fault][0],
+        "FASTATTN_REHEARSED_FAULT": fault,
     }
     tool = (sys.executable, str(ROOT / "benchmarks/gpu/rehearsal_tool.py"))
     tests = (str(ROOT / "benchmarks/gpu/rehearsal_tests.py"), "--noconftest")
-    plan = Plan(
+    return Plan(
         "stand_in",
         environment,
         smoke_clock=CLOCK,
@@ -98,9 +99,12 @@ def rehearse(fault: str, output: Path) -> Rehearsal:
         shards=2,
         build=(sys.executable, "-c", "raise SystemExit('a rehearsal builds nothing')"),
     )
+
+
+def rehearse(fault: str, output: Path) -> Rehearsal:
     evidence = Evidence(output)
     start = time.monotonic()
-    check = Check(plan, evidence, SECONDS)
+    check = Check(stand_in_plan(FAULTS[fault][0]), evidence, SECONDS)
     if refused := check.refused():
         raise RuntimeError(refused)
     evidence.begin()

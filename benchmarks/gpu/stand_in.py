@@ -33,10 +33,12 @@ class Bench:
         self._lost = False
 
     def environment(self) -> dict[str, object]:
+        if fault_at("torch"):
+            raise ImportError("libtorch_cuda.so: cannot open shared object file")
         missing = "_cuda.so: cannot open shared object file" if fault_at("library") else ""
         return {
             "gpu": "a stand-in",
-            "capability": 90,
+            "capability": 80 if fault_at("machine") else 90,
             "versions": "rehearsal",
             "cuda": missing,
             "triton": "",

@@ -76,7 +76,7 @@ def setup_that_builds(fail: str = "", size: int = 10) -> SimpleNamespace:
             raise NativeBuildError(fail, "do something")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "_cuda.so").write_bytes(bytes(size))
-        return {"archs": ["90a"], "warnings": []}
+        return {"archs": ["90a"], "ptxas": {}}
 
     def build_native(folder: Path, least: bool) -> list[str]:
         assert least

@@ -3,6 +3,7 @@ the culprit is named, and every other stage delivers its rows in its box."""
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from gpu import evidence as evidence_module
 from gpu.cases import FAMILIES, PROFILES
+from gpu.check import Check
 from gpu.evidence import TABLES, TEXTS, Evidence
 from gpu.plan import BOXES, ROOT, SPEED, TRITON_SPEED
 from gpu.processes import Child, watch
-from gpu.rehearsal import FAULTS, STAGES, rehearse
+from gpu.rehearsal import FAULTS, STAGES, rehearse, stand_in_plan
 from gpu.smoke import KERNELS, cases_of, judge
 
 CHECK = ROOT / "benchmarks/gpu_check.py"
@@ -87,6 +89,28 @@ def test_a_machine_without_a_gpu_is_refused_in_one_line(tmp_path):
     assert done.stderr.startswith("gpu-check: torch sees no GPU")
     assert not done.stdout
     assert not list(output.iterdir()), "nothing is half written"
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("wrong:machine", "compute capability 8.0 is not 9.0"),
+        ("missing:torch", "do not start (exit status 1): ImportError: libtorch_cuda.so"),
+    ],
+)
+def test_a_machine_that_cannot_be_checked_is_refused_in_one_line(tmp_path, fault, reason):
+    why = Check(stand_in_plan(fault), Evidence(tmp_path), 60.0).refused()
+    assert reason in why
+    assert "\n" not in why
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_gpus_are_checked_for_triton_alone(tmp_path):
+    plan = dataclasses.replace(stand_in_plan("wrong:machine"), triton_only=True)
+    check = Check(plan, Evidence(tmp_path), 60.0)
+    assert check.refused() is None
+    assert check.run()
+    assert set(check.spent) == {"environment", "Triton tests", "Triton speed"}
 
 
 def test_a_folder_without_libraries_is_refused(tmp_path):

@@ -8,14 +8,15 @@ using namespace fastattn::cuda;
 namespace {
 
 Rows rows(Tensor4& x) {
-  return {reinterpret_cast<char*>(x.data.data()), x.heads * x.rows * x.cols, x.rows * x.cols,
-          x.cols};
+  return {reinterpret_cast<char*>(x.data.data()), x.heads * x.rows * x.pitch, x.rows * x.pitch,
+          x.pitch};
 }
 
 template <class Kernel>
 int run(const std::vector<int64_t>& arguments, emulator::Timing timing) {
   AttentionCase& a = AttentionCase::of(arguments);
-  Tensor4 dq(a.batch, a.heads_q, a.seq_q, a.dim), dk(a.batch, a.heads_k, a.seq_k, a.dim), dv(dk);
+  Tensor4 dq(a.batch, a.heads_q, a.seq_q, a.dim, Pitch::kContiguous);
+  Tensor4 dk(a.batch, a.heads_k, a.seq_k, a.dim), dv(dk);
   const auto on_grid = [&](int blocks, const std::function<void()>& body) {
     emulator::run_grid(blocks, kRowThreads, 0, timing, body);
   };
@@ -33,16 +34,15 @@ int run(const std::vector<int64_t>& arguments, emulator::Timing timing) {
   if (words != a.key_words(128)) return failed("key words", timing, 0, 0, 0, 0);
 
   const HeadBlocks of_queries = a.tiles(a.heads_q, a.seq_q, Kernel::kBlockQ);
-  const int all = of_queries.tiles(), padded = of_queries.blocks * Kernel::kBlockQ;
-  std::vector<float> lse_log2(static_cast<size_t>(all * Kernel::kBlockQ), NAN), delta(lse_log2);
+  const int all = of_queries.tiles();
+  DeviceVector<float> lse_log2(static_cast<size_t>(all * Kernel::kBlockQ), NAN), delta(lse_log2);
   const DeltaParameters of_rows{
-      rows(a.out), rows(a.grad_out), a.lse.data(), a.grad_lse.data(), batch,       heads,
-      seq_q,       padded,           dim,          lse_log2.data(),   delta.data()};
-  on_grid(all * Kernel::kBlockQ / (kRowThreads / 32),
-          [&] { fastattn::cuda::delta<bf16>(of_rows); });
+      rows(a.out), rows(a.grad_out),  a.lse.data(), a.grad_lse.data(), heads,
+      seq_q,       of_queries.blocks, dim,          lse_log2.data(),   delta.data()};
+  on_grid(all, [&] { fastattn::cuda::delta<bf16, Kernel::kDim>(of_rows); });
 
-  std::vector<float> sums(static_cast<size_t>(all * Kernel::kBlockQ * Kernel::kDim),
-                          masked ? 0.0f : NAN);
+  DeviceVector<float> sums(static_cast<size_t>(all * Kernel::kBlockQ * Kernel::kDim),
+                           masked ? 0.0f : NAN);
   std::vector<int> turns(static_cast<size_t>(all), 0);
   int next_tile = 0;
   const AttentionBackwardParameters p{a.q.map(Kernel::kBlockQ),

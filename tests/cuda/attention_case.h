@@ -15,7 +15,9 @@ using Doubles = std::vector<double>;
 // Sums, and the sums of their parts' sizes.
 struct Sums {
   Doubles value, size;
-  explicit Sums(const Tensor4& like) : value(like.data.size()), size(like.data.size()) {}
+  int64_t pitch;
+  explicit Sums(const Tensor4& like)
+      : value(like.data.size()), size(like.data.size()), pitch(like.pitch) {}
   void add(size_t at, double part) {
     value[at] += part;
     size[at] += std::abs(part);
@@ -52,7 +54,7 @@ struct AttentionCase {
         q(batch, heads_q, seq_q, dim),
         k(batch, heads_k, seq_k, dim),
         v(k),
-        out(q),
+        out(batch, heads_q, seq_q, dim, Pitch::kContiguous),  // as users get it
         grad_out(q),
         mask(static_cast<size_t>(batch * seq_k), 1),
         o(q),
@@ -141,7 +143,7 @@ struct AttentionCase {
     }
     for (int64_t d = 0; d < dim; ++d) {
       const size_t at = q.at(b, h, i, d);
-      out.data[at] = bf16(static_cast<float>(o.value[at]));
+      out.data[out.at(b, h, i, d)] = bf16(static_cast<float>(o.value[at]));
     }
     const double delta = dot(grad_out, out, b, h, i, h, i) - static_cast<double>(grad_lse.back());
     for (int64_t j = 0; j < seq_k; ++j) {
@@ -157,15 +159,20 @@ struct AttentionCase {
   }
 };
 
-// What is summed has been rounded to bf16, and so is the result.
+// What is summed has been rounded to bf16, and so is the result. Nothing is written between rows.
 inline int compare(const char* what, emulator::Timing timing, const Tensor4& got,
                    const Sums& expected) {
-  for (size_t i = 0; i < got.data.size(); ++i) {
-    const double value = static_cast<double>(static_cast<float>(got.data[i]));
-    const double right = expected.value[i];
-    if (!(std::abs(value - right) <= (expected.size[i] + std::abs(right)) / 256 + 1e-6))
-      return failed(what, timing, static_cast<int64_t>(i) / got.cols,
-                    static_cast<int64_t>(i) % got.cols, value, right);
+  for (int64_t i = 0; i < got.batch * got.heads * got.rows; ++i) {
+    for (int64_t j = 0; j < got.pitch; ++j) {
+      const double value =
+          static_cast<double>(static_cast<float>(got.data[static_cast<size_t>(i * got.pitch + j)]));
+      const auto at = static_cast<size_t>(i * expected.pitch + j);
+      const bool good = j >= got.cols
+                            ? std::isnan(value)
+                            : std::abs(value - expected.value[at]) <=
+                                  (expected.size[at] + std::abs(expected.value[at])) / 256 + 1e-6;
+      if (!good) return failed(what, timing, i, j, value, expected.value[at]);
+    }
   }
   return 0;
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -27,22 +28,43 @@ struct bf16 {
   }
 };
 
-// [batch, heads, rows, cols], contiguous, with a box of 64 columns for TMA.
-struct Tensor4 {
-  int64_t batch, heads, rows, cols;
-  std::vector<bf16> data;
+// Memory as CUDA allocates it: at multiples of 256 bytes.
+template <class V>
+struct DeviceAllocator {
+  using value_type = V;
+  static constexpr std::align_val_t kAlignment{256};
+  V* allocate(size_t count) {
+    return static_cast<V*>(::operator new(count * sizeof(V), kAlignment));
+  }
+  void deallocate(V* p, size_t) { ::operator delete(p, kAlignment); }
+  bool operator==(const DeviceAllocator&) const = default;
+};
+template <class V>
+using DeviceVector = std::vector<V, DeviceAllocator<V>>;
 
-  Tensor4(int64_t b, int64_t h, int64_t r, int64_t c, float value = NAN)
+// Where rows begin: at multiples of 16 bytes, as the launch hands them to TMA, or one behind the
+// other.
+enum class Pitch : int64_t { kAligned = 8, kContiguous = 1 };
+
+// [batch, heads, rows, cols] with a box of 64 columns for TMA. What is between rows is NaN.
+struct Tensor4 {
+  int64_t batch, heads, rows, cols, pitch;
+  DeviceVector<bf16> data;
+
+  Tensor4(int64_t b, int64_t h, int64_t r, int64_t c, Pitch kind = Pitch::kAligned)
       : batch(b), heads(h), rows(r), cols(c) {
-    data.assign(static_cast<size_t>(b * h * r * c), bf16(value));
+    const auto multiple = static_cast<int64_t>(kind);
+    pitch = (c + multiple - 1) / multiple * multiple;
+    data.assign(static_cast<size_t>(b * h * r * pitch), bf16(NAN));
   }
   Tensor4& fill(std::mt19937& random, float scale = 1.0f) {
     std::normal_distribution<float> normal;
-    for (bf16& v : data) v = bf16(normal(random) * scale);
+    for (int64_t i = 0; i < batch * heads * rows * cols; ++i)
+      data[static_cast<size_t>(i / cols * pitch + i % cols)] = bf16(normal(random) * scale);
     return *this;
   }
   size_t at(int64_t b, int64_t h, int64_t r, int64_t c) const {
-    return static_cast<size_t>(((b * heads + h) * rows + r) * cols + c);
+    return static_cast<size_t>(((b * heads + h) * rows + r) * pitch + c);
   }
   double operator()(int64_t b, int64_t h, int64_t r, int64_t c) const {
     return static_cast<double>(static_cast<float>(data[at(b, h, r, c)]));
@@ -53,7 +75,7 @@ struct Tensor4 {
     map.base = reinterpret_cast<char*>(data.data());
     map.rank = 4;
     const int64_t extents[] = {cols, seen < 0 ? rows : seen, heads, batch};
-    const int64_t strides[] = {2, 2 * cols, 2 * cols * rows, 2 * cols * rows * heads};
+    const int64_t strides[] = {2, 2 * pitch, 2 * pitch * rows, 2 * pitch * rows * heads};
     for (int d = 0; d < 4; ++d) {
       map.extents[d] = extents[d];
       map.stride_bytes[d] = strides[d];

@@ -48,7 +48,9 @@ int run(const std::vector<int64_t>& a, emulator::Timing timing) {
   const auto splits = static_cast<int>(a[3]), blocks = static_cast<int>(a[4]);
   std::mt19937 random(7);
   Tensor4 x(1, 1, m, k), w(1, 1, n, k), bias(1, 1, 1, n), grad_y(1, 1, m, n);
-  Tensor4 y(1, 1, m, n), grad_x(1, 1, m, k), grad_w(1, 1, n, k), grad_bias(1, 1, 1, n);
+  constexpr auto kPitch = Pitch::kContiguous;
+  Tensor4 y(1, 1, m, n, kPitch), grad_x(1, 1, m, k, kPitch), grad_w(1, 1, n, k, kPitch);
+  Tensor4 grad_bias(1, 1, 1, n);
   x.fill(random), w.fill(random, 1.0f / std::sqrt(static_cast<float>(k + 1)));
   bias.fill(random), grad_y.fill(random);
   std::vector<uint8_t> mask(static_cast<size_t>(m * mask_bytes), 0xaa);

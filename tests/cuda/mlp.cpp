@@ -43,8 +43,8 @@ int run(const std::vector<int64_t>& a, emulator::Timing timing) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(widths[l]));
     w.emplace_back(1, 1, widths[l + 1], widths[l]).fill(random, scale);
     bias.emplace_back(1, 1, 1, widths[l + 1]).fill(random);
-    h.emplace_back(1, 1, rows, widths[l + 1]);
-    g.emplace_back(1, 1, rows, widths[l + 1]);
+    h.emplace_back(1, 1, rows, widths[l + 1], Pitch::kContiguous);
+    g.emplace_back(1, 1, rows, widths[l + 1], Pitch::kContiguous);
   }
   MlpParameters p{};
   p.first = matrix(x, 64);

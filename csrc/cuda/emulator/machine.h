@@ -36,8 +36,9 @@ constexpr int kNamedBarriers = 16, kRegisters = 64 << 10;
 struct Timing {
   uint64_t seed = 0;
   bool latest = true;  // copies end only when nobody can go on without; else at drawn moments too
-  bool eager =
-      false;  // products read shared memory as soon as a warp has asked; else at their wait
+  // Products and stores read shared memory as soon as they are asked for. Else products do at their
+  // wait, and stores do if copies end late, or at a drawn moment before.
+  bool eager = false;
   // One warp runs as far as it can before another is drawn; of its warpgroup, if that can go on.
   bool uneven = false, by_group = false;
 };

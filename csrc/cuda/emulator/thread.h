@@ -58,9 +58,13 @@ inline void named_arrive(int id, int threads) { Block::current()->arrive(id, thr
 struct alignas(8) Barrier {
   uint64_t state;
 };
+constexpr int64_t kMostOfBarrier = (1 << 20) - 1;  // arrivals, and bytes under way
 inline void barrier_init(Barrier* p, int arrivals) {
   Block& b = *Block::current();
-  b.barriers[b.shared.offset(p, 8)] = {arrivals, arrivals, 0, 0};
+  const int64_t at = b.shared.offset(p, 8);
+  if (at % 8 != 0) throw Error("mbarrier: not at a multiple of 8 bytes");
+  if (arrivals < 1 || arrivals > kMostOfBarrier) throw Error("mbarrier: 1 to 2^20 - 1 arrivals");
+  b.barriers[at] = {arrivals, arrivals, 0, 0};
 }
 inline void barrier_init_fence() {}
 inline void barrier_arrive(Barrier* p) {
@@ -73,15 +77,19 @@ inline void barrier_arrive_expect(Barrier* p, int bytes) {
   Block& block = *Block::current();
   auto& b = block.barrier(p);
   b.bytes += bytes;
+  if (bytes < 0 || b.bytes > kMostOfBarrier) throw Error("mbarrier: expects 2^20 bytes or more");
   --b.arrivals;
   block.advance(b);
 }
-// Until the phase of this parity has ended.
-inline void barrier_wait(Barrier* p, int parity) {
+// Until the phase of this parity has ended. A deadlock names it in the words of the source.
+inline void barrier_wait_at(const char* place, Barrier* p, int parity) {
   auto& b = Block::current()->barrier(p);
-  Block::current()->wait("mbarrier at " + std::to_string(shared_address(p)),
-                         [&b, parity] { return (b.phase & 1) != parity; });
+  Block::current()->wait(place, [&b, parity] { return (b.phase & 1) != parity; });
 }
+#define FASTATTN_TEXT(x) #x
+#define FASTATTN_LINE(x) FASTATTN_TEXT(x)
+#define barrier_wait(barrier, parity) \
+  barrier_wait_at("mbarrier " #barrier " in line " FASTATTN_LINE(__LINE__), barrier, parity)
 
 // --- between the lanes of a warp
 inline uint32_t exchange(uint32_t value, int from) {
@@ -132,6 +140,14 @@ float sum_of_pair(uint32_t word) {
   std::memcpy(pair, &word, 4);
   return static_cast<float>(pair[0]) + static_cast<float>(pair[1]);
 }
+template <class T>
+float add_products_of_pairs(float sum, uint32_t a, uint32_t b) {
+  T x[2], y[2];
+  std::memcpy(x, &a, 4);
+  std::memcpy(y, &b, 4);
+  for (int i = 0; i < 2; ++i) sum += static_cast<float>(x[i]) * static_cast<float>(y[i]);
+  return sum;
+}
 template <bool kTranspose>
 void load_matrices(uint32_t* d, const void* row) {
   Block& b = *Block::current();
@@ -150,13 +166,32 @@ void load_matrices(uint32_t* d, const void* row) {
   }
 }
 
-// --- stores to shared memory, unseen by the asynchronous units before the thread's fence
+// --- memory
 struct alignas(16) Words4 {
   uint32_t word[4];
 };
 struct alignas(16) Floats4 {
   float x, y, z, w;
 };
+inline void check_aligned(const char* what, const void* p, uint64_t bytes) {
+  const uint64_t beyond = reinterpret_cast<uintptr_t>(p) % bytes;
+  if (beyond != 0)
+    throw Error(std::string(what) + ": an address " + std::to_string(beyond) +
+                " bytes beyond a multiple of " + std::to_string(bytes));
+}
+template <class V>
+V load_global(const void* p) {
+  check_aligned("a load", p, sizeof(V));
+  V value;
+  std::memcpy(&value, p, sizeof(V));
+  return value;
+}
+template <class V>
+void store_global(void* p, const V& value) {
+  check_aligned("a store", p, sizeof(V));
+  std::memcpy(p, &value, sizeof(V));
+}
+// Unseen by the asynchronous units before the thread's fence.
 template <class V>
 void store_shared(void* p, const V& value) {
   Block& b = *Block::current();
@@ -178,5 +213,9 @@ inline void counter_wait(const int* counter, int count) {
 }
 inline void counter_release(int* counter) { ++*counter; }
 inline void fence_async_proxy_global() {}
+
+// --- what tells the compiler something
+inline int uniform(int value) { return value; }
+inline void settle(uint32_t) {}
 
 }  // namespace fastattn::cuda::ptx

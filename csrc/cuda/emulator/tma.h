@@ -1,4 +1,5 @@
-// cuda/ptx/tma.h in plain C++: copies take effect when they are waited for.
+// cuda/ptx/tma.h in plain C++: copies take effect when they are waited for. What the hardware asks
+// of addresses and sizes is checked.
 #pragma once
 
 #include "cuda/emulator/thread.h"
@@ -15,7 +16,7 @@ inline int64_t swizzled(int64_t address, Swizzle s) {
 }
 
 constexpr int kMostDims = 4;
-struct TensorMap {
+struct alignas(64) TensorMap {
   char* base = nullptr;
   int rank = 0, element_bytes = 2;
   int64_t extents[kMostDims] = {}, stride_bytes[kMostDims] = {};  // innermost first
@@ -46,11 +47,36 @@ struct TensorMap {
   }
 };
 
-inline void check_box(const TensorMap& map, int64_t at) {
-  if (at % (map.swizzle == Swizzle::kNone ? 128 : 8 * swizzle_bytes(map.swizzle)) != 0)
-    throw Error("TMA: shared memory at " + std::to_string(at) + " is not aligned for its swizzle");
-  if (map.swizzle != Swizzle::kNone && map.box[0] * map.element_bytes > swizzle_bytes(map.swizzle))
-    throw Error("TMA: the box is wider than its swizzle");
+inline void require(bool holds, const char* what, int64_t got) {
+  if (!holds) throw Error(std::string(what) + ", got " + std::to_string(got));
+}
+inline int64_t modulo(const void* p, uint64_t bytes) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % bytes);
+}
+// A box at `at` in shared memory, of a map that an instruction has so many coordinates for.
+inline void check_box(const TensorMap& map, int coordinates, int64_t at) {
+  require(modulo(&map, 64) == 0, "TMA needs a map at 0 modulo 64", modulo(&map, 64));
+  require(map.rank == coordinates, "TMA needs as many coordinates as the map has dims", map.rank);
+  require(modulo(map.base, 16) == 0, "TMA needs a tensor at 0 modulo 16", modulo(map.base, 16));
+  for (int d = 0; d < map.rank; ++d) {
+    const int64_t extent = map.extents[d], stride = map.stride_bytes[d];
+    require(extent >= 1 && extent <= int64_t{1} << 32, "TMA needs extents of 1 to 2^32", extent);
+    require(map.box[d] >= 1 && map.box[d] <= 256, "TMA needs boxes of 1 to 256", map.box[d]);
+    require(d == 0 || (stride % 16 == 0 && stride >= 0 && stride < int64_t{1} << 40),
+            "TMA needs strides that are multiples of 16 bytes below 2^40", stride);
+  }
+  const int inner = map.box[0] * map.element_bytes, span = swizzle_bytes(map.swizzle);
+  require(inner % 16 == 0, "TMA needs rows of a box of multiples of 16 bytes", inner);
+  require(map.swizzle == Swizzle::kNone || inner <= span,
+          "TMA needs rows of a box within the swizzle", inner);
+  const int64_t aligned = map.swizzle == Swizzle::kNone ? 128 : 8 * span;
+  require(at % aligned == 0, "TMA needs shared memory aligned for its swizzle", at);
+}
+inline void check_bulk(const void* global, int64_t at, int64_t bytes) {
+  require(modulo(global, 16) == 0, "A bulk copy needs global memory at 0 modulo 16",
+          modulo(global, 16));
+  require(at % 16 == 0, "A bulk copy needs shared memory at 0 modulo 16", at);
+  require(bytes % 16 == 0 && bytes > 0, "A bulk copy needs a multiple of 16 bytes", bytes);
 }
 
 // A copy into shared memory, whose bytes count towards `barrier`; `write` is how it ends.
@@ -66,9 +92,9 @@ void start_load(void* to, int64_t bytes, Barrier* barrier, const F& write) {
     b.advance(done);
   });
 }
-inline void tma_load(void* to, const TensorMap* map, Barrier* barrier, int c0, int c1 = 0,
-                     int c2 = 0, int c3 = 0) {
-  check_box(*map, Block::current()->shared.offset(to, map->box_bytes()));
+inline void load_box(void* to, const TensorMap* map, Barrier* barrier, int coordinates, int c0,
+                     int c1, int c2 = 0, int c3 = 0) {
+  check_box(*map, coordinates, Block::current()->shared.offset(to, map->box_bytes()));
   start_load(to, map->box_bytes(), barrier, [map, c0, c1, c2, c3](Block& b, int64_t at) {
     map->walk({c0, c1, c2, c3}, [&](int64_t offset, const char* p) {
       const char zero[8] = {};
@@ -77,9 +103,15 @@ inline void tma_load(void* to, const TensorMap* map, Barrier* barrier, int c0, i
     });
   });
 }
+inline void tma_load(void* to, const TensorMap* map, Barrier* barrier, int c0, int c1) {
+  load_box(to, map, barrier, 2, c0, c1);
+}
+inline void tma_load(void* to, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2,
+                     int c3) {
+  load_box(to, map, barrier, 4, c0, c1, c2, c3);
+}
 inline void bulk_load(void* to, const void* from, Barrier* barrier, int bytes) {
-  Block& b = *Block::current();
-  if (bytes % 16 != 0 || b.shared.offset(to, bytes) % 16 != 0) throw Error("bulk copy: 16 bytes");
+  check_bulk(from, Block::current()->shared.offset(to, bytes), bytes);
   start_load(to, bytes, barrier,
              [from, bytes](Block& b, int64_t at) { b.shared.write(at, from, bytes); });
 }
@@ -90,16 +122,20 @@ inline void start_store(const void* from, int64_t bytes,
   Block& b = *Block::current();
   const int64_t at = b.shared.offset(from, bytes);
   auto data = std::make_shared<std::vector<char>>();
-  b.self().bulk_stores.push_back({[&b, data, at, bytes] {
-                                    data->assign(b.shared.read(at, bytes),
-                                                 b.shared.read(at, bytes) + bytes);
-                                  },
-                                  [data, write] { write(*data); }});
+  const auto read = [&b, data, at, bytes] {  // once
+    if (data->empty()) data->assign(b.shared.read(at, bytes), b.shared.read(at, bytes) + bytes);
+  };
+  b.self().bulk_stores.push_back({read, [data, write] { write(*data); }});
+  if (b.timing().eager) {
+    read();
+  } else if (!b.timing().latest) {
+    b.start_copy(read);
+  }
 }
-inline void tma_store(const TensorMap* map, const void* from, int c0, int c1 = 0, int c2 = 0,
-                      int c3 = 0) {
+inline void store_box(const TensorMap* map, const void* from, int coordinates, int c0, int c1,
+                      int c2 = 0, int c3 = 0) {
   const int64_t at = Block::current()->shared.offset(from, map->box_bytes());
-  check_box(*map, at);
+  check_box(*map, coordinates, at);
   start_store(from, map->box_bytes(), [map, at, c0, c1, c2, c3](const std::vector<char>& data) {
     map->walk({c0, c1, c2, c3}, [&](int64_t offset, char* p) {
       if (p != nullptr)
@@ -108,11 +144,19 @@ inline void tma_store(const TensorMap* map, const void* from, int c0, int c1 = 0
     });
   });
 }
+inline void tma_store(const TensorMap* map, const void* from, int c0, int c1) {
+  store_box(map, from, 2, c0, c1);
+}
+inline void tma_store(const TensorMap* map, const void* from, int c0, int c1, int c2, int c3) {
+  store_box(map, from, 4, c0, c1, c2, c3);
+}
 inline void bulk_store(void* to, const void* from, int bytes) {
+  check_bulk(to, Block::current()->shared.offset(from, bytes), bytes);
   start_store(from, bytes,
               [to](const std::vector<char>& data) { std::memcpy(to, data.data(), data.size()); });
 }
 inline void bulk_add(float* to, const void* from, int bytes) {
+  check_bulk(to, Block::current()->shared.offset(from, bytes), bytes);
   start_store(from, bytes, [to](const std::vector<char>& data) {
     for (size_t i = 0; i < data.size() / 4; ++i)
       to[i] += reinterpret_cast<const float*>(data.data())[i];

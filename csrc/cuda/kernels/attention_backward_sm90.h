@@ -95,7 +95,7 @@ struct AttentionBackward {
 
   FASTATTN_DEVICE static void run(const AttentionBackwardParameters& p) {
     const Shared smem(ptx::dynamic_shared_memory());
-    const int thread = ptx::thread_id(), warpgroup = thread / 128;
+    const int thread = ptx::thread_id(), warpgroup = ptx::uniform(thread / 128);
     if (thread == 0) {
       ptx::barrier_init(smem.kv_full, 1);
       ptx::barrier_init(smem.kv_empty, 2 + 1);
@@ -242,7 +242,8 @@ struct AttentionBackward {
           FASTATTN_UNROLL
           for (int i = 0; i < kBlockQ / 2; ++i)
             s[i] = ptx::exp2(s[i] * p.scale_log2 - column_value(lse, t, i));  // E6
-          ptx::wgmma_wait<0>();                                               // dp is there
+          settle(s);             // the powers run beside the products of dp, whose wait is here:
+          ptx::wgmma_wait<0>();  // dp is there
           FASTATTN_UNROLL
           for (int i = 0; i < kBlockQ / 2; i += 2) {  // s and dp give way to what is kept of them
             probabilities[i / 2] = ptx::pack<T>(s[i], s[i + 1]);
@@ -287,12 +288,12 @@ struct AttentionBackward {
   // d [64 keys, kBlockQ] = this warpgroup's rows of `keys` times the transpose of `queries`
   FASTATTN_DEVICE static void multiply_transposed(const char* keys, int warpgroup,
                                                   const char* queries, float (&d)[kBlockQ / 2]) {
-    keys += ptx::again(64 * warpgroup * kRowBytes);
+    const Operand a = k_major(keys + ptx::again(64 * warpgroup * kRowBytes)), b = k_major(queries);
     FASTATTN_UNROLL
     for (int x = 0; x < kDim; x += 16) {
       const int chunk = x / kRowElements, within = x % kRowElements * 2;
-      ptx::wgmma_ss<T, kBlockQ>(d, k_major(keys + chunk * kChunkK + within),
-                                k_major(queries + chunk * kChunkQ + within), x > 0);
+      ptx::wgmma_ss<T, kBlockQ>(d, a.at(chunk * kChunkK + within), b.at(chunk * kChunkQ + within),
+                                x > 0);
     }
     ptx::wgmma_commit();
   }
@@ -301,23 +302,21 @@ struct AttentionBackward {
   FASTATTN_DEVICE static void multiply_queries(const char* queries,
                                                const uint32_t (&a)[kBlockQ / 4],
                                                float (&d)[kDim / 2]) {
+    const Operand b = mn_major(queries, kChunkQ);
     FASTATTN_UNROLL
-    for (int x = 0; x < kBlockQ; x += 16) {
-      ptx::wgmma_rs<T, kDim, true>(d, a + x / 4, mn_major(queries + x * kRowBytes, kChunkQ), true);
-    }
+    for (int x = 0; x < kBlockQ; x += 16)
+      ptx::wgmma_rs<T, kDim, true>(d, a + x / 4, b.at(x * kRowBytes), true);
     ptx::wgmma_commit();
   }
 
   // dq [64, 64], this warpgroup's half of dS K
   FASTATTN_DEVICE static void multiply_dq(const Shared& smem, const char* ds_smem, int warpgroup,
                                           float (&dq)[32]) {
-    const char* a = ds_smem + (kBlockQ == 128 ? warpgroup : 0) * kChunkK;
-    const char* b = smem.k + (kDim == 128 ? warpgroup : 0) * kChunkK;
+    const Operand a = mn_major(ds_smem + (kBlockQ == 128 ? warpgroup : 0) * kChunkK, kChunkK);
+    const Operand b = mn_major(smem.k + (kDim == 128 ? warpgroup : 0) * kChunkK, kChunkK);
     FASTATTN_UNROLL
-    for (int k = 0; k < kBlockK; k += 16) {
-      ptx::wgmma_ss<T, 64, true, true>(dq, mn_major(a + k * kRowBytes, kChunkK),
-                                       mn_major(b + k * kRowBytes, kChunkK), k > 0);
-    }
+    for (int k = 0; k < kBlockK; k += 16)
+      ptx::wgmma_ss<T, 64, true, true>(dq, a.at(k * kRowBytes), b.at(k * kRowBytes), k > 0);
     ptx::wgmma_commit();
   }
 

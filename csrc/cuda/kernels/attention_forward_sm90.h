@@ -72,7 +72,7 @@ struct AttentionForward {
 
   FASTATTN_DEVICE static void run(const AttentionForwardParameters& p) {
     const Shared smem(ptx::dynamic_shared_memory());
-    const int thread = ptx::thread_id(), warpgroup = thread / 128;
+    const int thread = ptx::thread_id(), warpgroup = ptx::uniform(thread / 128);
     if (thread == 0) {
       ptx::barrier_init(smem.q_full, 1);
       ptx::barrier_init(smem.q_empty, kConsumers);
@@ -183,6 +183,7 @@ struct AttentionForward {
           k_ring.advance();
           hidden(next);
           const bool same = softmax.step(p.scale_log2, s, rescale);
+          settle(softmax.sum);   // the powers run beside the products of o, whose wait is here:
           ptx::wgmma_wait<0>();  // o is there
           ptx::barrier_arrive(smem.v_empty + v_ring.stage);
           v_ring.advance();
@@ -208,12 +209,12 @@ struct AttentionForward {
   // s = Q K^T
   FASTATTN_DEVICE static void multiply_k(const Shared& smem, const char* q_smem, int stage,
                                          float (&s)[kBlockK / 2]) {
-    const char* k_smem = smem.k + stage * kBytesK;
+    const Operand q = k_major(q_smem), k = k_major(smem.k + stage * kBytesK);
     FASTATTN_UNROLL
     for (int d = 0; d < kDim; d += 16) {
-      const int within = d % kRowElements * 2;
-      ptx::wgmma_ss<T, kBlockK>(s, k_major(q_smem + d / kRowElements * kChunkQ + within),
-                                k_major(k_smem + d / kRowElements * kChunkK + within), d > 0);
+      const int chunk = d / kRowElements, within = d % kRowElements * 2;
+      ptx::wgmma_ss<T, kBlockK>(s, q.at(chunk * kChunkQ + within), k.at(chunk * kChunkK + within),
+                                d > 0);
     }
     ptx::wgmma_commit();
   }
@@ -222,11 +223,10 @@ struct AttentionForward {
   FASTATTN_DEVICE static void multiply_v(const Shared& smem, int stage,
                                          const uint32_t (&probabilities)[kBlockK / 4],
                                          float (&o)[kDim / 2]) {
-    const char* v_smem = smem.v + stage * kBytesK;
+    const Operand v = mn_major(smem.v + stage * kBytesK, kChunkK);
     FASTATTN_UNROLL
     for (int k = 0; k < kBlockK; k += 16) {
-      ptx::wgmma_rs<T, kDim, true>(o, probabilities + k / 4,
-                                   mn_major(v_smem + k * kRowBytes, kChunkK), true);
+      ptx::wgmma_rs<T, kDim, true>(o, probabilities + k / 4, v.at(k * kRowBytes), true);
     }
     ptx::wgmma_commit();
   }

@@ -21,6 +21,9 @@ struct Rows {
 
 constexpr int kRowThreads = 256;
 
+// Whether 8 elements of 16 bits can be read or written there at once.
+FASTATTN_DEVICE bool at_once(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 // Bits of a mask over keys, a thread a word.
 struct KeyWordsParameters {
   static constexpr int kMostDims = 6;
@@ -31,58 +34,97 @@ struct KeyWordsParameters {
   uint32_t* key_words;  // [batch, words]
 };
 
+// Bit i: byte i is not 0.
+FASTATTN_DEVICE uint32_t bits_of_bytes(uint32_t bytes) {
+  const uint32_t ones = (((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) >> 7 & 0x01010101u;
+  return ones * 0x01020408u >> 24 & 0xfu;
+}
+
 FASTATTN_DEVICE void key_words(const KeyWordsParameters& p) {
-  const int64_t index = int64_t{ptx::block_id()} * kRowThreads + ptx::thread_id();
-  if (index >= int64_t{p.batch} * p.words) return;
-  const int first = static_cast<int>(index % p.words) * 32;
-  int64_t offset = 0;
-  int rest = static_cast<int>(index / p.words);
-  for (int d = p.dims - 1; d >= 0; --d) {
-    offset += rest % p.sizes[d] * p.strides[d];
+  const int index = ptx::block_id() * kRowThreads + ptx::thread_id();
+  if (index >= p.batch * p.words) return;
+  const int first = index % p.words * 32;
+  const uint8_t* mask = p.mask + first * p.key_stride;
+  FASTATTN_NO_UNROLL
+  for (int d = p.dims - 1, rest = index / p.words; d >= 0; --d) {
+    mask += rest % p.sizes[d] * p.strides[d];
     rest /= p.sizes[d];
   }
   uint32_t word = 0;
-  for (int j = 0; j < 32 && first + j < p.seq_k; ++j)
-    word |= static_cast<uint32_t>(p.mask[offset + (first + j) * p.key_stride] != 0) << j;
+  if (p.key_stride == 1 && first + 32 <= p.seq_k && at_once(mask)) {
+    FASTATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const auto keys = ptx::load_global<ptx::Words4>(mask + 16 * half);
+      FASTATTN_UNROLL
+      for (int i = 0; i < 4; ++i) word |= bits_of_bytes(keys.word[i]) << (16 * half + 4 * i);
+    }
+  } else {
+    FASTATTN_NO_UNROLL
+    for (int j = 0; j < 32 && first + j < p.seq_k; ++j)
+      word |= static_cast<uint32_t>(mask[j * p.key_stride] != 0) << j;
+  }
   p.key_words[index] = word;
 }
 
-// E6's Δ = rowsum(dO∘O) − dLSE, and LSE in base 2, a warp a row. Rows that see nothing and rows
-// behind the last have LSE +inf: their powers are 0.
+// E6's Δ = rowsum(dO∘O) − dLSE, and LSE in base 2; a block of threads a block of queries, a lane 8
+// columns of a row. Rows that see nothing and rows behind the last have LSE +inf: their powers are
+// 0.
 struct DeltaParameters {
   Rows out, grad_out;
   const float* lse;       // [batch, heads, seq]
   const float* grad_lse;  // likewise, or absent
-  int batch, heads, seq, padded, dim;
-  float* lse_log2;  // [batch, heads, padded]
-  float* delta;     // [batch, heads, padded]
+  int heads, seq, blocks, dim;
+  float* lse_log2;  // [batch, heads, blocks][8192 / kDim]
+  float* delta;     // likewise
 };
 
+// Over `count` elements, of which it takes up to 8, in order.
 template <class T>
-FASTATTN_DEVICE void delta(const DeltaParameters& p) {
-  constexpr int kWarps = kRowThreads / 32;
-  const int64_t index = int64_t{ptx::block_id()} * kWarps + ptx::thread_id() / 32;
-  if (index >= int64_t{p.batch} * p.heads * p.padded) return;
-  const int lane = ptx::thread_id() % 32, i = static_cast<int>(index % p.padded);
-  const int head = static_cast<int>(index / p.padded % p.heads);
-  const int batch = static_cast<int>(index / p.padded / p.heads);
-  const int64_t at = (int64_t{batch} * p.heads + head) * p.seq + i;
-  const bool empty = i >= p.seq || p.lse[at] == -INFINITY;
+FASTATTN_DEVICE float sum_of_products(const T* x, const T* y, int count) {
   float sum = 0.0f;
-  if (!empty) {
-    const T* o = p.out.row<T>(batch, head, i);
-    const T* grad = p.grad_out.row<T>(batch, head, i);
-    for (int d = lane; d < p.dim; d += 32)
-      sum += static_cast<float>(o[d]) * static_cast<float>(grad[d]);
+  if (count >= 8 && at_once(x) && at_once(y)) {
+    const auto a = ptx::load_global<ptx::Words4>(x), b = ptx::load_global<ptx::Words4>(y);
+    FASTATTN_UNROLL
+    for (int i = 0; i < 4; ++i) sum = ptx::add_products_of_pairs<T>(sum, a.word[i], b.word[i]);
+  } else {
+    FASTATTN_NO_UNROLL
+    for (int i = 0; i < 8 && i < count; ++i)
+      sum += static_cast<float>(x[i]) * static_cast<float>(y[i]);
   }
-  for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
-  if (lane != 0) return;
-  p.lse_log2[index] = empty ? INFINITY : p.lse[at] * 1.44269504f;
-  p.delta[index] = empty ? 0.0f : sum - (p.grad_lse == nullptr ? 0.0f : p.grad_lse[at]);
+  return sum;
+}
+
+template <class T, int kDim>
+FASTATTN_DEVICE void delta(const DeltaParameters& p) {
+  constexpr int kBlockQ = 8192 / kDim, kLanes = kDim / 8;
+  const int block = ptx::block_id() % p.blocks, head = ptx::block_id() / p.blocks;
+  const int batch = head / p.heads, of_batch = head % p.heads;
+  const int column = ptx::thread_id() % kLanes * 8;
+  const T* out = p.out.row<T>(batch, of_batch, 0) + column;
+  const T* grad_out = p.grad_out.row<T>(batch, of_batch, 0) + column;
+  FASTATTN_NO_UNROLL
+  for (int row = ptx::thread_id() / kLanes; row < kBlockQ; row += kRowThreads / kLanes) {
+    const int i = block * kBlockQ + row;
+    float lse = -INFINITY, grad_lse = 0.0f, sum = 0.0f;
+    if (i < p.seq) {
+      const int64_t at = int64_t{head} * p.seq + i;
+      lse = p.lse[at];
+      if (p.grad_lse != nullptr) grad_lse = p.grad_lse[at];
+      sum = sum_of_products(out + i * p.out.row_stride, grad_out + i * p.grad_out.row_stride,
+                            p.dim - column);
+    }
+    FASTATTN_UNROLL
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
+    if (column > 0) continue;
+    const int64_t to = int64_t{ptx::block_id()} * kBlockQ + row;
+    const bool empty = lse == -INFINITY;  // its sum may be NaN
+    p.lse_log2[to] = empty ? INFINITY : lse * 1.44269504f;
+    p.delta[to] = empty ? 0.0f : sum - grad_lse;
+  }
 }
 
 // dQ from the order of fragments in which the backward adds it up; a block of threads a block of
-// queries.
+// queries, a thread 8 columns of two rows twice: the fragments of four threads.
 struct GradQueryParameters {
   const float* sums;      // [batch, heads, blocks][2][8][128][4]
   const float* lse_log2;  // [batch, heads, padded]
@@ -91,24 +133,48 @@ struct GradQueryParameters {
   float scale;
 };
 
+// Up to 8 elements, of which `count` are in the row.
+template <class T>
+FASTATTN_DEVICE void store_elements(T* to, int count, ptx::Words4 pairs) {
+  if (count >= 8 && at_once(to)) return ptx::store_global(to, pairs);
+  const bool aligned = reinterpret_cast<uintptr_t>(to) % 4 == 0;
+  FASTATTN_NO_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    store_pair(to, i, count, aligned, pairs.word[0]);
+    pairs = {pairs.word[1], pairs.word[2], pairs.word[3], 0};
+  }
+}
+
 template <class T, int kDim>
 FASTATTN_DEVICE void grad_query(const GradQueryParameters& p) {
   constexpr int kBlockQ = 8192 / kDim;
   const int block = ptx::block_id() % p.blocks, head = ptx::block_id() / p.blocks;
-  const int warpgroup = ptx::thread_id() / 128, t = ptx::thread_id() % 128;
-  const float* sums = p.sums + int64_t{ptx::block_id()} * (kBlockQ * kDim);
-  for (int half = 0; half < 2; ++half) {
-    const int row = block * kBlockQ + (kDim == 64 ? 64 * warpgroup : 0) + row_of(t) + 8 * half;
-    if (row >= p.seq) continue;
-    const bool empty = p.lse_log2[int64_t{head} * p.blocks * kBlockQ + row] == INFINITY;
-    T* to = p.grad_q.row<T>(head / p.heads, head % p.heads, row);
-    for (int c = 0; c < 8; ++c) {
-      const int column = (kDim == 128 ? 64 * warpgroup : 0) + 8 * c + column_of(t);
-      const float* pair = sums + ((warpgroup * 8 + c) * 128 + t) * 4 + 2 * half;
-      for (int i = 0; i < 2; ++i) {
-        if (column + i < p.dim)
-          to[column + i] = static_cast<T>(empty ? 0.0f : pair[i] * p.scale);  // E8
+  const int chunk = ptx::thread_id() % 8, t = ptx::thread_id() / 8 * 4;  // of four, the first
+  T* grad_q = p.grad_q.row<T>(head / p.heads, head % p.heads, 0);
+  FASTATTN_NO_UNROLL
+  for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
+    const int column = (kDim == 128 ? 64 * warpgroup : 0) + 8 * chunk;
+    if (column >= p.dim) return;
+    const float* sums = p.sums + int64_t{ptx::block_id()} * (kBlockQ * kDim) +
+                        ((warpgroup * 8 + chunk) * 128 + t) * 4;
+    ptx::Floats4 fragments[4];
+    FASTATTN_UNROLL
+    for (int i = 0; i < 4; ++i) fragments[i] = ptx::load_global<ptx::Floats4>(sums + 4 * i);
+    FASTATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int within = (kDim == 64 ? 64 * warpgroup : 0) + row_of(t) + 8 * half;
+      const int row = block * kBlockQ + within;
+      if (row >= p.seq) continue;
+      const bool empty = p.lse_log2[int64_t{ptx::block_id()} * kBlockQ + within] == INFINITY;
+      ptx::Words4 pairs;
+      FASTATTN_UNROLL
+      for (int i = 0; i < 4; ++i) {  // E8
+        const ptx::Floats4& x = fragments[i];
+        const uint32_t pair = half == 0 ? ptx::pack<T>(x.x * p.scale, x.y * p.scale)
+                                        : ptx::pack<T>(x.z * p.scale, x.w * p.scale);
+        pairs.word[i] = empty ? 0 : pair;
       }
+      store_elements(grad_q + row * p.grad_q.row_stride + column, p.dim - column, pairs);
     }
   }
 }

@@ -66,7 +66,7 @@ struct Linear {
     char* b_smem = a_smem + kStages * kBytesA;
     auto* full = reinterpret_cast<ptx::Barrier*>(b_smem + kStages * kBytesB);
     auto* empty = full + kStages;
-    const int thread = ptx::thread_id(), warpgroup = thread / 128;
+    const int thread = ptx::thread_id(), warpgroup = ptx::uniform(thread / 128);
     if (thread == 0) {
       for (int s = 0; s < kStages; ++s) {
         ptx::barrier_init(full + s, 1);
@@ -137,12 +137,12 @@ struct Linear {
     int previous = -1;
     for (int step = tile.first; step < tile.last; ++step, ring.advance()) {
       ptx::barrier_wait(full + ring.stage, ring.parity);  // a and b are there
-      const char* a = a_smem + ring.stage * kBytesA + warpgroup * 64 * kRowBytes;
-      const char* b = b_smem + ring.stage * kBytesB;
+      const Operand a = k_major(a_smem + ring.stage * kBytesA + warpgroup * 64 * kRowBytes);
+      const Operand b = k_major(b_smem + ring.stage * kBytesB);
       ptx::wgmma_fence();
       FASTATTN_UNROLL
       for (int k = 0; k < kBlockK; k += 16)
-        ptx::wgmma_ss<T, kBlockN>(acc, k_major(a + 2 * k), k_major(b + 2 * k), true);
+        ptx::wgmma_ss<T, kBlockN>(acc, a.at(2 * k), b.at(2 * k), true);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       if (previous >= 0) ptx::barrier_arrive(empty + previous);
@@ -169,7 +169,7 @@ struct Linear {
       ptx::barrier_wait(full + ring.stage, ring.parity);  // a and b are there
       // 16 deep are four 8 x 8 matrices; each lane names a row of one.
       const char* tile_a = a_smem + ring.stage * kBytesA + warpgroup * 64 * kRowBytes;
-      const char* b = b_smem + ring.stage * kBytesB;
+      const Operand b = mn_major(b_smem + ring.stage * kBytesB, 64 * kRowBytes);
       const int matrix = t % 32 / 8, within = t % 8;
       FASTATTN_UNROLL
       for (int k = 0; k < 4; ++k) {
@@ -188,8 +188,7 @@ struct Linear {
       ptx::wgmma_fence();
       FASTATTN_UNROLL
       for (int k = 0; k < 4; ++k)
-        ptx::wgmma_rs<T, kBlockN, true>(acc, a + 4 * k,
-                                        mn_major(b + 16 * k * kRowBytes, 64 * kRowBytes), true);
+        ptx::wgmma_rs<T, kBlockN, true>(acc, a + 4 * k, b.at(16 * k * kRowBytes), true);
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       ptx::barrier_arrive(empty + ring.stage);

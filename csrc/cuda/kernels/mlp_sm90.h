@@ -45,7 +45,7 @@ struct Mlp {
     char* h_smem = b_smem + kStages * kBytesB;
     auto* full = reinterpret_cast<ptx::Barrier*>(h_smem + 2 * kBytesH);
     auto* empty = full + kStages;
-    const int thread = ptx::thread_id(), warpgroup = thread / 128;
+    const int thread = ptx::thread_id(), warpgroup = ptx::uniform(thread / 128);
     if (thread == 0) {
       for (int s = 0; s < kStages; ++s) {
         ptx::barrier_init(full + s, 1);
@@ -98,14 +98,15 @@ struct Mlp {
     int previous = -1;
     for (int depth = 0; depth < layer.depth; depth += 64, ring.advance()) {
       ptx::barrier_wait(full + ring.stage, ring.parity);  // a and b are there
-      const char* a = h == nullptr ? a_smem + ring.stage * kChunk : h + depth / 64 * kChunk;
-      const char* b = b_smem + ring.stage * kBytesB + warpgroup * kHalf * kRowBytes;
+      const char* b_part = b_smem + ring.stage * kBytesB + warpgroup * kHalf * kRowBytes;
+      const Operand a =
+          k_major(h == nullptr ? a_smem + ring.stage * kChunk : h + depth / 64 * kChunk);
+      const Operand b = kForward ? k_major(b_part) : mn_major(b_part, kChunk);
       ptx::wgmma_fence();
       FASTATTN_UNROLL
       for (int k = 0; k < 64; k += 16) {
-        const uint64_t operand =
-            kForward ? k_major(b + 2 * k) : mn_major(b + k * kRowBytes, kChunk);
-        ptx::wgmma_ss<T, kHalf, false, !kForward>(acc, k_major(a + 2 * k), operand, true);
+        ptx::wgmma_ss<T, kHalf, false, !kForward>(acc, a.at(2 * k),
+                                                  b.at(k * (kForward ? 2 : kRowBytes)), true);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();

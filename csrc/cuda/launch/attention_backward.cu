@@ -5,10 +5,10 @@
 namespace fastattn::cuda {
 namespace {
 
-template <class T>
+template <class T, int kDim>
 __global__ void __launch_bounds__(kRowThreads)
     delta_kernel(const __grid_constant__ DeltaParameters p) {
-  delta<T>(p);
+  delta<T, kDim>(p);
 }
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
@@ -65,16 +65,13 @@ void launch_tile(const AttentionBackwardProblem& b, const Launch& launch) {
                                 rows_of(b.grad_out),
                                 static_cast<const float*>(p.lse),
                                 static_cast<const float*>(b.grad_lse),
-                                narrow(p.batch),
                                 narrow(p.heads_q),
                                 narrow(p.seq_q),
-                                blocks_q * Tile::kBlockQ,
+                                blocks_q,
                                 narrow(p.head_dim_v),
                                 workspace.lse_log2,
                                 workspace.delta};
-  delta_kernel<T>
-      <<<grid(workspace.blocks * Tile::kBlockQ / (kRowThreads / 32)), kRowThreads, 0, stream>>>(
-          of_rows);
+  delta_kernel<T, Tile::kDim><<<grid(workspace.blocks), kRowThreads, 0, stream>>>(of_rows);
   check(cudaGetLastError(), "launch of delta");
   const AttentionBackwardParameters parameters{
       map_of(p, p.q, p.heads_q, p.seq_q, p.head_dim, Tile::kBlockQ),

@@ -105,7 +105,7 @@ void launch_attention_forward(const AttentionProblem& p, const Launch& launch) {
 }  // namespace fastattn::cuda
 
 #if defined(FASTATTN_TUNE)
-// For benchmarks/gpu_tune.py: which of the tiles above is launched, 0 for the one of config.cuh.
+// For benchmarks/gpu/tune.py: which of the tiles above is launched, 0 for the one of config.cuh.
 extern "C" __attribute__((visibility("default"))) void fastattn_choose_forward64(int choice) {
   fastattn::cuda::choice = choice;
 }

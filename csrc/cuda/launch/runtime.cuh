@@ -11,15 +11,13 @@
 #include <string>
 
 #include "common/problem.h"
+#include "cuda/launch/check.cuh"
 #include "cuda/launch/launch.h"
+#if defined(FASTATTN_WATCHDOG)
+#include "cuda/launch/watchdog.cuh"
+#endif
 
 namespace fastattn::cuda {
-
-inline void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // it is reported here, not by the next call
-  throw std::runtime_error(std::string("fastattn: ") + what + ": " + cudaGetErrorString(error));
-}
 
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -44,6 +42,12 @@ inline auto encode_function() {
   return encode;
 }
 
+inline void require(bool holds, const char* what, int64_t got) {
+  if (holds) return;
+  throw std::runtime_error(std::string("fastattn: TMA needs ") + what + ", got " +
+                           std::to_string(got));
+}
+
 // Rows of 16-bit elements for TMA, in boxes of 64 columns with the 128-byte swizzle. Extents
 // innermost first; strides in elements, without the first.
 template <int kRank>
@@ -52,13 +56,19 @@ CUtensorMap tensor_map(Dtype dtype, const void* data, const int64_t (&extents)[k
   cuuint64_t sizes[kRank], bytes[kRank - 1];
   cuuint32_t box[kRank], steps[kRank];
   int64_t dense = extents[0];
+  const auto beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % 16);
+  require(beyond == 0, "an address that is 0 modulo 16", beyond);
+  require(box_rows >= 1 && box_rows <= 256, "boxes of 1 to 256 rows", box_rows);
   for (int d = 0; d < kRank; ++d) {
+    require(extents[d] >= 1 && extents[d] <= int64_t{1} << 32, "extents of 1 to 2^32", extents[d]);
     sizes[d] = static_cast<cuuint64_t>(extents[d]);
     box[d] = d == 0 ? 64 : d == 1 ? static_cast<cuuint32_t>(box_rows) : 1;
     steps[d] = 1;
     if (d + 1 == kRank) break;
     // The stride of an extent of 1 is never used, but must be a legal one.
     const int64_t stride = extents[d + 1] > 1 ? strides[d] : (dense + 7) / 8 * 8;
+    require(stride > 0 && stride % 8 == 0 && stride < int64_t{1} << 39,
+            "strides that are multiples of 8 elements below 2^39", stride);
     dense = stride * extents[d + 1];
     bytes[d] = static_cast<cuuint64_t>(2 * stride);
   }
@@ -79,6 +89,9 @@ CUtensorMap tensor_map(Dtype dtype, const void* data, const int64_t (&extents)[k
 // Beyond 48 KB shared memory must be asked for, of the current device.
 template <class Parameters>
 void allow_shared(void (*kernel)(Parameters), int bytes) {
+#if defined(FASTATTN_WATCHDOG)
+  start_watchdog();  // kernels that wait have more than that
+#endif
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "cudaFuncSetAttribute");

@@ -38,20 +38,31 @@ FASTATTN_DEVICE void barrier_arrive_expect(Barrier* barrier, int bytes) {
       "r"(bytes)
       : "memory");
 }
-// Until the phase of this parity has ended.
-FASTATTN_DEVICE void barrier_wait(Barrier* barrier, int parity) {
+FASTATTN_DEVICE bool phase_has_ended(Barrier* barrier, int parity) {
   uint32_t done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, p;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  } while (done == 0);
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
 }
+// Until the phase of this parity has ended.
+#if !defined(FASTATTN_WATCHDOG)
+FASTATTN_DEVICE void barrier_wait(Barrier* barrier, int parity) {
+  while (!phase_has_ended(barrier, parity)) {
+  }
+}
+#else
+FASTATTN_DEVICE void barrier_wait_at(const char* place, Barrier* barrier, int parity) {
+  for (const uint32_t began = nanoseconds(); !phase_has_ended(barrier, parity);)
+    watch(began, place, parity, -1);
+}
+#define barrier_wait(barrier, parity) barrier_wait_at(FASTATTN_PLACE(barrier), barrier, parity)
+#endif
 
 }  // namespace fastattn::cuda::ptx

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(FASTATTN_WATCHDOG)
+#include "cuda/ptx/watchdog.h"
+#endif
+
 namespace fastattn::cuda::ptx {
 
 FASTATTN_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
@@ -87,6 +91,20 @@ FASTATTN_DEVICE float sum_of_pair(uint32_t pair) {
   }
 }
 
+// sum plus the products of both, the first added first.
+template <class T>
+FASTATTN_DEVICE float add_products_of_pairs(float sum, uint32_t a, uint32_t b) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    sum += __uint_as_float(a << 16) * __uint_as_float(b << 16);
+    return sum + __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
+  } else {
+    const float2 x = __half22float2(*reinterpret_cast<const __half2*>(&a));
+    const float2 y = __half22float2(*reinterpret_cast<const __half2*>(&b));
+    sum += x.x * y.x;
+    return sum + x.y * y.y;
+  }
+}
+
 // Four matrices of 8 x 8 elements of 16 bits from shared memory; lane i has the address of row
 // i % 8 of matrix i / 8. Thread t holds elements 2 (t % 4) and the next of row t / 4 of each, or of
 // column t / 4 if transposed.
@@ -111,6 +129,15 @@ struct alignas(16) Words4 {
 struct alignas(16) Floats4 {
   float x, y, z, w;
 };
+// In global memory, at a multiple of V's size.
+template <class V>
+FASTATTN_DEVICE V load_global(const void* p) {
+  return *static_cast<const V*>(p);
+}
+template <class V>
+FASTATTN_DEVICE void store_global(void* p, const V& value) {
+  *static_cast<V*>(p) = value;
+}
 // To shared memory; the asynchronous units see it after fence_async_proxy.
 template <class V>
 FASTATTN_DEVICE void store_shared(void* p, const V& value) {
@@ -119,20 +146,41 @@ FASTATTN_DEVICE void store_shared(void* p, const V& value) {
 
 // Counters in global memory that blocks share. Each of them has one thread at a time.
 FASTATTN_DEVICE int take(int* counter) { return atomicAdd(counter, 1); }
+FASTATTN_DEVICE int counter_value(const int* counter) {
+  int now;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  return now;
+}
 // Until the counter has come to `count`: what other blocks wrote before their last
 // counter_release is then seen.
+#if !defined(FASTATTN_WATCHDOG)
 FASTATTN_DEVICE void counter_wait(const int* counter, int count) {
-  int now;
-  do {
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
-  } while (now != count);
+  while (counter_value(counter) != count) {
+  }
 }
+#else
+FASTATTN_DEVICE void counter_wait_at(const char* place, const int* counter, int count) {
+  const uint32_t began = nanoseconds();
+  for (int now; (now = counter_value(counter)) != count;) watch(began, place, count, now);
+}
+#define counter_wait(counter, count) counter_wait_at(FASTATTN_PLACE(counter), counter, count)
+#endif
 FASTATTN_DEVICE void counter_release(int* counter) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
 // Between the thread's own accesses to global memory and those of the asynchronous units.
 FASTATTN_DEVICE void fence_async_proxy_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// A value that all lanes of the warp share, so that the compiler knows it: what follows from it is
+// then computed once for the warp, in the registers that wgmma takes its descriptors from.
+FASTATTN_DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+// What `bits` is made of is computed before what follows. Within a basic block ptxas moves waits up
+// and arithmetic down, past volatile assembly too; this ends the block by a branch that depends on
+// `bits`. Where a lane's top bit is set it sleeps for a nanosecond, which nothing notices.
+FASTATTN_DEVICE void settle(uint32_t bits) {
+  if (any(static_cast<int32_t>(bits) < 0)) __nanosleep(1);
 }
 
 }  // namespace fastattn::cuda::ptx

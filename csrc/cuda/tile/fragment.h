@@ -20,6 +20,15 @@ FASTATTN_DEVICE float row_sum(float value) {
   return value + ptx::shuffle_xor(value, 2);
 }
 
+// All of x, of which nothing is negative, is computed before what follows.
+template <int kCount>
+FASTATTN_DEVICE void settle(const float (&x)[kCount]) {
+  uint32_t bits = 0;
+  FASTATTN_UNROLL
+  for (int i = 0; i < kCount; ++i) bits |= ptx::bits_of(x[i]);
+  ptx::settle(bits);
+}
+
 template <class T, int kCount>
 FASTATTN_DEVICE void pack_pairs(const float (&acc)[2 * kCount], uint32_t (&words)[kCount]) {
   FASTATTN_UNROLL

@@ -8,17 +8,25 @@ namespace fastattn::cuda {
 
 constexpr int kRowBytes = 128, kRowElements = 64;
 
-// wgmma's 64-bit descriptors. `bytes` leads from a group of 8 rows to the next (K-major: always
-// 1024), `apart` from 64 columns to the next (used where more than 64 are along M or N).
-FASTATTN_DEVICE uint64_t descriptor(const void* tile, int apart) {
-  const uint64_t address = ptx::shared_address(tile);
-  return (address >> 4 & 0x3fff) | static_cast<uint64_t>(apart >> 4) << 16 |
-         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
+// An operand of wgmma: the lower half of its 64-bit descriptor, which is all that products of a
+// tile differ in.
+struct Operand {
+  uint32_t low;
+
+  // `bytes` leads from a group of 8 rows to the next (K-major: always 1024), `apart` from 64
+  // columns to the next (used where more than 64 are along M or N).
+  FASTATTN_DEVICE Operand(const void* tile, int apart)
+      : low((ptx::shared_address(tile) >> 4 & 0x3fff) | static_cast<uint32_t>(apart >> 4) << 16) {}
+  // The descriptor from `bytes` further on. Nothing carries, as shared memory ends below 2^18.
+  FASTATTN_DEVICE uint64_t at(int bytes) const {
+    constexpr uint32_t kHigh = 1024 >> 4 | 1 << 30;
+    return uint64_t{kHigh} << 32 | (low + static_cast<uint32_t>(bytes >> 4));
+  }
+};
 // M or N along rows, K along columns.
-FASTATTN_DEVICE uint64_t k_major(const void* tile) { return descriptor(tile, 16); }
+FASTATTN_DEVICE Operand k_major(const void* tile) { return {tile, 16}; }
 // K along rows, M or N along columns, `apart` bytes for each 64 of them.
-FASTATTN_DEVICE uint64_t mn_major(const void* tile, int apart) { return descriptor(tile, apart); }
+FASTATTN_DEVICE Operand mn_major(const void* tile, int apart) { return {tile, apart}; }
 
 // A ring of stages between a producer and consumers.
 template <int kStages>
