@@ -12,7 +12,8 @@ import torch
 
 _PACKAGE = Path(__file__).parent
 # FASTATTN_LIBRARIES names another folder of libraries than the package: one that was built on
-# another machine (`make gpu-bundle`). FASTATTN_CUDA_VARIANT names a build of the CUDA library there.
+# another machine (`make gpu-bundle`). FASTATTN_CUDA_VARIANT names a build of the CUDA library in
+# it.
 _LIBRARIES = Path(os.environ.get("FASTATTN_LIBRARIES") or _PACKAGE)
 _VARIANT = os.environ.get("FASTATTN_CUDA_VARIANT", "")
 

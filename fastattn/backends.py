@@ -1,7 +1,8 @@
 """Which backend serves a call, and why the others do not.
 
 A backend's limits are the reasons it gives against a problem; the first backend without one is
-taken. An explicit backend is obeyed or raises with its reasons.
+taken, of those whose kernels have been verified. An explicit backend is obeyed or raises with its
+reasons.
 """
 
 from __future__ import annotations
@@ -20,19 +21,39 @@ from torch.autograd import forward_ad
 from fastattn import _extension
 from fastattn.ops import triton
 from fastattn.ops.triton.config import fused_product, why_not
+from fastattn.verification import first_use
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 OPS = ("attention", "varlen_attn", "linear_relu", "mlp")
 
+# The families of CUDA kernels (attention_forward, attention_backward, linear_relu, mlp) that are
+# taken by default, before Triton's, where they serve the call. A family belongs here when
+# benchmarks/results/ has a table in which it is right, and faster than Triton's, on hardware.
+PROVEN_ON_HARDWARE: frozenset[str] = frozenset()
+
+
+def _switch(name: str, default: str) -> bool:
+    """An environment variable that is 0 or 1."""
+    value = os.environ.get(name) or default
+    if value not in ("0", "1"):
+        raise ValueError(f"{name}: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+_cuda_first = _switch("FASTATTN_CUDA", "0")
+self_check = _switch("FASTATTN_SELF_CHECK", "1")
+
 _HOPPER = 90  # compute capability 9.0
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _default = os.environ.get("FASTATTN_BACKEND") or None
-_warned: set[tuple[str, str]] = set()
+_warned: set[str] = set()
 _served_by_cpu: set[Problem] = set()
+_verdicts: dict[tuple[str, Problem], list[str]] = {}  # of the self-check, where it is done
 
 
 class FastAttnWarning(UserWarning):
-    """The O(S²) reference backend was taken because no kernel serves the call."""
+    """The O(S²) reference backend was taken because no kernel serves the call, or a kernel failed
+    its self-check."""
 
 
 class Problem(NamedTuple):
@@ -134,9 +155,81 @@ def _triton_reasons(problem: Problem) -> list[str]:
     return found
 
 
-def select(problem: Problem, backend: str | None = None) -> str:
+def families(problem: Problem, backend: str) -> tuple[str, ...]:
+    """The families of kernels that compute the call and its gradient on ``backend``."""
+    if problem.op == "attention":
+        return ("attention_forward", "attention_backward")[: 1 + problem.gradient]
+    if problem.op == "mlp":  # on cuda one kernel, or a layer at a time; elsewhere the latter
+        return ("linear_relu", "mlp") if backend == "cuda" else ("linear_relu",)
+    return (problem.op,)
+
+
+def _unproven(problem: Problem, backend: str) -> list[str]:
+    """Why a backend that serves the call is not taken unless it is named."""
+    if backend != "cuda" or _cuda_first or PROVEN_ON_HARDWARE.issuperset(families(problem, "cuda")):
+        return []
+    return [
+        "it has not been verified on hardware yet; name it (backend='cuda' or FASTATTN_CUDA=1) to "
+        "use it"
+    ]
+
+
+def _failures(problem: Problem, backend: str, run: bool = True) -> list[str]:
+    """Which of the call's kernels are wrong on this GPU. Those that were never used before are
+    checked, if ``run``; a failure warns."""
+    if problem.device != "cuda" or backend == "reference" or not self_check:
+        return []
+    of = families(problem, backend)
+    if torch.compiler.is_compiling():
+        return _known_failures(backend, of, problem.gpu)
+    verdict = _verdicts.get((backend, problem))
+    if verdict is not None:
+        return verdict
+    kernels = [first_use.kernel_of(backend, f, problem.dtype, problem.head_dim) for f in of]
+    if run:
+        found = {kernel: first_use.check(kernel, problem.gpu) for kernel in kernels}
+    else:
+        known = first_use.known(problem.gpu)
+        found = {kernel: known.get(kernel) for kernel in kernels}
+    failed = {kernel: failure for kernel, failure in found.items() if failure}
+    against = [
+        f"its kernel {kernel} failed the self-check on this GPU ({failure})"
+        for kernel, failure in failed.items()
+    ]
+    if run and None not in found.values():
+        _verdicts[backend, problem] = against
+    if run:
+        for reason in against:
+            _warn(
+                f"{backend}: {reason}. It is used only where backend={backend!r} is given. Please "
+                "send the output of `fastattn doctor --check` to the project's issue tracker; "
+                "FASTATTN_SELF_CHECK=0 turns the self-check off",
+                5,
+            )
+    return against
+
+
+@torch.compiler.assume_constant_result
+def _known_failures(backend: str, of: tuple[str, ...], gpu: int | None) -> list[str]:
+    """Those of any dtype and head dim, which need not be constants to the compiler."""
+    return [
+        f"its kernel {kernel} failed the self-check on this GPU ({failure})"
+        for kernel, failure in first_use.known(gpu).items()
+        if failure and kernel.backend == backend and kernel.family in of
+    ]
+
+
+def default_reasons(problem: Problem, backend: str) -> list[str]:
+    """Why a call that names no backend does not go to ``backend``. Nothing is computed."""
+    against = reasons(problem, backend)
+    if against or _default is not None:
+        return against
+    return _unproven(problem, backend) or _failures(problem, backend, run=False)
+
+
+def select(problem: Problem, backend: str | None = None, *, run_self_check: bool = True) -> str:
     """The backend for ``problem``: ``backend``, or ``FASTATTN_BACKEND``, or the first without a
-    reason against it.
+    reason against it. Without ``run_self_check`` nothing is computed.
 
     Raises ValueError for an unknown backend and RuntimeError, with the reasons, for one that
     cannot serve the call.
@@ -153,34 +246,48 @@ def select(problem: Problem, backend: str | None = None) -> str:
             raise RuntimeError(
                 f"backend {explicit!r} cannot serve {problem.op}: {'; '.join(against)}"
             )
+        _failures(problem, explicit, run_self_check)  # warns
         return explicit
     against = []
     for name in ("cpu",) if problem.device == "cpu" else ("cuda", "triton"):
-        against = reasons(problem, name)
+        against = (
+            reasons(problem, name)
+            or _unproven(problem, name)
+            or _failures(problem, name, run_self_check)
+        )
         if not against:
             if name == "cpu" and not compiling:
                 _served_by_cpu.add(problem)  # nothing about it can change
             return name
     if not compiling:
-        _warn_reference(problem, against)
+        if problem.device == "cuda" and not reasons(problem, "cuda"):
+            against = [*against, *(f"cuda: {reason}" for reason in _unproven(problem, "cuda"))]
+        _warn(f"{problem.op} runs on the O(S²) reference backend: {'; '.join(against)}", 4)
     return "reference"
 
 
-def _warn_reference(problem: Problem, against: list[str]) -> None:
-    message = f"{problem.op} runs on the O(S²) reference backend: {'; '.join(against)}"
-    if (problem.op, message) not in _warned:
-        _warned.add((problem.op, message))
-        warnings.warn(message, FastAttnWarning, stacklevel=4)
+def _warn(message: str, stacklevel: int) -> None:
+    """Once for each message, at the line that calls a function of the user's level."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, FastAttnWarning, stacklevel=stacklevel)
 
 
 def available() -> list[str]:
     """The backends that can serve anything on this machine."""
-    found = ["cpu"] if _extension.HAS_NATIVE else []
-    if _extension.HAS_CUDA and torch.cuda.is_available() and _capability() == _HOPPER:
-        found.append("cuda")
-    if (torch.cuda.is_available() or triton.interpreting()) and triton.why_not() is None:
-        found.append("triton")
-    return [*found, "reference"]
+    return [name for name in BACKENDS if unavailable(name) is None]
+
+
+def unavailable(backend: str) -> str | None:
+    """Why a backend serves nothing on this machine; None where it serves something."""
+    if backend == "reference":
+        return None
+    on_gpu = backend == "cuda" or (backend == "triton" and not triton.interpreting())
+    if on_gpu and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+    against = reasons(Problem("attention", device, torch.float16, 64), backend)
+    return "; ".join(against) or None
 
 
 def explain(op: str, *args: Tensor, backend: str | None = None, **options: object) -> Explanation:
@@ -200,10 +307,11 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
     else:
         weights = tensors[1:2] if op == "linear_relu" else next(iter(args[1:]), ())
         problem = linear_problem(op, tensors[0], weights)
-    against = {name: reasons(problem, name) for name in BACKENDS}
+    why = reasons if backend is not None else default_reasons
+    against = {name: why(problem, name) for name in BACKENDS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastAttnWarning)
-        chosen = select(problem, backend)
+        chosen = select(problem, backend, run_self_check=False)
     detail = ""
     if chosen == "cuda" and op == "mlp":
         detail = "one kernel for all layers" if fused_mlp(weights) else "a layer at a time"

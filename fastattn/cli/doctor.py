@@ -11,7 +11,9 @@ from rich.table import Table
 
 import fastattn
 from fastattn import _extension, backends
+from fastattn.cli.check import check as check_kernels
 from fastattn.ops import triton
+from fastattn.verification import families, first_use
 
 _GOOD, _BAD, _NOTE = "[green]ok[/]", "[red]missing[/]", "[yellow]note[/]"
 
@@ -23,22 +25,77 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _calls() -> list[tuple[str, backends.Explanation]]:
-    q = torch.empty(1, 2, 8, 16)
-    x, w, b = torch.empty(4, 8), torch.empty(3, 8), torch.empty(3)
+def _calls(device: str) -> list[tuple[str, backends.Explanation]]:
+    """Some calls with tiny tensors on ``device``, and who serves them."""
+    q = torch.empty(1, 2, 8, 64, device=device)
+    x, w, b = (torch.empty(shape, device=device) for shape in ((4, 8), (3, 8), (3,)))
     explain = backends.explain
-    return [
+    half = [q.bfloat16()] * 3
+    calls = [
         ("attention, float32", explain("attention", q, q, q)),
-        ("attention, bfloat16, dropout", explain("attention", *[q.bfloat16()] * 3, dropout_p=0.1)),
+        ("attention, bfloat16, dropout", explain("attention", *half, dropout_p=0.1)),
         ("attention, float64, causal", explain("attention", *[q.double()] * 3, is_causal=True)),
         ("attention, sliding window", explain("attention", q, q, q, window_size=(4, 0))),
         ("linear_relu, float32", explain("linear_relu", x, w, b)),
         ("mlp, float32", explain("mlp", x, [w], [b])),
     ]
+    if device == "cpu":
+        return calls
+    trained = [y.detach().requires_grad_() for y in half]
+    layer = [y.bfloat16() for y in (x, w, b)]
+    calls += [
+        ("attention, bfloat16", explain("attention", *half)),
+        ("attention, bfloat16, gradients", explain("attention", *trained)),
+        ("linear_relu, bfloat16", explain("linear_relu", *layer)),
+        ("mlp, bfloat16", explain("mlp", layer[0], layer[1:2], layer[2:])),
+    ]
+    return [(f"{device}: {call}", explanation) for call, explanation in calls]
 
 
-def doctor(console: Console | None = None) -> int:
-    """Prints the state of the installation; 0 when the native CPU kernels work, 1 otherwise."""
+def _self_check(backend: str, family: str) -> str:
+    """What is known of a family's kernels on the current GPU."""
+    if not backends.self_check:
+        return "off (FASTATTN_SELF_CHECK=0)"
+    found = {
+        k: failure for k, failure in first_use.known(None).items() if k[:2] == (backend, family)
+    }
+    lines = [f"[red]failed[/]: {k}: {failure}" for k, failure in found.items() if failure]
+    good = ", ".join(k.instance for k, failure in found.items() if not failure)
+    lines += [f"[green]verified[/]: {good}"] if good else []
+    return "\n".join(lines) or "not yet"
+
+
+def _self_checks() -> Table:
+    table = Table(title="Kernels at their first use on this GPU", title_justify="left")
+    for column in ("backend", "family", "self-check"):
+        table.add_column(column, overflow="fold")
+    for backend in ("cuda", "triton"):
+        if backends.unavailable(backend) is None:
+            for family in families.at_first_use(backend):
+                table.add_row(backend, family, _self_check(backend, family))
+    return table
+
+
+def _kept() -> list[tuple[str, str]]:
+    """Libraries of an earlier build that are in use because the last build failed."""
+    native, cuda = _extension.build_info, _extension.build_info.get("cuda") or {}
+    found = {"native library": (native, "native"), "CUDA library": (cuda, "built")}
+    return [
+        (what, f"of an earlier build, as the last one failed: {facts['reason']}; {facts['hint']}")
+        for what, (facts, there) in found.items()
+        if facts.get(there) and facts.get("reason")
+    ]
+
+
+def doctor(
+    console: Console | None = None, *, check: bool = False, backend: str | None = None
+) -> int:
+    """Prints the state of the installation; 0 when the native CPU kernels work, 1 otherwise.
+
+    Args:
+        check: compares the kernels of ``backend``, or of all, with the reference too; the result
+            is then 1 where one of them failed, 0 otherwise.
+    """
     console = console or Console()
     table = Table(title="fastattn doctor", show_header=False, title_justify="left")
     table.add_column(justify="center")
@@ -52,10 +109,14 @@ def doctor(console: Console | None = None) -> int:
     failure = _extension.why_not()
     if failure is None:
         features = " ".join(_extension.cpu_features()) or "baseline only"
+        isa = _extension.cpu_isa()
+        known = f"{isa} (this CPU: {features})" if isa else "loaded; which ones, only _C could say"
         table.add_row(_GOOD, "native library", "loaded")
-        table.add_row(_GOOD, "CPU kernels", f"{_extension.cpu_isa()} (this CPU: {features})")
+        table.add_row(_GOOD, "CPU kernels", known)
     else:
         table.add_row(_BAD, "native library", failure)
+    for what, facts in _kept():
+        table.add_row(_NOTE, what, facts)
     cuda = _extension.why_not_cuda() or "loaded"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "torch sees no GPU"
     serves = "cuda" in backends.available()
@@ -68,7 +129,8 @@ def doctor(console: Console | None = None) -> int:
     served.add_column("call")
     served.add_column("backend")
     served.add_column("why not the others", overflow="fold")
-    for call, explanation in _calls():
+    calls = _calls("cpu") + (_calls("cuda") if torch.cuda.is_available() else [])
+    for call, explanation in calls:
         others = [
             f"{name}: {'; '.join(why)}"
             for name, why in explanation.reasons.items()
@@ -76,4 +138,8 @@ def doctor(console: Console | None = None) -> int:
         ]
         served.add_row(call, explanation.backend, "\n".join(others))
     console.print(served)
+    if torch.cuda.is_available():
+        console.print(_self_checks())
+    if check:
+        return check_kernels(console, backend)
     return 0 if failure is None else 1

@@ -18,7 +18,15 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"fastattn {__version__}")
     commands = root.add_subparsers(dest="command", required=True)
 
-    commands.add_parser("doctor", help="what is installed, which backend serves what, and why not")
+    doctor = commands.add_parser(
+        "doctor", help="what is installed, which backend serves what, and why not"
+    )
+    doctor.add_argument(
+        "--check", action="store_true", help="compare every kernel with the float64 reference"
+    )
+    doctor.add_argument(
+        "--backend", choices=("cpu", "cuda", "triton"), help="with --check: only this one's kernels"
+    )
 
     demo = commands.add_parser("demo", help="train on real data, stock torch beside fastattn")
     demo.add_argument("--quick", action="store_true", help="small and fast: a smoke test")
@@ -61,11 +69,14 @@ def _positive(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    root = parser()
+    options = root.parse_args(arguments)
     if options.command == "doctor":
+        if options.backend is not None and not options.check:
+            root.error("--backend: expected beside --check, which was not given")
         from fastattn.cli.doctor import doctor
 
-        return doctor()
+        return doctor(check=options.check, backend=options.backend)
     if options.command == "bench":
         from fastattn.cli.bench import bench
 

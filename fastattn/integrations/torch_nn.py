@@ -123,7 +123,9 @@ def _why_not(module: nn.Module, op: str) -> str | None:
 def _no_kernel(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The reasons of all backends with kernels, where none serves ``op``."""
     problem = backends.Problem(op, device.type, dtype)
-    against = {b: backends.reasons(problem, b) for b in backends.BACKENDS if b != "reference"}
+    against = {
+        b: backends.default_reasons(problem, b) for b in backends.BACKENDS if b != "reference"
+    }
     if not all(against.values()):
         return None
     why = (f"{b}: {', '.join(reasons)}" for b, reasons in against.items())

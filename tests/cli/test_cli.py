@@ -10,11 +10,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastattn import _extension
-from fastattn.cli import doctor
+from fastattn import _extension, backends
+from fastattn.cli import check, doctor, main
 from fastattn.cli.demo import corpus, digits
+from fastattn.verification import families, first_use
+from fastattn.verification.children import Result
+from fastattn.verification.families import Outcome
 
 
 @pytest.mark.native
@@ -32,6 +37,93 @@ def test_doctor_says_why_the_library_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(_extension, "HAS_NATIVE", False)
     assert doctor.doctor(Console(width=200)) == 1
     assert "no C++ compiler was found; install g++" in capsys.readouterr().out
+
+
+@pytest.mark.native
+def test_the_check_prints_every_family(monkeypatch, capsys):
+    monkeypatch.setattr(check, "KERNELS", ("cpu", "cuda"))
+    monkeypatch.setattr(backends, "unavailable", {"cpu": None, "cuda": "torch sees no GPU"}.get)
+    assert doctor.doctor(Console(width=200), check=True) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "│ cpu " in line]
+    rows = [row for row in rows if "inputs are on cpu" not in row]
+    assert [row.split("│")[2].strip() for row in rows[-len(families.FAMILIES) :]] == list(
+        families.FAMILIES
+    )
+    assert doctor.doctor(Console(width=200), check=True, backend="cuda") == 0
+    assert "not available: torch sees no GPU" in capsys.readouterr().out
+
+
+@pytest.mark.native
+def test_the_check_is_red_where_a_kernel_is_wrong(monkeypatch, capsys):
+    right = families.check
+
+    def wrong(family, *args):
+        return Outcome(1.0, 0.1, "dq") if family == "mlp" else right(family, *args)
+
+    monkeypatch.setattr(families, "check", wrong)
+    assert doctor.doctor(Console(width=200), check=True, backend="cpu") == 1
+    text = capsys.readouterr().out
+    assert "FAILED: dq: relative error 1.0e+00, at most 1.0e-01 is allowed" in text
+    assert "1 failed. Please send this output to the project's issue tracker." in text
+
+
+def test_the_check_forgets_what_first_uses_found_where_all_is_right(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    monkeypatch.setattr(first_use, "forget", forgotten.append)
+    for error in (0.0, 2.0):
+        results = [Result("mlp", Outcome(error), 0.1)]
+        monkeypatch.setattr(check, "_results", lambda name, results=results: results)
+        check.check(Console(quiet=True), "triton")
+    assert forgotten == ["triton"]
+
+
+def test_a_backend_is_only_named_beside_check(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main(["doctor", "--backend", "cpu"])
+    assert ended.value.code == 2
+    assert "--backend: expected beside --check" in capsys.readouterr().err
+    calls = []
+    monkeypatch.setattr(doctor, "doctor", lambda **options: calls.append(options) or 0)
+    assert main.main(["doctor", "--check", "--backend", "cpu"]) == 0
+    assert calls == [{"check": True, "backend": "cpu"}]
+
+
+def test_doctor_explains_the_calls_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(_extension, "HAS_CUDA", True)
+    monkeypatch.setattr(backends, "_capability", lambda gpu=None: 90)
+    monkeypatch.setattr(backends.triton, "why_not", lambda: None)
+    with FakeTensorMode():
+        calls = dict(doctor._calls("cuda"))
+    assert {explanation.backend for explanation in calls.values()} == {"triton"}
+    assert "not been verified" in str(calls["cuda: attention, bfloat16, gradients"])
+    assert "one of bfloat16, float16" in str(calls["cuda: attention, float32"])
+
+
+def test_doctor_tells_the_state_of_the_self_check(monkeypatch, capsys):
+    good = first_use.kernel_of("triton", "linear_relu", torch.float16, 0)
+    bad = first_use.kernel_of("triton", "attention_forward", torch.float16, 64)
+    monkeypatch.setattr(backends, "self_check", True)
+    monkeypatch.setattr(first_use, "known", lambda gpu: {good: "", bad: "out: off"})
+    monkeypatch.setattr(backends, "unavailable", {"cuda": "none"}.get)
+    Console(width=200).print(doctor._self_checks())
+    text = capsys.readouterr().out
+    assert "verified: float16" in text
+    assert "failed: attention_forward (float16 head dim 64): out: off" in text
+    assert text.count("not yet") == 2
+    assert "cuda" not in text
+    monkeypatch.setattr(backends, "self_check", False)
+    assert "FASTATTN_SELF_CHECK=0" in doctor._self_check("triton", "linear_relu")
+
+
+def test_doctor_names_a_library_of_an_earlier_build(monkeypatch, capsys):
+    facts = {**_extension.build_info, "reason": "the C++ build failed", "hint": "set CXX"}
+    monkeypatch.setattr(_extension, "build_info", facts)
+    doctor.doctor(Console(width=200))
+    text = capsys.readouterr().out
+    assert (
+        "of an earlier build, as the last one failed: the C++ build failed; set CXX" in text
+    ) == (_extension.HAS_NATIVE)
 
 
 def test_no_sentence_and_no_module_is_on_both_sides():

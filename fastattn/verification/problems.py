@@ -1,0 +1,323 @@
+"""Small problems for every family of kernels, solved by the kernels and by the float64 reference.
+
+The kernels are called as ops: no autograd, no random numbers of torch's, no state of the caller's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn import ops, reference
+
+GPU_SECONDS = 10.0  # what one small problem may take; compilation is not part of it
+
+
+class KernelFault(RuntimeError):
+    """A kernel that does not finish, or not twice with the same result."""
+
+
+class Case(NamedTuple):
+    """One of the problems that a family is checked on."""
+
+    dtype: torch.dtype
+    head_dim: int
+    is_causal: bool
+    rows: int = 150  # queries of a head, rows of a linear layer
+    heads: int = 4  # an even number
+
+
+class Comparison(NamedTuple):
+    """A kernel's result beside the reference's, both on the CPU."""
+
+    name: str
+    actual: Tensor
+    expected: Tensor  # float64
+
+
+class Device(NamedTuple):
+    """Whose kernels solve a problem, and where."""
+
+    backend: str
+    device: torch.device
+
+    def run(self, kernels: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``kernels`` computes, on the CPU.
+
+        Raises KernelFault where a second call gives other bits or the GPU does not finish.
+        """
+        found, again = kernels(), kernels()
+        _wait(self.device)
+        for name, x in found.items():
+            if not torch.equal(_bytes(x), _bytes(again[name])):
+                raise KernelFault(f"{name}: two calls with the same inputs differ")
+        return {name: x.detach().cpu() for name, x in found.items()}
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.detach().cpu().contiguous().view(torch.uint8)
+
+
+def _wait(device: torch.device) -> None:
+    """Waits for the current stream; a kernel that hangs must not hang its caller as well."""
+    if device.type != "cuda":
+        return
+    done = torch.cuda.Event()
+    done.record()
+    deadline = time.monotonic() + GPU_SECONDS
+    while not done.query():
+        if time.monotonic() > deadline:
+            raise KernelFault(f"the GPU did not finish within {GPU_SECONDS:g} s")
+        time.sleep(1e-4)
+
+
+class _Random:
+    """Numbers that are the same everywhere and leave torch's generators as they are."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.generator = torch.Generator("cpu").manual_seed(0)
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
+        return x.to(dtype or self.dtype)
+
+    def heads(self, batch: int, heads: int, rows: int, head_dim: int) -> Tensor:
+        """``[batch, heads, rows, head_dim]`` as a projection leaves it: heads side by side."""
+        return self(batch, rows, heads, head_dim).transpose(1, 2)
+
+    def mask(self, *shape: int) -> Tensor:
+        """bool, about seven of ten True."""
+        return self(*shape, dtype=torch.float32) > -0.5
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The arguments of one attention call and of its derivatives."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor
+    tangents: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    is_causal: bool
+    mask: Tensor | None = None
+    starts: Tensor | None = None  # of the packed sequences, queries and keys alike
+    longest: int = 0
+    window: tuple[int, int] = (-1, -1)
+    dropout_p: float = 0.0
+    softcap: float = 0.0
+    seed: Tensor | None = None
+    slopes: Tensor | None = None
+
+    def to(self, where: torch.device | torch.dtype) -> _Attention:
+        """The same elsewhere, or with numbers in another dtype."""
+
+        def move(x: Tensor | None) -> Tensor | None:
+            keep = x is None or (isinstance(where, torch.dtype) and not x.is_floating_point())
+            return x if keep else x.to(where)
+
+        moved = {name: move(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved, tangents=tuple(map(move, self.tangents)))
+
+    def by_kernels(self, at: Device, parts: frozenset[str]) -> dict[str, Tensor]:
+        x = self.to(at.device)
+        return at.run(lambda: x._found(at.backend, parts))
+
+    def _found(self, backend: str, parts: frozenset[str]) -> dict[str, Tensor]:
+        x = self
+        scale = x.query.shape[-1] ** -0.5
+        options = ops.Options(*x.window, x.softcap, x.longest, x.longest)
+        numbers = (x.seed, x.is_causal, scale, x.dropout_p)
+        rest = (x.slopes, x.starts, x.starts, options, backend)
+        inputs = (x.query, x.key, x.value, x.mask)
+        out, lse = ops.attention_forward(*inputs, *numbers, *rest)
+        found = {"out": out, "lse": lse} if "forward" in parts else {}
+        needs = [True, True, True, x.mask is not None and x.mask.dtype != torch.bool]
+        names = ("dq", "dk", "dv", *["dmask"] * needs[3])
+        if "backward" in parts:
+            grads = ops.attention_backward(
+                x.grad_out, x.grad_lse, *inputs, out, lse, *numbers, needs, *rest
+            )
+            found |= zip(names, grads, strict=False)
+        if "tangent" in parts:
+            tangents = ops.attention_jvp(*inputs, *x.tangents, out, lse, *numbers, *rest)
+            found |= zip(("t_out", "t_lse"), tangents, strict=True)
+        if "second" in parts:
+            t_out, t_lse, *grads = ops.attention_double_backward(
+                x.grad_out, x.grad_lse, *inputs, *x.tangents, out, lse, *numbers,
+                [True, *needs], *rest,
+            )  # fmt: skip
+            found |= {"t_out": t_out, "t_lse": t_lse}
+            found |= zip([f"second {name}" for name in names], grads, strict=False)
+        return found
+
+    def by_reference(self, parts: frozenset[str]) -> dict[str, Tensor]:
+        if self.starts is None:
+            return self.to(torch.float64)._expected(parts)
+        whole: dict[str, list[Tensor]] = {}
+        for start, end in itertools.pairwise(self.starts.tolist()):
+            for name, x in self._rows(start, end).to(torch.float64)._expected(parts).items():
+                whole.setdefault(name, []).append(x)
+        return {name: torch.cat(xs, 2) for name, xs in whole.items()}
+
+    def _rows(self, start: int, end: int) -> _Attention:
+        """One of the packed sequences."""
+        names = ("query", "key", "value", "grad_out", "grad_lse")
+        sliced = {name: getattr(self, name)[:, :, start:end] for name in names}
+        return replace(self, **sliced, starts=None)
+
+    def _expected(self, parts: frozenset[str]) -> dict[str, Tensor]:
+        inputs = (self.query, self.key, self.value, self.mask)
+        options = {
+            "seed": self.seed,
+            "is_causal": self.is_causal,
+            "dropout_p": self.dropout_p,
+            "window_size": self.window,
+            "softcap": self.softcap,
+            "alibi_slopes": self.slopes,
+        }
+        out, lse = reference.attention_forward(*inputs, **options)
+        found = {"out": out, "lse": lse} if "forward" in parts else {}
+        names = ("dq", "dk", "dv", "dmask")
+        cotangents = (self.grad_out, self.grad_lse)
+        if "backward" in parts:
+            grads = reference.attention_backward(*cotangents, *inputs, out, lse, **options)
+            found |= zip(names, grads, strict=True)
+        if parts & {"tangent", "second"}:
+            tangents = reference.attention_jvp(*inputs, self.tangents, **options)
+            found |= zip(("t_out", "t_lse"), tangents, strict=True)
+        if "second" in parts:
+            grads = reference.attention_double_backward(
+                *cotangents, *inputs, self.tangents, **options
+            )
+            found |= zip([f"second {name}" for name in names], grads, strict=True)
+        return {name: x for name, x in found.items() if x is not None}
+
+
+def _attention(case: Case, variant: str) -> _Attention:
+    """Two batch elements, two query heads for each key head, a ragged number of queries and of
+    keys. ``variant`` names what the call has beside."""
+    random, rows, dim = _Random(case.dtype), case.rows, case.head_dim
+    batch, heads, keys = 2, case.heads, rows + 37
+    lse = torch.float64 if case.dtype == torch.float64 else torch.float32
+    packed = variant == "packed"
+    if packed:
+        batch, keys = 1, rows
+    shapes = [(heads, rows, dim), (heads // 2, keys, dim), (heads // 2, keys, dim)]
+    call = _Attention(
+        *(random.heads(batch, *shape) for shape in shapes),
+        random(batch, heads, rows, dim),
+        random(batch, heads, rows, dtype=lse),
+        (*(random.heads(batch, *shape) for shape in shapes), None),
+        case.is_causal,
+    )
+    if packed:  # one of the sequences is empty
+        starts = torch.tensor([0, rows // 3, rows // 3, rows], dtype=torch.int32, device="cpu")
+        return replace(call, starts=starts, longest=rows - rows // 3)
+    if variant == "padding and window":
+        lengths = torch.tensor([keys, keys // 2], device="cpu")
+        padding = torch.arange(keys, device="cpu") < lengths[:, None]
+        return replace(call, mask=padding[:, None, None], window=(rows // 3, rows // 4))
+    if variant == "bias":
+        bias = (random(1, heads, rows, keys), random(1, heads, rows, keys))
+        return replace(call, mask=bias[0], tangents=(*call.tangents[:3], bias[1]))
+    if variant == "dropout, softcap, ALiBi":
+        seed = torch.tensor([1234567890123], dtype=torch.int64, device="cpu")
+        slopes = 2.0 ** -torch.arange(1, heads + 1, device="cpu", dtype=lse)
+        mask = random.mask(batch, 1, rows, keys)
+        extras = {"dropout_p": 0.25, "softcap": 3.0, "seed": seed, "slopes": slopes}
+        return replace(call, mask=mask, **extras)
+    return call
+
+
+def solve_attention(
+    parts: str, variants: tuple[str, ...], at: Device, case: Case
+) -> Iterator[Comparison]:
+    """``parts``: those of "forward backward tangent second" that are computed."""
+    wanted = frozenset(parts.split())
+    for variant in variants:
+        call = _attention(case, variant)
+        expected = call.by_reference(wanted)
+        for name, actual in call.by_kernels(at, wanted).items():
+            yield Comparison(f"{name} ({variant})" if variant else name, actual, expected[name])
+
+
+def _passes(out: Tensor) -> Tensor:
+    return ~(out <= 0)
+
+
+def _unpacked(bits: Tensor, like: Tensor) -> Tensor:
+    """The ReLU's bits ``[M, ceil(N / 8)]`` as 0 and 1 in the shape of the output ``[M, N]``."""
+    places = torch.arange(8, dtype=torch.uint8, device="cpu")
+    return ((bits[..., None] >> places) & 1).flatten(-2)[:, : like.shape[-1]]
+
+
+def solve_linear(part: str, at: Device, case: Case) -> Iterator[Comparison]:
+    """One layer. Which outputs pass the ReLU is taken from the kernel: one that is 0 but for
+    rounding may be on either side of it."""
+    random, width = _Random(case.dtype), 2 * case.head_dim + 9
+    x, w, b = random(case.rows, 72), random(width, 72), random(width)
+    grad, tangents = random(case.rows, width), [random(*t.shape) for t in (x, w, b)]
+    on = [t.to(at.device) for t in (x, w, b, grad, *tangents)]
+
+    def kernels() -> dict[str, Tensor]:
+        out, bits = ops.linear_relu_forward(*on[:3], at.backend)
+        if part == "tangent":
+            t_out = ops.linear_relu_jvp(*on[:2], bits, *on[4:], at.backend)
+            return {"out": out, "bits": bits, "t_out": t_out}
+        grads = ops.linear_relu_backward(on[3], *on[:2], bits, [True] * 3, at.backend)
+        return {"out": out, "bits": bits, **dict(zip(("dx", "dw", "db"), grads, strict=True))}
+
+    actual = at.run(kernels)
+    x, w, b, grad, *tangents = (t.double() for t in (x, w, b, grad, *tangents))
+    passes = _passes(actual["out"])
+    yield Comparison("out", actual["out"], reference.linear_relu(x, w, b))
+    yield Comparison("bits", _unpacked(actual["bits"], passes), passes.double())
+    if part == "tangent":
+        expected = {"t_out": reference.linear_relu_jvp(x, w, passes, *tangents)}
+    else:
+        grads = reference.linear_relu_backward(grad, x, w, passes)
+        expected = dict(zip(("dx", "dw", "db"), grads, strict=True))
+    for name, y in expected.items():
+        yield Comparison(name, actual[name], y)
+
+
+def solve_mlp(at: Device, case: Case) -> Iterator[Comparison]:
+    """Three layers; which hidden activations pass is taken from the kernel, as above."""
+    random, widths = _Random(case.dtype), (72, 2 * case.head_dim, 40, 10)
+    x, grad = random(case.rows, widths[0]), random(case.rows, widths[-1])
+    weights = [random(n, m) / m**0.5 for m, n in itertools.pairwise(widths)]
+    biases = [random(n) for n in widths[1:]]
+    on_x, on_grad = x.to(at.device), grad.to(at.device)
+    on_weights, on_biases = ([t.to(at.device) for t in ts] for ts in (weights, biases))
+    names = ("out", "h1", "h2", "dx", "dw1", "dw2", "dw3", "db1", "db2", "db3", "inference")
+
+    def kernels() -> dict[str, Tensor]:
+        out, *hidden = ops.mlp_forward(on_x, on_weights, on_biases)
+        grads = ops.mlp_backward(on_grad, on_x, on_weights, hidden, [True] * 7)
+        inference = ops.mlp_inference(on_x, on_weights, on_biases)
+        return dict(zip(names, (out, *hidden, *grads, inference), strict=True))
+
+    actual = at.run(kernels)
+    x, grad, *tensors = (t.double() for t in (x, grad, *weights, *biases))
+    weights, biases = tensors[:3], tensors[3:]
+    inputs = [x]
+    for n in range(2):
+        inputs.append(reference.linear_relu(inputs[-1], weights[n], biases[n]))
+    out = torch.nn.functional.linear(inputs[2], weights[2], biases[2])
+    expected = {"out": out, "inference": out, "h1": inputs[1], "h2": inputs[2]}
+    passes = [_passes(actual["h1"]), _passes(actual["h2"]), torch.ones_like(out, dtype=torch.bool)]
+    for n in (2, 1, 0):
+        grad, dw, db = reference.linear_relu_backward(grad, inputs[n], weights[n], passes[n])
+        expected |= {f"dw{n + 1}": dw, f"db{n + 1}": db}
+    expected["dx"] = grad
+    for name, y in expected.items():
+        yield Comparison(name, actual[name], y)
