@@ -64,7 +64,11 @@ class Check:
             if self.plan.triton_only:
                 self._triton_stages()
             elif not self.facts["cuda"]:
-                self._cuda_stages(("smoke", "speed", "profile", "Hopper tests"))
+                ahead = self._compile_ahead()
+                self._cuda_stages(("smoke",))
+                if ahead is not None:  # the steps are timed by the clock: nothing runs beside them
+                    watch([ahead], min(self.stop, ahead.ends), lambda *_: None)
+                self._cuda_stages(("speed", "profile", "Hopper tests"))
                 self._triton_stages()
                 self._cuda_stages(("tune", "sanitizer"))
             else:
@@ -74,6 +78,12 @@ class Check:
                 if child.status == "":
                     child.kill("the check ended")
         return not self.evidence.red
+
+    def _compile_ahead(self) -> Child | None:
+        """Fills Triton's cache for its tests; without it they compile for themselves."""
+        if not self.plan.compile_ahead or self.facts["triton"]:
+            return None
+        return self._child("compile ahead", list(self.plan.compile_ahead), 45.0)
 
     def _without_libraries(self) -> None:
         """A build begins, Triton has the time until it is done."""

@@ -34,6 +34,7 @@ SPEED = [
     ("cuda", ("step",)),
     ("cudnn", _ATTENTION),
     ("flash", _ATTENTION),
+    ("efficient", _ATTENTION),
     ("eager", ("linear", "step")),
 ]
 TRITON_SPEED = [
@@ -77,6 +78,7 @@ class Plan:
     hopper_tests: tuple[str, ...] = ()
     triton_tests: tuple[str, ...] = ()
     shards: int = 6
+    compile_ahead: tuple[str, ...] = ()  # on the CPU, beside the smoke stage
     build: tuple[str, ...] = ()  # of the libraries, where those that were brought do not load
     gpu_processes: Callable[[], set[int]] = set
     triton_only: bool = False
@@ -108,6 +110,7 @@ def plan_of_hardware(libraries: Path | None, triton_only: bool = False) -> Plan:
         hopper_tests=(str(tests / "cuda/test_hopper.py"),),
         triton_tests=(str(tests / "ops/triton/test_gpu.py"), "-m", "first_on_gpu"),
         shards=max(1, min(8, (os.cpu_count() or 2) // 2)),
+        compile_ahead=(sys.executable, str(tests / "ops/triton/compile_only.py"), "--jobs", "4"),
         build=(sys.executable, str(ROOT / "benchmarks/gpu_bundle.py"), "--restricted", "--output"),
         gpu_processes=_processes_of_nvidia_smi,
         triton_only=triton_only,

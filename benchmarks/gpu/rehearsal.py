@@ -97,6 +97,7 @@ def stand_in_plan(fault: str) -> Plan:
         hopper_tests=tests,
         triton_tests=tests,
         shards=2,
+        compile_ahead=(sys.executable, "-c", "print('compiled')"),
         build=(sys.executable, "-c", "raise SystemExit('a rehearsal builds nothing')"),
     )
 

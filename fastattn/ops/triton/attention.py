@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from fastattn.ops.triton.attention_backward_keys import attention_backward_keys_kernel
@@ -22,11 +21,12 @@ from fastattn.ops.triton.attention_parts import (
     mask_gradient,
     mask_lists,
 )
-from fastattn.ops.triton.launch import launch
+from fastattn.ops.triton.launch import cdiv, launch
 from fastattn.ops.triton.problem import (
     four_dims,
     like_rows,
     make_problem,
+    mask_strides,
     row_strides,
 )
 
@@ -61,30 +61,29 @@ def attention_forward(
     lists, counts, list_strides = mask_lists(p, tile, by_key=False)
     launch(
         attention_forward_kernel,
-        (triton.cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
+        (cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
         p.q,
         k,
         v,
         out,
         lse,
-        p.pointer(p.mask),
-        p.pointer(lists),
-        p.pointer(counts),
+        p.mask,
+        lists,
+        counts,
         *p.shared(),
         row_strides(p.q),
         row_strides(p.k),
         row_strides(p.v),
         row_strides(out),
         lse.stride()[:2],
-        p.mask_strides(),
+        mask_strides(p.mask),
         list_strides,
         p.heads_q,
         p.batch * p.heads_q,
         p.group,
         p.section(p.seq_k, p.heads_k) * p.group,
-        p.q.shape[2],
-        p.k.shape[2],
-        **p.common(tile),
+        *p.tokens(),
+        **p.common("forward", tile),
     )
     return out.view(*query.shape[:-1], value.shape[-1]), lse.view(query.shape[:-1])
 
@@ -133,7 +132,7 @@ def attention_backward(
         lists, counts, list_strides = mask_lists(p, tile, by_key=False)
         launch(
             attention_backward_queries_kernel,
-            (triton.cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
+            (cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
             p.q,
             k,
             v,
@@ -141,22 +140,21 @@ def attention_backward(
             lse,
             delta,
             dq,
-            p.pointer(p.mask),
-            p.pointer(lists),
-            p.pointer(counts),
+            p.mask,
+            lists,
+            counts,
             *p.shared(),
             *strides,
             row_strides(dq),
-            p.mask_strides(),
+            mask_strides(p.mask),
             list_strides,
             p.heads_q,
             p.batch * p.heads_q,
             p.group,
             p.section(p.seq_k, p.heads_k) * p.group,
-            p.q.shape[2],
-            p.k.shape[2],
+            *p.tokens(),
             out_scale=p.scale,
-            **p.common(tile),
+            **p.common("queries", tile),
         )
         grads[0] = dq.view(query.shape)
     if needs[1] or needs[2]:
@@ -167,7 +165,7 @@ def attention_backward(
         lists, counts, list_strides = mask_lists(p, tile, by_key=True)
         launch(
             attention_backward_keys_kernel,
-            (triton.cdiv(p.seq_k, tile.block_k) * p.batch * p.heads_k,),
+            (cdiv(p.seq_k, tile.block_k) * p.batch * p.heads_k,),
             q,
             p.k,
             p.v,
@@ -176,23 +174,22 @@ def attention_backward(
             delta,
             dk,
             dv,
-            p.pointer(p.mask),
-            p.pointer(lists),
-            p.pointer(counts),
+            p.mask,
+            lists,
+            counts,
             *p.shared(),
             *strides,
             row_strides(dk),
             row_strides(dv),
-            p.mask_strides(),
+            mask_strides(p.mask),
             list_strides,
             p.heads_k,
             p.batch * p.heads_k,
             p.group,
             p.section(p.seq_q * p.group, p.heads_k),
-            p.q.shape[2],
-            p.k.shape[2],
+            *p.tokens(),
             out_scale=p.scale,
-            **p.common(tile),
+            **p.common("keys", tile),
         )
         grads[1] = dk.view(key.shape) if needs[1] else grads[1]
         grads[2] = dv.view(value.shape) if needs[2] else grads[2]

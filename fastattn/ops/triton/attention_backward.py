@@ -4,14 +4,8 @@ then dK and dV by keys, then dQ by queries, which computes the scores a second t
 import triton
 import triton.language as tl
 
-from fastattn.ops.triton import primitives
-from fastattn.ops.triton.primitives import (
-    DROPOUT,
-    FLOAT_MASK,
-    LOG2_E,
-    LSE_GRADIENT,
-    MAY_BE_EMPTY,
-)
+from fastattn.ops.triton import flags, primitives
+from fastattn.ops.triton.primitives import LOG2_E
 
 
 @triton.jit
@@ -19,9 +13,9 @@ def load_lse(p_lse, o_q, seq_q, FLAGS: tl.constexpr):
     """LSE in the units of the scores. An empty row's becomes +inf, which makes its weights 0; so
     do rows beyond seq_q."""
     lse = tl.load(p_lse + o_q, mask=o_q < seq_q, other=float("inf"))
-    if MAY_BE_EMPTY & FLAGS:
+    if flags.MAY_BE_EMPTY & FLAGS:
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    if not (FLOAT_MASK & FLAGS):
+    if not (flags.FLOAT_MASK & FLAGS):
         lse *= LOG2_E
     return lse
 
@@ -38,7 +32,7 @@ def score_gradient(
     p, dp, delta, keep, keep_scale, visible, EDGE: tl.constexpr, FLAGS: tl.constexpr
 ):
     """dS before the softcap: E7."""
-    if DROPOUT & FLAGS:
+    if flags.DROPOUT & FLAGS:
         dp = tl.where(keep, dp * keep_scale, 0.0)  # E7
     ds = p * (dp - delta)  # E7
     if EDGE:
@@ -122,7 +116,7 @@ def attention_delta_kernel(
     o = primitives.load_rows(p_o, o_q, o_strides[2], seq_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
     do = primitives.load_rows(p_do, o_q, do_strides[2], seq_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
     delta = tl.sum(o.to(ACC) * do.to(ACC), 1)  # E6
-    if LSE_GRADIENT & FLAGS:
+    if flags.LSE_GRADIENT & FLAGS:
         p_grad_lse += i_b64 * grad_lse_strides[0] + i_h64 * grad_lse_strides[1]
         delta -= tl.load(p_grad_lse + o_q * grad_lse_strides[2], mask=m_q, other=0.0)  # E6
     p_lse += i_b64 * lse_strides[0] + i_h64 * lse_strides[1]

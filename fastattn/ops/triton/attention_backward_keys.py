@@ -8,19 +8,8 @@ transposed, ``[BLOCK_K, BLOCK_Q]``.
 import triton
 import triton.language as tl
 
-from fastattn.ops.triton import primitives
+from fastattn.ops.triton import flags, primitives
 from fastattn.ops.triton.attention_backward import load_statistics, weights_and_gradient
-from fastattn.ops.triton.primitives import (
-    ALIBI,
-    BOOL_MASK,
-    DROPOUT,
-    MASKED,
-    MAY_BE_EMPTY,
-    SOFTCAP,
-    VARLEN,
-    WINDOW_LEFT,
-    WINDOW_RIGHT,
-)
 
 
 @triton.jit
@@ -73,13 +62,13 @@ def _keys_step(
         p_do, i_b, i_h, i_first, o_q, stride_do, seq_q, HEAD_DIM_V, BLOCK_Q, BLOCK_DV, True, FLAGS
     )
     lse, delta = load_statistics(p_lse, p_delta, o_q, seq_q, FLAGS)
-    if MAY_BE_EMPTY & FLAGS:
+    if flags.MAY_BE_EMPTY & FLAGS:
         q = primitives.clear_rows(q, lse != float("inf"))
         do = primitives.clear_rows(do, lse != float("inf"))
     qk = primitives.dot(k, tl.trans(q), ACC, FLAGS)  # [BLOCK_K, BLOCK_Q]
     dp = primitives.dot(v, tl.trans(do), ACC, FLAGS)
     keep = True
-    if DROPOUT & FLAGS:
+    if flags.DROPOUT & FLAGS:
         keep = tl.trans(primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K))
     p, ds, capped, _ = weights_and_gradient(
         qk,
@@ -103,10 +92,10 @@ def _keys_step(
         EDGE,
         FLAGS,
     )
-    if DROPOUT & FLAGS:
+    if flags.DROPOUT & FLAGS:
         p = tl.where(keep, p, 0.0)
     dv += primitives.dot(p.to(do.dtype), do, ACC, FLAGS)  # E10
-    if SOFTCAP & FLAGS:
+    if flags.SOFTCAP & FLAGS:
         ds *= 1.0 - capped * capped
     dk += primitives.dot(ds.to(q.dtype), q, ACC, FLAGS)  # E9
     return dk, dv
@@ -180,7 +169,7 @@ def attention_backward_keys_kernel(
     start_q, seq_q = primitives.sequence(p_starts_q, i_b, tokens_q, seq_q, FLAGS)
     start_k, seq_k = primitives.sequence(p_starts_k, i_b, tokens_k, seq_k, FLAGS)
     j_first = i_block * BLOCK_K
-    if VARLEN & FLAGS:
+    if flags.VARLEN & FLAGS:
         if j_first >= seq_k:
             return
         i_b64 = i_b64 * 0
@@ -210,8 +199,11 @@ def attention_backward_keys_kernel(
         i_h = i_hk * group + i_group
         i_h64 = i_h.to(tl.int64)
         slope = 0.0
-        if ALIBI & FLAGS:
+        if flags.ALIBI & FLAGS:
             slope = tl.load(p_slopes + i_b * (heads * group) + i_h)
+        p_mask_h = 0
+        if flags.MASKED & FLAGS:
+            p_mask_h = p_mask + i_b64 * mask_strides[0] + i_h64 * mask_strides[1]
         args = (
             j_first,
             i_b,
@@ -220,7 +212,7 @@ def attention_backward_keys_kernel(
             primitives.head_pointer(p_do, i_b64, i_h64, start_q, do_strides, FLAGS),
             p_lse + i_h64 * lse_strides[1],
             p_delta + i_h64 * delta_strides[1],
-            p_mask + i_b64 * mask_strides[0] + i_h64 * mask_strides[1],
+            p_mask_h,
             q_strides[2],
             do_strides[2],
             mask_strides,
@@ -236,14 +228,14 @@ def attention_backward_keys_kernel(
             seed,
             threshold,
         )
-        if MASKED & FLAGS:
+        if flags.MASKED & FLAGS:
             i_list = i_b64 * list_strides[0] + i_h64 * list_strides[1] + i_block * list_strides[2]
             p_count = p_counts + i_list * 2
             p_list = p_lists + i_list * 2 * query_blocks
             for n in range(0, tl.load(p_count)):
                 i_first = tl.load(p_list + n) * BLOCK_Q
                 dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, True, FLAGS)
-            if BOOL_MASK & FLAGS:
+            if flags.BOOL_MASK & FLAGS:
                 for n in range(0, tl.load(p_count + 1)):
                     i_first = tl.load(p_list + query_blocks + n) * BLOCK_Q
                     dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, False, FLAGS)
@@ -251,19 +243,19 @@ def attention_backward_keys_kernel(
             lo, full_lo, full_hi, hi = primitives.query_range(
                 j_first, seq_q, seq_k, left, right, BLOCK_Q, BLOCK_K, FLAGS
             )
-            if WINDOW_RIGHT & FLAGS:
+            if flags.WINDOW_RIGHT & FLAGS:
                 for i_first in range(lo, full_lo, BLOCK_Q):
                     dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, True, FLAGS)
             for i_first in range(full_lo, full_hi, BLOCK_Q):
                 i_first = tl.multiple_of(i_first, BLOCK_Q)
                 dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, False, FLAGS)
-            if WINDOW_LEFT & FLAGS:
+            if flags.WINDOW_LEFT & FLAGS:
                 for i_first in range(full_hi, hi, BLOCK_Q):
                     dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, True, FLAGS)
 
     # epilogue
     dk *= primitives.scalar(out_scale, ACC)
-    if DROPOUT & FLAGS:
+    if flags.DROPOUT & FLAGS:
         dv *= keep_scale
     primitives.store_rows(p_dk, o_k, dk, dk_strides[2], seq_k, HEAD_DIM, BLOCK_D, FLAGS)
     primitives.store_rows(p_dv, o_k, dv, dv_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, FLAGS)

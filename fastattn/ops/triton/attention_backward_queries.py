@@ -7,19 +7,8 @@ walks its keys as the forward does.
 import triton
 import triton.language as tl
 
-from fastattn.ops.triton import primitives
+from fastattn.ops.triton import flags, primitives
 from fastattn.ops.triton.attention_backward import load_statistics, weights_and_gradient
-from fastattn.ops.triton.primitives import (
-    ALIBI,
-    BOOL_MASK,
-    DROPOUT,
-    MASKED,
-    MAY_BE_EMPTY,
-    SOFTCAP,
-    VARLEN,
-    WINDOW_LEFT,
-    WINDOWED,
-)
 
 
 @triton.jit
@@ -74,7 +63,7 @@ def _queries_step(
     qk = primitives.dot(q, tl.trans(k), ACC, FLAGS)  # [BLOCK_Q, BLOCK_K]
     dp = primitives.dot(do, tl.trans(v), ACC, FLAGS)
     keep = True
-    if DROPOUT & FLAGS:
+    if flags.DROPOUT & FLAGS:
         keep = primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K)
     _, ds, capped, visible = weights_and_gradient(
         qk,
@@ -98,9 +87,9 @@ def _queries_step(
         EDGE,
         FLAGS,
     )
-    if SOFTCAP & FLAGS:
+    if flags.SOFTCAP & FLAGS:
         ds *= 1.0 - capped * capped
-    if EDGE and ((MASKED | WINDOWED) & FLAGS):
+    if EDGE and ((flags.MASKED | flags.WINDOWED) & FLAGS):
         used = primitives.used_keys(
             visible, o_k, i_first, seq_q, seq_k, left, right, BLOCK_Q, FLAGS
         )
@@ -174,7 +163,7 @@ def attention_backward_queries_kernel(
     start_q, seq_q = primitives.sequence(p_starts_q, i_b, tokens_q, seq_q, FLAGS)
     start_k, seq_k = primitives.sequence(p_starts_k, i_b, tokens_k, seq_k, FLAGS)
     i_first = i_block * BLOCK_Q
-    if VARLEN & FLAGS:
+    if flags.VARLEN & FLAGS:
         if i_first >= seq_q:
             return
         i_b64 = i_b64 * 0
@@ -192,10 +181,10 @@ def attention_backward_queries_kernel(
     cap_scale = primitives.scalar(cap_scale, ACC)
     cap = primitives.scalar(cap, ACC)
     slope = 0.0
-    if ALIBI & FLAGS:
+    if flags.ALIBI & FLAGS:
         slope = tl.load(p_slopes + i_b * heads + i_h)
     seed = primitives.dropout_seed(p_seed, i_b, seed_batch, FLAGS)
-    if MASKED & FLAGS:
+    if flags.MASKED & FLAGS:
         p_mask += i_b64 * mask_strides[0] + i_h64 * mask_strides[1]
         i_list = i_b64 * list_strides[0] + i_h64 * list_strides[1] + i_block * list_strides[2]
         p_counts += i_list * 2
@@ -205,7 +194,7 @@ def attention_backward_queries_kernel(
     q = primitives.load_rows(p_q, o_q, q_strides[2], seq_q, HEAD_DIM, BLOCK_D, True, FLAGS)
     do = primitives.load_rows(p_do, o_q, do_strides[2], seq_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
     lse, delta = load_statistics(p_lse, p_delta, o_q, seq_q, FLAGS)
-    if MAY_BE_EMPTY & FLAGS:
+    if flags.MAY_BE_EMPTY & FLAGS:
         q = primitives.clear_rows(q, lse != float("inf"))
         do = primitives.clear_rows(do, lse != float("inf"))
     dq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
@@ -234,11 +223,11 @@ def attention_backward_queries_kernel(
     )
 
     # main loops
-    if MASKED & FLAGS:
+    if flags.MASKED & FLAGS:
         for n in range(0, tl.load(p_counts)):
             j_first = tl.load(p_lists + n) * BLOCK_K
             dq = _queries_step(dq, q, do, lse, delta, j_first, *args, SHAPE, ACC, True, FLAGS)
-        if BOOL_MASK & FLAGS:
+        if flags.BOOL_MASK & FLAGS:
             for n in range(0, tl.load(p_counts + 1)):
                 j_first = tl.load(p_lists + key_blocks + n) * BLOCK_K
                 dq = _queries_step(dq, q, do, lse, delta, j_first, *args, SHAPE, ACC, False, FLAGS)
@@ -246,7 +235,7 @@ def attention_backward_queries_kernel(
         lo, full_lo, full_hi, hi = primitives.key_range(
             i_first, seq_q, seq_k, left, right, BLOCK_Q, BLOCK_K, FLAGS
         )
-        if WINDOW_LEFT & FLAGS:
+        if flags.WINDOW_LEFT & FLAGS:
             for j_first in range(lo, full_lo, BLOCK_K):
                 dq = _queries_step(dq, q, do, lse, delta, j_first, *args, SHAPE, ACC, True, FLAGS)
         for j_first in range(full_lo, full_hi, BLOCK_K):

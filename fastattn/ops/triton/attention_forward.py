@@ -9,21 +9,8 @@ the mask leaves in part and in full.
 import triton
 import triton.language as tl
 
-from fastattn.ops.triton import primitives
-from fastattn.ops.triton.primitives import (
-    ALIBI,
-    BOOL_MASK,
-    DROPOUT,
-    FLOAT_MASK,
-    LN_2,
-    MASKED,
-    MAY_BE_EMPTY,
-    NEGATIVE_SCALE,
-    SOFTCAP,
-    VARLEN,
-    WINDOW_LEFT,
-    WINDOWED,
-)
+from fastattn.ops.triton import flags, primitives
+from fastattn.ops.triton.primitives import LN_2
 
 
 @triton.jit
@@ -74,7 +61,7 @@ def _forward_step(
     v = primitives.load_block(
         p_v, i_b, i_hk, j_first, o_k, stride_v, seq_k, HEAD_DIM_V, BLOCK_K, BLOCK_DV, EDGE, FLAGS
     )
-    if EDGE or ((SOFTCAP | ALIBI | NEGATIVE_SCALE) & FLAGS):
+    if EDGE or ((flags.SOFTCAP | flags.ALIBI | flags.NEGATIVE_SCALE) & FLAGS):
         s, _, visible = primitives.scores(
             qk,
             o_q[:, None],
@@ -94,10 +81,10 @@ def _forward_step(
         )
         m_new = tl.maximum(m, tl.max(s, 1))  # E2
         m_safe = m_new
-        if MAY_BE_EMPTY & FLAGS:
+        if flags.MAY_BE_EMPTY & FLAGS:
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = primitives.power(s - m_safe[:, None], FLAGS)  # E3
-        if EDGE and ((MASKED | WINDOWED) & FLAGS):
+        if EDGE and ((flags.MASKED | flags.WINDOWED) & FLAGS):
             used = primitives.used_keys(
                 visible, o_k, i_first, seq_q, seq_k, left, right, BLOCK_Q, FLAGS
             )
@@ -106,13 +93,13 @@ def _forward_step(
         # The scale is not negative, so the maximum may be taken first and one FMA does the rest.
         m_new = tl.maximum(m, tl.max(qk, 1) * scale)  # E2
         m_safe = m_new
-        if MAY_BE_EMPTY & FLAGS:
+        if flags.MAY_BE_EMPTY & FLAGS:
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = primitives.power(qk * scale - m_safe[:, None], FLAGS)  # E3
     shrink = primitives.power(m - m_safe, FLAGS)
     l = l * shrink + tl.sum(p, 1)  # E3
     o_acc = o_acc * shrink[:, None]  # E4
-    if DROPOUT & FLAGS:
+    if flags.DROPOUT & FLAGS:
         keep = primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K)
         p = tl.where(keep, p, 0.0)
     o_acc += primitives.dot(p.to(v.dtype), v, ACC, FLAGS)  # E4
@@ -179,7 +166,7 @@ def attention_forward_kernel(
     start_q, seq_q = primitives.sequence(p_starts_q, i_b, tokens_q, seq_q, FLAGS)
     start_k, seq_k = primitives.sequence(p_starts_k, i_b, tokens_k, seq_k, FLAGS)
     i_first = i_block * BLOCK_Q
-    if VARLEN & FLAGS:
+    if flags.VARLEN & FLAGS:
         if i_first >= seq_q:
             return
         i_b64 = i_b64 * 0
@@ -195,10 +182,10 @@ def attention_forward_kernel(
     cap_scale = primitives.scalar(cap_scale, ACC)
     cap = primitives.scalar(cap, ACC)
     slope = 0.0
-    if ALIBI & FLAGS:
+    if flags.ALIBI & FLAGS:
         slope = tl.load(p_slopes + i_b * heads + i_h)
     seed = primitives.dropout_seed(p_seed, i_b, seed_batch, FLAGS)
-    if MASKED & FLAGS:
+    if flags.MASKED & FLAGS:
         p_mask += i_b64 * mask_strides[0] + i_h64 * mask_strides[1]
         i_list = i_b64 * list_strides[0] + i_h64 * list_strides[1] + i_block * list_strides[2]
         p_counts += i_list * 2
@@ -233,11 +220,11 @@ def attention_forward_kernel(
     )
 
     # main loops
-    if MASKED & FLAGS:
+    if flags.MASKED & FLAGS:
         for n in range(0, tl.load(p_counts)):
             j_first = tl.load(p_lists + n) * BLOCK_K
             o_acc, m, l = _forward_step(o_acc, m, l, q, j_first, *args, SHAPE, ACC, True, FLAGS)
-        if BOOL_MASK & FLAGS:
+        if flags.BOOL_MASK & FLAGS:
             for n in range(0, tl.load(p_counts + 1)):
                 j_first = tl.load(p_lists + key_blocks + n) * BLOCK_K
                 o_acc, m, l = _forward_step(
@@ -247,7 +234,7 @@ def attention_forward_kernel(
         lo, full_lo, full_hi, hi = primitives.key_range(
             i_first, seq_q, seq_k, left, right, BLOCK_Q, BLOCK_K, FLAGS
         )
-        if WINDOW_LEFT & FLAGS:
+        if flags.WINDOW_LEFT & FLAGS:
             for j_first in range(lo, full_lo, BLOCK_K):
                 o_acc, m, l = _forward_step(o_acc, m, l, q, j_first, *args, SHAPE, ACC, True, FLAGS)
         for j_first in range(full_lo, full_hi, BLOCK_K):
@@ -258,11 +245,11 @@ def attention_forward_kernel(
 
     # epilogue
     empty = l == 0.0
-    if DROPOUT & FLAGS:
+    if flags.DROPOUT & FLAGS:
         o_acc = o_acc * primitives.scalar(keep_scale, ACC)
     total = tl.where(empty, 1.0, l)
     o = tl.where(empty[:, None], 0.0, o_acc / total[:, None])  # E5
-    if FLOAT_MASK & FLAGS:
+    if flags.FLOAT_MASK & FLAGS:
         lse = m + tl.log2(total) * LN_2  # E5
     else:
         lse = (m + tl.log2(total)) * LN_2  # E5

@@ -8,24 +8,9 @@ is no running maximum.
 import triton
 import triton.language as tl
 
-from fastattn.ops.triton import primitives
+from fastattn.ops.triton import flags, primitives
 from fastattn.ops.triton.attention_backward import load_lse
 from fastattn.ops.triton.attention_tangent import weights_and_tangent
-from fastattn.ops.triton.primitives import (
-    ALIBI,
-    BOOL_MASK,
-    DROPOUT,
-    MASKED,
-    MAY_BE_EMPTY,
-    T_KEY,
-    T_MASK,
-    T_QUERY,
-    T_SCORES,
-    T_VALUE,
-    VARLEN,
-    WINDOW_LEFT,
-    WINDOWED,
-)
 
 
 @triton.jit
@@ -48,8 +33,8 @@ def _jvp_step(
     p_t_mask,
     stride_k,
     stride_v,
-    stride_t_k,
-    stride_t_v,
+    t_k_strides,
+    t_v_strides,
     mask_strides,
     t_mask_strides,
     seq_q,
@@ -81,9 +66,9 @@ def _jvp_step(
         p_k, i_b, i_hk, j_first, o_k, stride_k, seq_k, HEAD_DIM, BLOCK_K, BLOCK_D, EDGE, FLAGS
     )
     t_k = k
-    if T_KEY & FLAGS:
+    if flags.T_KEY & FLAGS:
         t_k = primitives.load_block(
-            p_t_k, i_b, i_hk, j_first, o_k, stride_t_k, seq_k, HEAD_DIM, BLOCK_K, BLOCK_D, EDGE,
+            p_t_k, i_b, i_hk, j_first, o_k, t_k_strides[2], seq_k, HEAD_DIM, BLOCK_K, BLOCK_D, EDGE,
             FLAGS,
         )  # fmt: skip
     p, a, _, _, visible = weights_and_tangent(  # [BLOCK_Q, BLOCK_K]
@@ -109,39 +94,39 @@ def _jvp_step(
         mask_strides,
         t_mask_strides,
         ACC,
-        T_QUERY,
-        T_KEY,
+        flags.T_QUERY,
+        flags.T_KEY,
         EDGE,
         FLAGS,
     )
     used = o_k < seq_k
-    if EDGE and ((MASKED | WINDOWED) & FLAGS):
+    if EDGE and ((flags.MASKED | flags.WINDOWED) & FLAGS):
         used = primitives.used_keys(
             visible, o_k, i_first, seq_q, seq_k, left, right, BLOCK_Q, FLAGS
         )
     keep = True
-    if DROPOUT & FLAGS:
+    if flags.DROPOUT & FLAGS:
         keep = primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K)
-    if T_SCORES & FLAGS:
+    if flags.T_SCORES & FLAGS:
         pa = p * a
         mu += tl.sum(pa, 1)  # E12
-        if DROPOUT & FLAGS:
+        if flags.DROPOUT & FLAGS:
             pa = tl.where(keep, pa, 0.0)
         v = primitives.load_block(
             p_v, i_b, i_hk, j_first, o_k, stride_v, seq_k, HEAD_DIM_V, BLOCK_K, BLOCK_DV, EDGE,
             FLAGS,
         )  # fmt: skip
-        if EDGE and ((MASKED | WINDOWED) & FLAGS):
+        if EDGE and ((flags.MASKED | flags.WINDOWED) & FLAGS):
             v = primitives.clear_rows(v, used)
         t_acc += primitives.dot(pa.to(v.dtype), v, ACC, FLAGS)  # E12
-    if T_VALUE & FLAGS:
-        if DROPOUT & FLAGS:
+    if flags.T_VALUE & FLAGS:
+        if flags.DROPOUT & FLAGS:
             p = tl.where(keep, p, 0.0)
         t_v = primitives.load_block(
-            p_t_v, i_b, i_hk, j_first, o_k, stride_t_v, seq_k, HEAD_DIM_V, BLOCK_K, BLOCK_DV, EDGE,
-            FLAGS,
+            p_t_v, i_b, i_hk, j_first, o_k, t_v_strides[2], seq_k, HEAD_DIM_V, BLOCK_K, BLOCK_DV,
+            EDGE, FLAGS,
         )  # fmt: skip
-        if EDGE and ((MASKED | WINDOWED) & FLAGS):
+        if EDGE and ((flags.MASKED | flags.WINDOWED) & FLAGS):
             t_v = primitives.clear_rows(t_v, used)
         t_acc += primitives.dot(p.to(t_v.dtype), t_v, ACC, FLAGS)  # E12
     return t_acc, mu
@@ -220,7 +205,7 @@ def attention_jvp_kernel(
     start_q, seq_q = primitives.sequence(p_starts_q, i_b, tokens_q, seq_q, FLAGS)
     start_k, seq_k = primitives.sequence(p_starts_k, i_b, tokens_k, seq_k, FLAGS)
     i_first = i_block * BLOCK_Q
-    if VARLEN & FLAGS:
+    if flags.VARLEN & FLAGS:
         if i_first >= seq_q:
             return
         i_b64 = i_b64 * 0
@@ -230,9 +215,10 @@ def attention_jvp_kernel(
     p_q += i_b64 * q_strides[0] + i_h64 * q_strides[1] + start_q * q_strides[2]
     p_k = primitives.head_pointer(p_k, i_b64, i_hk64, start_k, k_strides, FLAGS)
     p_v = primitives.head_pointer(p_v, i_b64, i_hk64, start_k, v_strides, FLAGS)
-    p_t_q += i_b64 * t_q_strides[0] + i_h64 * t_q_strides[1] + start_q * t_q_strides[2]
-    p_t_k = primitives.head_pointer(p_t_k, i_b64, i_hk64, start_k, t_k_strides, FLAGS)
-    p_t_v = primitives.head_pointer(p_t_v, i_b64, i_hk64, start_k, t_v_strides, FLAGS)
+    if flags.T_KEY & FLAGS:
+        p_t_k = primitives.head_pointer(p_t_k, i_b64, i_hk64, start_k, t_k_strides, FLAGS)
+    if flags.T_VALUE & FLAGS:
+        p_t_v = primitives.head_pointer(p_t_v, i_b64, i_hk64, start_k, t_v_strides, FLAGS)
     p_o += i_b64 * o_strides[0] + i_h64 * o_strides[1] + start_q * o_strides[2]
     p_lse += i_b64 * lse_strides[0] + i_h64 * lse_strides[1] + start_q
     p_t_o += i_b64 * t_o_strides[0] + i_h64 * t_o_strides[1] + start_q * t_o_strides[2]
@@ -241,26 +227,27 @@ def attention_jvp_kernel(
     cap_scale = primitives.scalar(cap_scale, ACC)
     cap = primitives.scalar(cap, ACC)
     slope = 0.0
-    if ALIBI & FLAGS:
+    if flags.ALIBI & FLAGS:
         slope = tl.load(p_slopes + i_b * heads + i_h)
     seed = primitives.dropout_seed(p_seed, i_b, seed_batch, FLAGS)
-    if MASKED & FLAGS:
+    if flags.MASKED & FLAGS:
         p_mask += i_b64 * mask_strides[0] + i_h64 * mask_strides[1]
         i_list = i_b64 * list_strides[0] + i_h64 * list_strides[1] + i_block * list_strides[2]
         p_counts += i_list * 2
         p_lists += i_list * 2 * key_blocks
-    if T_MASK & FLAGS:
+    if flags.T_MASK & FLAGS:
         p_t_mask += i_b64 * t_mask_strides[0] + i_h64 * t_mask_strides[1]
 
     # prologue
     q = primitives.load_rows(p_q, o_q, q_strides[2], seq_q, HEAD_DIM, BLOCK_D, True, FLAGS)
     t_q = q
-    if T_QUERY & FLAGS:
+    if flags.T_QUERY & FLAGS:
+        p_t_q += i_b64 * t_q_strides[0] + i_h64 * t_q_strides[1] + start_q * t_q_strides[2]
         t_q = primitives.load_rows(
             p_t_q, o_q, t_q_strides[2], seq_q, HEAD_DIM, BLOCK_D, True, FLAGS
         )
     lse = load_lse(p_lse, o_q, seq_q, FLAGS)
-    if MAY_BE_EMPTY & FLAGS:
+    if flags.MAY_BE_EMPTY & FLAGS:
         q = primitives.clear_rows(q, lse != float("inf"))
         t_q = primitives.clear_rows(t_q, lse != float("inf"))
     t_acc = tl.zeros((BLOCK_Q, BLOCK_DV), ACC)
@@ -281,8 +268,8 @@ def attention_jvp_kernel(
         p_t_mask,
         k_strides[2],
         v_strides[2],
-        t_k_strides[2],
-        t_v_strides[2],
+        t_k_strides,
+        t_v_strides,
         mask_strides,
         t_mask_strides,
         seq_q,
@@ -299,11 +286,11 @@ def attention_jvp_kernel(
     )
 
     # main loops
-    if MASKED & FLAGS:
+    if flags.MASKED & FLAGS:
         for n in range(0, tl.load(p_counts)):
             j_first = tl.load(p_lists + n) * BLOCK_K
             t_acc, mu = _jvp_step(t_acc, mu, j_first, *args, SHAPE, ACC, True, FLAGS)
-        if BOOL_MASK & FLAGS:
+        if flags.BOOL_MASK & FLAGS:
             for n in range(0, tl.load(p_counts + 1)):
                 j_first = tl.load(p_lists + key_blocks + n) * BLOCK_K
                 t_acc, mu = _jvp_step(t_acc, mu, j_first, *args, SHAPE, ACC, False, FLAGS)
@@ -311,7 +298,7 @@ def attention_jvp_kernel(
         lo, full_lo, full_hi, hi = primitives.key_range(
             i_first, seq_q, seq_k, left, right, BLOCK_Q, BLOCK_K, FLAGS
         )
-        if WINDOW_LEFT & FLAGS:
+        if flags.WINDOW_LEFT & FLAGS:
             for j_first in range(lo, full_lo, BLOCK_K):
                 t_acc, mu = _jvp_step(t_acc, mu, j_first, *args, SHAPE, ACC, True, FLAGS)
         for j_first in range(full_lo, full_hi, BLOCK_K):
@@ -321,9 +308,9 @@ def attention_jvp_kernel(
             t_acc, mu = _jvp_step(t_acc, mu, j_first, *args, SHAPE, ACC, True, FLAGS)
 
     # epilogue
-    if DROPOUT & FLAGS:
+    if flags.DROPOUT & FLAGS:
         t_acc *= primitives.scalar(keep_scale, ACC)
-    if T_SCORES & FLAGS:
+    if flags.T_SCORES & FLAGS:
         o = primitives.load_rows(p_o, o_q, o_strides[2], seq_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
         t_acc -= mu[:, None] * o.to(ACC)  # E12
     primitives.store_rows(p_t_o, o_q, t_acc, t_o_strides[2], seq_q, HEAD_DIM_V, BLOCK_DV, FLAGS)

@@ -11,22 +11,13 @@ the second order's, E14.
 import triton
 import triton.language as tl
 
-from fastattn.ops.triton import primitives
+from fastattn.ops.triton import flags, primitives
 from fastattn.ops.triton.attention_backward import (
     load_statistics,
     score_gradient,
     weights_and_gradient,
 )
 from fastattn.ops.triton.attention_tangent import second_gradient, weights_and_tangent
-from fastattn.ops.triton.primitives import (
-    ALIBI,
-    DROPOUT,
-    FLOAT_MASK,
-    SECOND_ORDER,
-    T_KEY,
-    T_QUERY,
-    T_VALUE,
-)
 
 
 @triton.jit(do_not_specialize=["seq_q", "seq_k", "left", "right", "heads", "rows", "columns"])
@@ -58,7 +49,7 @@ def mask_map_kernel(
     )
     some = tl.max(tl.max((visible & (o_q < seq_q)[:, None]).to(tl.int32), 1), 0)
     every = tl.min(tl.min(visible.to(tl.int32), 1), 0)
-    if FLOAT_MASK & FLAGS:
+    if flags.FLOAT_MASK & FLAGS:
         every = 0  # its numbers must be added everywhere
     p_map += i_b64 * map_strides[0] + i_h64 * map_strides[1]
     tl.store(p_map + i_q * map_strides[2] + i_k * map_strides[3], (some + every).to(tl.int8))
@@ -200,29 +191,32 @@ def attention_mask_gradient_kernel(
         row = b64 * row_strides[0] + h64 * row_strides[1]
         lse, delta = load_statistics(p_lse + row, p_delta + row, o_q, seq_q, FLAGS)
         slope = 0.0
-        if ALIBI & FLAGS:
+        if flags.ALIBI & FLAGS:
             slope = tl.load(p_slopes + b * heads + h)
         keep = True
-        if DROPOUT & FLAGS:
+        if flags.DROPOUT & FLAGS:
             seed = primitives.dropout_seed(p_seed, b, seed_batch, FLAGS)
             keep = primitives.dropout_keep(seed, h, o_q, j_first, threshold, BLOCK_K)
-        if SECOND_ORDER & FLAGS:
+        if flags.SECOND_ORDER & FLAGS:
             t_q, t_k, t_v = q, k, v
-            if T_QUERY & FLAGS:
+            if flags.T_QUERY & FLAGS:
                 t_q = primitives.load_rows(
                     p_t_q + b64 * t_q_strides[0] + h64 * t_q_strides[1],
                     o_q, t_q_strides[2], seq_q, HEAD_DIM, BLOCK_D, True, FLAGS,
                 )  # fmt: skip
-            if T_KEY & FLAGS:
+            if flags.T_KEY & FLAGS:
                 t_k = primitives.load_rows(
                     p_t_k + b64 * t_k_strides[0] + hk64 * t_k_strides[1],
                     o_k, t_k_strides[2], seq_k, HEAD_DIM, BLOCK_D, True, FLAGS,
                 )  # fmt: skip
-            if T_VALUE & FLAGS:
+            if flags.T_VALUE & FLAGS:
                 t_v = primitives.load_rows(
                     p_t_v + b64 * t_v_strides[0] + hk64 * t_v_strides[1],
                     o_k, t_v_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, True, FLAGS,
                 )  # fmt: skip
+            p_t_mask_here = 0
+            if flags.T_MASK & FLAGS:
+                p_t_mask_here = p_t_mask + b64 * t_mask_strides[0] + h64 * t_mask_strides[1]
             mu = tl.load(p_mu + row + o_q, mask=o_q < seq_q, other=0.0)
             beta = tl.load(p_beta + row + o_q, mask=o_q < seq_q, other=0.0)
             p, tangent, _, _, visible = weights_and_tangent(
@@ -244,12 +238,12 @@ def attention_mask_gradient_kernel(
                 cap,
                 slope,
                 p_mask_here,
-                p_t_mask + b64 * t_mask_strides[0] + h64 * t_mask_strides[1],
+                p_t_mask_here,
                 mask_strides,
                 t_mask_strides,
                 ACC,
-                T_QUERY,
-                T_KEY,
+                flags.T_QUERY,
+                flags.T_KEY,
                 True,
                 FLAGS,
             )

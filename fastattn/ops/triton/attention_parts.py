@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fastattn.ops.triton import config
@@ -16,7 +15,7 @@ from fastattn.ops.triton.attention_mask import (
     mask_list_kernel,
     mask_map_kernel,
 )
-from fastattn.ops.triton.launch import launch
+from fastattn.ops.triton.launch import cdiv, launch, next_power_of_2
 from fastattn.ops.triton.problem import FLAG, Problem, is_wide, mask_strides, require, row_strides
 
 _DELTA_ROWS = 64
@@ -54,18 +53,18 @@ def make_delta(p: Problem, do: Tensor, out: Tensor, lse: Tensor, grad_lse: Tenso
     delta = torch.empty_like(lse)
     batch, heads, rows, dim = out.shape
     flags = FLAG["WIDE"] if is_wide(out, do) else 0
-    strides = (0, 0, 0)
+    strides = None
     if grad_lse is not None:
         flags |= FLAG["LSE_GRADIENT"]
         grad_lse = grad_lse.reshape(lse.shape)
         strides = grad_lse.stride()
     launch(
         attention_delta_kernel,
-        (triton.cdiv(rows, _DELTA_ROWS) * batch * heads,),
+        (cdiv(rows, _DELTA_ROWS) * batch * heads,),
         out,
         do,
         lse,
-        p.pointer(grad_lse),
+        grad_lse,
         delta,
         row_strides(out),
         row_strides(do),
@@ -84,13 +83,12 @@ def make_delta(p: Problem, do: Tensor, out: Tensor, lse: Tensor, grad_lse: Tenso
 
 
 class Tangents(NamedTuple):
-    """The tangents in 4 dimensions; an absent one is what it would be a tangent of, and the
-    problem's FLAGS keep the kernels from looking."""
+    """The tangents in 4 dimensions; the problem's FLAGS say which there are."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def mask_gradient(
@@ -106,12 +104,13 @@ def mask_gradient(
     additions."""
     if p.mask is None:
         return torch.zeros_like(attn_mask)
-    tile = p.tile("mask_gradient" if tangents is None else "second_mask")
-    t = tangents or Tangents(p.q, p.k, p.v, p.mask)
-    options = p.common(tile)
+    kernel = "mask_gradient" if tangents is None else "second_mask"
+    tile = p.tile(kernel)
+    t = tangents or Tangents()
+    options = p.common(kernel, tile)
     if tangents is not None:
         options["FLAGS"] |= FLAG["SECOND_ORDER"]
-    blocks = triton.cdiv(p.seq_q, tile.block_q), triton.cdiv(p.seq_k, tile.block_k)
+    blocks = cdiv(p.seq_q, tile.block_q), cdiv(p.seq_k, tile.block_k)
     shared_rows = p.mask.shape[2] == 1
     shared_columns = not shared_rows and p.mask.shape[3] == 1
     apart = shared_rows or shared_columns
@@ -130,7 +129,8 @@ def mask_gradient(
         p.v,
         do,
         *t[:3],
-        *(rows[n % len(rows)] for n in range(4)),
+        *rows,
+        *[None] * (4 - len(rows)),
         dm,
         p.mask,
         t.mask,
@@ -138,7 +138,7 @@ def mask_gradient(
         *map(row_strides, (p.q, p.k, p.v, do, *t[:3])),
         rows[0].stride()[:2],
         dm.stride(),
-        p.mask_strides(),
+        mask_strides(p.mask),
         mask_strides(t.mask),
         p.heads_q,
         p.group,
@@ -161,13 +161,13 @@ def mask_gradient(
 
 def mask_lists(
     p: Problem, tile: config.Tile, by_key: bool
-) -> tuple[Tensor | None, Tensor | None, tuple]:
+) -> tuple[Tensor | None, Tensor | None, tuple | None]:
     """The blocks that the mask leaves to each block of queries (of keys, by_key): lists,
     counts, and the strides of batch, head and block in counts, in pairs."""
     if p.mask is None:
-        return None, None, (0, 0, 0)
+        return None, None, None
     batch, heads = p.mask.shape[:2]
-    rows, columns = triton.cdiv(p.seq_q, tile.block_q), triton.cdiv(p.seq_k, tile.block_k)
+    rows, columns = cdiv(p.seq_q, tile.block_q), cdiv(p.seq_k, tile.block_k)
     alike = not by_key and p.mask.shape[2] == 1 and p.left < 0 and p.right < 0
     rows = 1 if alike else rows
     shape = (batch, heads, columns, rows) if by_key else (batch, heads, rows, columns)
@@ -181,12 +181,11 @@ def mask_lists(
         (tiles.numel(),),
         p.mask,
         tiles,
-        p.mask_strides(),
+        mask_strides(p.mask),
         strides,
         p.seq_q,
         p.seq_k,
-        p.left,
-        p.right,
+        *p.window(),
         heads,
         rows,
         columns,
@@ -198,7 +197,7 @@ def mask_lists(
     outer, inner = math.prod(shape[:3]), shape[3]
     lists = torch.empty((outer, 2, inner), dtype=torch.int32, device=device)
     counts = torch.empty((outer, 2), dtype=torch.int32, device=device)
-    block = min(_MAP_TILE, triton.next_power_of_2(inner))
+    block = min(_MAP_TILE, next_power_of_2(inner))
     launch(mask_list_kernel, (outer,), tiles, lists, counts, inner, BLOCK=block, device=device)
     return lists, counts, (
         heads * shape[2] if batch > 1 else 0,

@@ -8,26 +8,12 @@ its keys, and their tangents, in every query head of the group; its tiles are tr
 import triton
 import triton.language as tl
 
-from fastattn.ops.triton import primitives
+from fastattn.ops.triton import flags, primitives
 from fastattn.ops.triton.attention_backward import load_statistics, score_gradient
 from fastattn.ops.triton.attention_tangent import (
     before_softcap,
     second_gradient,
     weights_and_tangent,
-)
-from fastattn.ops.triton.primitives import (
-    ALIBI,
-    BOOL_MASK,
-    DROPOUT,
-    MASKED,
-    MAY_BE_EMPTY,
-    T_KEY,
-    T_QUERY,
-    T_SCORES,
-    T_VALUE,
-    VARLEN,
-    WINDOW_LEFT,
-    WINDOW_RIGHT,
 )
 
 
@@ -50,7 +36,7 @@ def _second_keys_step(
     p_mask,
     p_t_mask,
     stride_q,
-    stride_t_q,
+    t_q_strides,
     stride_do,
     mask_strides,
     t_mask_strides,
@@ -87,15 +73,15 @@ def _second_keys_step(
         p_do, i_b, i_h, i_first, o_q, stride_do, seq_q, HEAD_DIM_V, BLOCK_Q, BLOCK_DV, True, FLAGS
     )
     t_q = q
-    if T_QUERY & FLAGS:
+    if flags.T_QUERY & FLAGS:
         t_q = primitives.load_block(
-            p_t_q, i_b, i_h, i_first, o_q, stride_t_q, seq_q, HEAD_DIM, BLOCK_Q, BLOCK_D, True,
+            p_t_q, i_b, i_h, i_first, o_q, t_q_strides[2], seq_q, HEAD_DIM, BLOCK_Q, BLOCK_D, True,
             FLAGS,
         )  # fmt: skip
     lse, delta = load_statistics(p_rows[0], p_rows[1], o_q, seq_q, FLAGS)
     mu = tl.load(p_rows[2] + o_q, mask=o_q < seq_q, other=0.0)
     beta = tl.load(p_rows[3] + o_q, mask=o_q < seq_q, other=0.0)
-    if MAY_BE_EMPTY & FLAGS:
+    if flags.MAY_BE_EMPTY & FLAGS:
         q = primitives.clear_rows(q, lse != float("inf"))
         t_q = primitives.clear_rows(t_q, lse != float("inf"))
         do = primitives.clear_rows(do, lse != float("inf"))
@@ -123,27 +109,27 @@ def _second_keys_step(
         mask_strides,
         t_mask_strides,
         ACC,
-        T_KEY,
-        T_QUERY,
+        flags.T_KEY,
+        flags.T_QUERY,
         EDGE,
         FLAGS,
     )
     keep = True
-    if DROPOUT & FLAGS:
+    if flags.DROPOUT & FLAGS:
         keep = tl.trans(primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K))
-    if T_SCORES & FLAGS:
+    if flags.T_SCORES & FLAGS:
         w = p * tangent
-        if DROPOUT & FLAGS:
+        if flags.DROPOUT & FLAGS:
             w = tl.where(keep, w, 0.0)
         gv += primitives.dot(w.to(do.dtype), do, ACC, FLAGS)  # E14
     g = primitives.dot(v, tl.trans(do), ACC, FLAGS)
     ds = score_gradient(p, g, delta[None, :], keep, keep_scale, visible, EDGE, FLAGS)
     h = g
-    if T_VALUE & FLAGS:
+    if flags.T_VALUE & FLAGS:
         h = primitives.dot(t_v, tl.trans(do), ACC, FLAGS)
     e = second_gradient(p, ds, tangent, h, beta[None, :], keep, keep_scale, visible, EDGE, FLAGS)
     ds, e = before_softcap(ds, e, x, capped, cap_scale, FLAGS)
-    if T_QUERY & FLAGS:
+    if flags.T_QUERY & FLAGS:
         gk += primitives.dot(ds.to(t_q.dtype), t_q, ACC, FLAGS)  # E14
     gk += primitives.dot(e.to(q.dtype), q, ACC, FLAGS)  # E14
     return gk, gv
@@ -226,7 +212,7 @@ def attention_second_keys_kernel(
     start_q, seq_q = primitives.sequence(p_starts_q, i_b, tokens_q, seq_q, FLAGS)
     start_k, seq_k = primitives.sequence(p_starts_k, i_b, tokens_k, seq_k, FLAGS)
     j_first = i_block * BLOCK_K
-    if VARLEN & FLAGS:
+    if flags.VARLEN & FLAGS:
         if j_first >= seq_k:
             return
         i_b64 = i_b64 * 0
@@ -235,8 +221,6 @@ def attention_second_keys_kernel(
     # this program's tensors
     p_k += i_b64 * k_strides[0] + i_hk64 * k_strides[1] + start_k * k_strides[2]
     p_v += i_b64 * v_strides[0] + i_hk64 * v_strides[1] + start_k * v_strides[2]
-    p_t_k += i_b64 * t_k_strides[0] + i_hk64 * t_k_strides[1] + start_k * t_k_strides[2]
-    p_t_v += i_b64 * t_v_strides[0] + i_hk64 * t_v_strides[1] + start_k * t_v_strides[2]
     p_gk += i_b64 * gk_strides[0] + i_hk64 * gk_strides[1] + start_k * gk_strides[2]
     p_gv += i_b64 * gv_strides[0] + i_hk64 * gv_strides[1] + start_k * gv_strides[2]
     scale = primitives.scalar(scale, ACC)
@@ -250,12 +234,14 @@ def attention_second_keys_kernel(
     k = primitives.load_rows(p_k, o_k, k_strides[2], seq_k, HEAD_DIM, BLOCK_D, True, FLAGS)
     v = primitives.load_rows(p_v, o_k, v_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
     t_k = k
-    if T_KEY & FLAGS:
+    if flags.T_KEY & FLAGS:
+        p_t_k += i_b64 * t_k_strides[0] + i_hk64 * t_k_strides[1] + start_k * t_k_strides[2]
         t_k = primitives.load_rows(
             p_t_k, o_k, t_k_strides[2], seq_k, HEAD_DIM, BLOCK_D, True, FLAGS
         )
     t_v = v
-    if T_VALUE & FLAGS:
+    if flags.T_VALUE & FLAGS:
+        p_t_v += i_b64 * t_v_strides[0] + i_hk64 * t_v_strides[1] + start_k * t_v_strides[2]
         t_v = primitives.load_rows(
             p_t_v, o_k, t_v_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, True, FLAGS
         )
@@ -267,9 +253,16 @@ def attention_second_keys_kernel(
         i_h = i_hk * group + i_group
         i_h64 = i_h.to(tl.int64)
         slope = 0.0
-        if ALIBI & FLAGS:
+        if flags.ALIBI & FLAGS:
             slope = tl.load(p_slopes + i_b * (heads * group) + i_h)
         row = i_b64 * row_strides[0] + i_h64 * row_strides[1] + start_q
+        p_mask_h, p_t_mask_h, p_t_q_h = 0, 0, 0
+        if flags.MASKED & FLAGS:
+            p_mask_h = p_mask + i_b64 * mask_strides[0] + i_h64 * mask_strides[1]
+        if flags.T_MASK & FLAGS:
+            p_t_mask_h = p_t_mask + i_b64 * t_mask_strides[0] + i_h64 * t_mask_strides[1]
+        if flags.T_QUERY & FLAGS:
+            p_t_q_h = primitives.head_pointer(p_t_q, i_b64, i_h64, start_q, t_q_strides, FLAGS)
         args = (
             k,
             v,
@@ -279,13 +272,13 @@ def attention_second_keys_kernel(
             i_b,
             i_h,
             primitives.head_pointer(p_q, i_b64, i_h64, start_q, q_strides, FLAGS),
-            primitives.head_pointer(p_t_q, i_b64, i_h64, start_q, t_q_strides, FLAGS),
+            p_t_q_h,
             primitives.head_pointer(p_do, i_b64, i_h64, start_q, do_strides, FLAGS),
             (p_lse + row, p_delta + row, p_mu + row, p_beta + row),
-            p_mask + i_b64 * mask_strides[0] + i_h64 * mask_strides[1],
-            p_t_mask + i_b64 * t_mask_strides[0] + i_h64 * t_mask_strides[1],
+            p_mask_h,
+            p_t_mask_h,
             q_strides[2],
-            t_q_strides[2],
+            t_q_strides,
             do_strides[2],
             mask_strides,
             t_mask_strides,
@@ -302,14 +295,14 @@ def attention_second_keys_kernel(
             seed,
             threshold,
         )
-        if MASKED & FLAGS:
+        if flags.MASKED & FLAGS:
             i_list = i_b64 * list_strides[0] + i_h64 * list_strides[1] + i_block * list_strides[2]
             p_count = p_counts + i_list * 2
             p_list = p_lists + i_list * 2 * query_blocks
             for n in range(0, tl.load(p_count)):
                 i_first = tl.load(p_list + n) * BLOCK_Q
                 gk, gv = _second_keys_step(gk, gv, i_first, *args, SHAPE, ACC, True, FLAGS)
-            if BOOL_MASK & FLAGS:
+            if flags.BOOL_MASK & FLAGS:
                 for n in range(0, tl.load(p_count + 1)):
                     i_first = tl.load(p_list + query_blocks + n) * BLOCK_Q
                     gk, gv = _second_keys_step(gk, gv, i_first, *args, SHAPE, ACC, False, FLAGS)
@@ -317,19 +310,19 @@ def attention_second_keys_kernel(
             lo, full_lo, full_hi, hi = primitives.query_range(
                 j_first, seq_q, seq_k, left, right, BLOCK_Q, BLOCK_K, FLAGS
             )
-            if WINDOW_RIGHT & FLAGS:
+            if flags.WINDOW_RIGHT & FLAGS:
                 for i_first in range(lo, full_lo, BLOCK_Q):
                     gk, gv = _second_keys_step(gk, gv, i_first, *args, SHAPE, ACC, True, FLAGS)
             for i_first in range(full_lo, full_hi, BLOCK_Q):
                 i_first = tl.multiple_of(i_first, BLOCK_Q)
                 gk, gv = _second_keys_step(gk, gv, i_first, *args, SHAPE, ACC, False, FLAGS)
-            if WINDOW_LEFT & FLAGS:
+            if flags.WINDOW_LEFT & FLAGS:
                 for i_first in range(full_hi, hi, BLOCK_Q):
                     gk, gv = _second_keys_step(gk, gv, i_first, *args, SHAPE, ACC, True, FLAGS)
 
     # epilogue
     gk *= raw_scale
-    if DROPOUT & FLAGS:
+    if flags.DROPOUT & FLAGS:
         gv *= keep_scale
     primitives.store_rows(p_gk, o_k, gk, gk_strides[2], seq_k, HEAD_DIM, BLOCK_D, FLAGS)
     primitives.store_rows(p_gv, o_k, gv, gv_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, FLAGS)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from fastattn.ops.triton.attention_jvp import attention_jvp_kernel
@@ -23,7 +22,7 @@ from fastattn.ops.triton.attention_parts import (
 )
 from fastattn.ops.triton.attention_second_keys import attention_second_keys_kernel
 from fastattn.ops.triton.attention_second_queries import attention_second_queries_kernel
-from fastattn.ops.triton.launch import launch
+from fastattn.ops.triton.launch import cdiv, launch
 from fastattn.ops.triton.problem import (
     FLAG,
     Problem,
@@ -65,10 +64,10 @@ def _make_tangents(
         if name != "t_mask" or p.mask is not None:
             p.flags |= FLAG[name.upper()]
     t = Tangents(
-        p.q if t_query is None else four_dims(t_query),
-        p.k if t_key is None else four_dims(t_key),
-        p.v if t_value is None else four_dims(t_value),
-        p.mask if t_mask is None or p.mask is None else mask_4d(t_mask, query.shape[:-3]),
+        None if t_query is None else four_dims(t_query),
+        None if t_key is None else four_dims(t_key),
+        None if t_value is None else four_dims(t_value),
+        None if t_mask is None or p.mask is None else mask_4d(t_mask, query.shape[:-3]),
     )
     p.widen(*t)
     return t
@@ -83,7 +82,7 @@ def _jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor) -> tuple[Tensor, Ten
     lists, counts, list_strides = mask_lists(p, tile, by_key=False)
     launch(
         attention_jvp_kernel,
-        (triton.cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
+        (cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
         p.q,
         k,
         v,
@@ -94,26 +93,25 @@ def _jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor) -> tuple[Tensor, Ten
         lse,
         t_out,
         mu,
-        p.pointer(p.mask),
-        p.pointer(t.mask),
-        p.pointer(lists),
-        p.pointer(counts),
+        p.mask,
+        t.mask,
+        lists,
+        counts,
         *p.shared(),
         *map(row_strides, (p.q, p.k, p.v, t.q, t.k, t.v, out)),
         lse.stride()[:2],
         row_strides(t_out),
         mu.stride()[:2],
-        p.mask_strides(),
+        mask_strides(p.mask),
         mask_strides(t.mask),
         list_strides,
         p.heads_q,
         p.batch * p.heads_q,
         p.group,
         p.section(p.seq_k, p.heads_k) * p.group,
-        p.q.shape[2],
-        p.k.shape[2],
+        *p.tokens(),
         raw_scale=p.scale,
-        **p.common(tile),
+        **p.common("jvp", tile),
     )
     return t_out, mu
 
@@ -162,7 +160,7 @@ def _gradient_of_queries(p: Problem, t: Tangents, do: Tensor, rows: tuple[Tensor
     lists, counts, list_strides = mask_lists(p, tile, by_key=False)
     launch(
         attention_second_queries_kernel,
-        (triton.cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
+        (cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
         p.q,
         k,
         v,
@@ -172,25 +170,24 @@ def _gradient_of_queries(p: Problem, t: Tangents, do: Tensor, rows: tuple[Tensor
         do,
         *rows,
         gq,
-        p.pointer(p.mask),
-        p.pointer(t.mask),
-        p.pointer(lists),
-        p.pointer(counts),
+        p.mask,
+        t.mask,
+        lists,
+        counts,
         *p.shared(),
         *map(row_strides, (p.q, p.k, p.v, t.q, t.k, t.v, do)),
         rows[0].stride()[:2],
         row_strides(gq),
-        p.mask_strides(),
+        mask_strides(p.mask),
         mask_strides(t.mask),
         list_strides,
         p.heads_q,
         p.batch * p.heads_q,
         p.group,
         p.section(p.seq_k, p.heads_k) * p.group,
-        p.q.shape[2],
-        p.k.shape[2],
+        *p.tokens(),
         raw_scale=p.scale,
-        **p.common(tile),
+        **p.common("second_queries", tile),
     )
     return gq
 
@@ -205,7 +202,7 @@ def _gradients_of_keys(
     lists, counts, list_strides = mask_lists(p, tile, by_key=True)
     launch(
         attention_second_keys_kernel,
-        (triton.cdiv(p.seq_k, tile.block_k) * p.batch * p.heads_k,),
+        (cdiv(p.seq_k, tile.block_k) * p.batch * p.heads_k,),
         q,
         p.k,
         p.v,
@@ -216,26 +213,25 @@ def _gradients_of_keys(
         *rows,
         gk,
         gv,
-        p.pointer(p.mask),
-        p.pointer(t.mask),
-        p.pointer(lists),
-        p.pointer(counts),
+        p.mask,
+        t.mask,
+        lists,
+        counts,
         *p.shared(),
         *map(row_strides, (p.q, p.k, p.v, t.q, t.k, t.v, do)),
         rows[0].stride()[:2],
         row_strides(gk),
         row_strides(gv),
-        p.mask_strides(),
+        mask_strides(p.mask),
         mask_strides(t.mask),
         list_strides,
         p.heads_k,
         p.batch * p.heads_k,
         p.group,
         p.section(p.seq_q * p.group, p.heads_k),
-        p.q.shape[2],
-        p.k.shape[2],
+        *p.tokens(),
         raw_scale=p.scale,
-        **p.common(tile),
+        **p.common("second_keys", tile),
     )
     return gk, gv
 

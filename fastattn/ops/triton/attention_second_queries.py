@@ -7,26 +7,12 @@ walks its keys and their tangents as the forward does.
 import triton
 import triton.language as tl
 
-from fastattn.ops.triton import primitives
+from fastattn.ops.triton import flags, primitives
 from fastattn.ops.triton.attention_backward import load_statistics, score_gradient
 from fastattn.ops.triton.attention_tangent import (
     before_softcap,
     second_gradient,
     weights_and_tangent,
-)
-from fastattn.ops.triton.primitives import (
-    ALIBI,
-    BOOL_MASK,
-    DROPOUT,
-    MASKED,
-    MAY_BE_EMPTY,
-    T_KEY,
-    T_MASK,
-    T_QUERY,
-    T_VALUE,
-    VARLEN,
-    WINDOW_LEFT,
-    WINDOWED,
 )
 
 
@@ -50,8 +36,8 @@ def _second_queries_step(
     p_t_mask,
     stride_k,
     stride_v,
-    stride_t_k,
-    stride_t_v,
+    t_k_strides,
+    t_v_strides,
     mask_strides,
     t_mask_strides,
     seq_q,
@@ -87,9 +73,9 @@ def _second_queries_step(
         p_v, i_b, i_hk, j_first, o_k, stride_v, seq_k, HEAD_DIM_V, BLOCK_K, BLOCK_DV, EDGE, FLAGS
     )
     t_k = k
-    if T_KEY & FLAGS:
+    if flags.T_KEY & FLAGS:
         t_k = primitives.load_block(
-            p_t_k, i_b, i_hk, j_first, o_k, stride_t_k, seq_k, HEAD_DIM, BLOCK_K, BLOCK_D, EDGE,
+            p_t_k, i_b, i_hk, j_first, o_k, t_k_strides[2], seq_k, HEAD_DIM, BLOCK_K, BLOCK_D, EDGE,
             FLAGS,
         )  # fmt: skip
     lse, delta, mu, beta = rows
@@ -117,33 +103,33 @@ def _second_queries_step(
         mask_strides,
         t_mask_strides,
         ACC,
-        T_QUERY,
-        T_KEY,
+        flags.T_QUERY,
+        flags.T_KEY,
         EDGE,
         FLAGS,
     )
     keep = True
-    if DROPOUT & FLAGS:
+    if flags.DROPOUT & FLAGS:
         keep = primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K)
     g = primitives.dot(do, tl.trans(v), ACC, FLAGS)
     ds = score_gradient(p, g, delta[:, None], keep, keep_scale, visible, EDGE, FLAGS)
     h = g
-    if T_VALUE & FLAGS:
+    if flags.T_VALUE & FLAGS:
         t_v = primitives.load_block(
-            p_t_v, i_b, i_hk, j_first, o_k, stride_t_v, seq_k, HEAD_DIM_V, BLOCK_K, BLOCK_DV, EDGE,
-            FLAGS,
+            p_t_v, i_b, i_hk, j_first, o_k, t_v_strides[2], seq_k, HEAD_DIM_V, BLOCK_K, BLOCK_DV,
+            EDGE, FLAGS,
         )  # fmt: skip
         h = primitives.dot(do, tl.trans(t_v), ACC, FLAGS)
     e = second_gradient(p, ds, tangent, h, beta[:, None], keep, keep_scale, visible, EDGE, FLAGS)
     ds, e = before_softcap(ds, e, x, capped, cap_scale, FLAGS)
-    if EDGE and ((MASKED | WINDOWED) & FLAGS):
+    if EDGE and ((flags.MASKED | flags.WINDOWED) & FLAGS):
         used = primitives.used_keys(
             visible, o_k, i_first, seq_q, seq_k, left, right, BLOCK_Q, FLAGS
         )
         k = primitives.clear_rows(k, used)
-        if T_KEY & FLAGS:
+        if flags.T_KEY & FLAGS:
             t_k = primitives.clear_rows(t_k, used)
-    if T_KEY & FLAGS:
+    if flags.T_KEY & FLAGS:
         gq += primitives.dot(ds.to(t_k.dtype), t_k, ACC, FLAGS)  # E14
     gq += primitives.dot(e.to(k.dtype), k, ACC, FLAGS)  # E14
     return gq
@@ -223,7 +209,7 @@ def attention_second_queries_kernel(
     start_q, seq_q = primitives.sequence(p_starts_q, i_b, tokens_q, seq_q, FLAGS)
     start_k, seq_k = primitives.sequence(p_starts_k, i_b, tokens_k, seq_k, FLAGS)
     i_first = i_block * BLOCK_Q
-    if VARLEN & FLAGS:
+    if flags.VARLEN & FLAGS:
         if i_first >= seq_q:
             return
         i_b64 = i_b64 * 0
@@ -233,9 +219,10 @@ def attention_second_queries_kernel(
     p_q += i_b64 * q_strides[0] + i_h64 * q_strides[1] + start_q * q_strides[2]
     p_k = primitives.head_pointer(p_k, i_b64, i_hk64, start_k, k_strides, FLAGS)
     p_v = primitives.head_pointer(p_v, i_b64, i_hk64, start_k, v_strides, FLAGS)
-    p_t_q += i_b64 * t_q_strides[0] + i_h64 * t_q_strides[1] + start_q * t_q_strides[2]
-    p_t_k = primitives.head_pointer(p_t_k, i_b64, i_hk64, start_k, t_k_strides, FLAGS)
-    p_t_v = primitives.head_pointer(p_t_v, i_b64, i_hk64, start_k, t_v_strides, FLAGS)
+    if flags.T_KEY & FLAGS:
+        p_t_k = primitives.head_pointer(p_t_k, i_b64, i_hk64, start_k, t_k_strides, FLAGS)
+    if flags.T_VALUE & FLAGS:
+        p_t_v = primitives.head_pointer(p_t_v, i_b64, i_hk64, start_k, t_v_strides, FLAGS)
     p_do += i_b64 * do_strides[0] + i_h64 * do_strides[1] + start_q * do_strides[2]
     p_gq += i_b64 * gq_strides[0] + i_h64 * gq_strides[1] + start_q * gq_strides[2]
     row = i_b64 * row_strides[0] + i_h64 * row_strides[1] + start_q
@@ -244,15 +231,15 @@ def attention_second_queries_kernel(
     cap_scale = primitives.scalar(cap_scale, ACC)
     cap = primitives.scalar(cap, ACC)
     slope = 0.0
-    if ALIBI & FLAGS:
+    if flags.ALIBI & FLAGS:
         slope = tl.load(p_slopes + i_b * heads + i_h)
     seed = primitives.dropout_seed(p_seed, i_b, seed_batch, FLAGS)
-    if MASKED & FLAGS:
+    if flags.MASKED & FLAGS:
         p_mask += i_b64 * mask_strides[0] + i_h64 * mask_strides[1]
         i_list = i_b64 * list_strides[0] + i_h64 * list_strides[1] + i_block * list_strides[2]
         p_counts += i_list * 2
         p_lists += i_list * 2 * key_blocks
-    if T_MASK & FLAGS:
+    if flags.T_MASK & FLAGS:
         p_t_mask += i_b64 * t_mask_strides[0] + i_h64 * t_mask_strides[1]
 
     # prologue
@@ -262,11 +249,12 @@ def attention_second_queries_kernel(
     mu = tl.load(p_mu + row + o_q, mask=o_q < seq_q, other=0.0)
     beta = tl.load(p_beta + row + o_q, mask=o_q < seq_q, other=0.0)
     t_q = q
-    if T_QUERY & FLAGS:
+    if flags.T_QUERY & FLAGS:
+        p_t_q += i_b64 * t_q_strides[0] + i_h64 * t_q_strides[1] + start_q * t_q_strides[2]
         t_q = primitives.load_rows(
             p_t_q, o_q, t_q_strides[2], seq_q, HEAD_DIM, BLOCK_D, True, FLAGS
         )
-    if MAY_BE_EMPTY & FLAGS:
+    if flags.MAY_BE_EMPTY & FLAGS:
         q = primitives.clear_rows(q, lse != float("inf"))
         t_q = primitives.clear_rows(t_q, lse != float("inf"))
         do = primitives.clear_rows(do, lse != float("inf"))
@@ -288,8 +276,8 @@ def attention_second_queries_kernel(
         p_t_mask,
         k_strides[2],
         v_strides[2],
-        t_k_strides[2],
-        t_v_strides[2],
+        t_k_strides,
+        t_v_strides,
         mask_strides,
         t_mask_strides,
         seq_q,
@@ -307,11 +295,11 @@ def attention_second_queries_kernel(
     )
 
     # main loops
-    if MASKED & FLAGS:
+    if flags.MASKED & FLAGS:
         for n in range(0, tl.load(p_counts)):
             j_first = tl.load(p_lists + n) * BLOCK_K
             gq = _second_queries_step(gq, j_first, *args, SHAPE, ACC, True, FLAGS)
-        if BOOL_MASK & FLAGS:
+        if flags.BOOL_MASK & FLAGS:
             for n in range(0, tl.load(p_counts + 1)):
                 j_first = tl.load(p_lists + key_blocks + n) * BLOCK_K
                 gq = _second_queries_step(gq, j_first, *args, SHAPE, ACC, False, FLAGS)
@@ -319,7 +307,7 @@ def attention_second_queries_kernel(
         lo, full_lo, full_hi, hi = primitives.key_range(
             i_first, seq_q, seq_k, left, right, BLOCK_Q, BLOCK_K, FLAGS
         )
-        if WINDOW_LEFT & FLAGS:
+        if flags.WINDOW_LEFT & FLAGS:
             for j_first in range(lo, full_lo, BLOCK_K):
                 gq = _second_queries_step(gq, j_first, *args, SHAPE, ACC, True, FLAGS)
         for j_first in range(full_lo, full_hi, BLOCK_K):

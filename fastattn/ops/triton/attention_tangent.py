@@ -7,8 +7,7 @@ made. Scores and their tangents are natural here, whatever unit the exponents ha
 import triton
 import triton.language as tl
 
-from fastattn.ops.triton import primitives
-from fastattn.ops.triton.primitives import DROPOUT, SOFTCAP, T_MASK, T_SCORES, T_VALUE
+from fastattn.ops.triton import flags, primitives
 
 
 @triton.jit
@@ -74,9 +73,9 @@ def weights_and_tangent(
     if EDGE:
         x = tl.where(visible, x, 0.0)  # a hidden key's tangent may be NaN
     tangent = x * raw_scale
-    if SOFTCAP & FLAGS:
+    if flags.SOFTCAP & FLAGS:
         tangent *= 1.0 - capped * capped
-    if T_MASK & FLAGS:
+    if flags.T_MASK & FLAGS:
         p_tile = p_t_mask + i.to(tl.int64) * t_mask_strides[2] + j.to(tl.int64) * t_mask_strides[3]
         tangent += tl.load(p_tile, mask=visible, other=0.0).to(ACC)
     return p, tangent - mu, x, capped, visible
@@ -88,10 +87,10 @@ def second_gradient(
 ):
     """E of the scores after the softcap, from H = dO tVᵀ: E14."""
     e = -beta * p
-    if T_SCORES & FLAGS:
+    if flags.T_SCORES & FLAGS:
         e += ds * tangent
-    if T_VALUE & FLAGS:
-        if DROPOUT & FLAGS:
+    if flags.T_VALUE & FLAGS:
+        if flags.DROPOUT & FLAGS:
             h = tl.where(keep, h * keep_scale, 0.0)
         if EDGE:
             h = tl.where(visible, h, 0.0)
@@ -102,7 +101,7 @@ def second_gradient(
 @triton.jit
 def before_softcap(ds, e, x, capped, cap_scale, FLAGS: tl.constexpr):
     """dS and E of the scores before the softcap: E14."""
-    if SOFTCAP & FLAGS:
+    if flags.SOFTCAP & FLAGS:
         derivative = 1.0 - capped * capped
         e = derivative * (e - 2.0 * cap_scale * capped * x * ds)
         ds *= derivative

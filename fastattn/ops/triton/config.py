@@ -7,12 +7,24 @@ to a power of two. The limits: shared memory of 99 KB a block on sm_86 and sm_89
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
+
+import torch
 
 KERNELS = (
     "forward", "keys", "queries", "mask_gradient", "jvp", "second_keys", "second_queries",
     "second_mask",
 )  # fmt: skip
+
+# FASTATTN_FLOAT32_PRODUCTS, read once. tf32x3: an operand is its first 11 bits and the next 11 or
+# 12, and three products on the tensor cores leave out only that of the two remainders. ieee:
+# float32 FMAs, whose peak on an H100 is two fifths of that.
+FLOAT32_PRODUCTS = os.environ.get("FASTATTN_FLOAT32_PRODUCTS", "tf32x3")
+if FLOAT32_PRODUCTS not in ("tf32x3", "ieee"):
+    raise ValueError(
+        f"FASTATTN_FLOAT32_PRODUCTS: expected tf32x3 or ieee, got {FLOAT32_PRODUCTS!r}"
+    )
 
 
 class Tile(NamedTuple):
@@ -75,8 +87,8 @@ _ATTENTION: dict[str, dict[int, dict[int, dict[int, Tile]]]] = {
     },
     # The second order. Registers limit everything: beside the sums there are three or four tiles of
     # scores. On sm_100 it is tensor memory, of which the sums alone take all for a head dim of 256.
-    # float32 and float64 have no tensor cores, and operands in shared memory: from a head dim of
-    # 128 on they spill whatever the tile, which shared memory then decides.
+    # Without tensor cores, IEEE float32 and float64, operands are in shared memory: from a head dim
+    # of 128 on they spill whatever the tile, which shared memory then decides.
     "jvp": {
         80: {
             2: {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 4, 1)},
@@ -97,7 +109,7 @@ _ATTENTION: dict[str, dict[int, dict[int, dict[int, Tile]]]] = {
             8: {64: Tile(16, 16, 4, 1), 128: Tile(16, 8, 4, 1), 256: Tile(16, 4, 4, 1)},
         },
         90: {
-            # 128: masked tiles spill up to 64 bytes a thread, full ones nothing
+            # Masked tiles spill up to 8 and 64 bytes a thread at 64 and 128, full ones nothing.
             2: {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 3), 256: Tile(16, 64, 8, 2)},
         },
         100: {
@@ -141,10 +153,64 @@ _TMA: dict[str, dict[int, dict[int, Tile]]] = {
     },
 }
 
+# The same for float32 on tensor cores. Both parts of both operands want registers or shared memory:
+# from a head dim of 128 on what a program keeps is spilled, which costs less than the products
+# gain. What is not here is IEEE: a tile that fits would repeat more products than it gains; tensor
+# memory does not hold the parts on sm_100; and the second order, the difference of sums that nearly
+# cancel, would come out too coarse before sm_90, whose tensor cores keep two bits below the largest
+# term of a sum, older ones one.
+_TF32: dict[str, dict[int, dict[int, Tile]]] = {
+    "forward": {
+        80: {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 1)},
+        90: {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 1), 256: Tile(16, 64, 8, 1)},
+        100: {64: Tile(128, 64, 8, 2)},
+    },
+    "keys": {
+        80: {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1)},
+        90: {64: Tile(32, 128, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(64, 16, 8, 1)},
+        100: {},
+    },
+    "queries": {
+        80: {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1)},
+        90: {64: Tile(128, 32, 8, 2), 128: Tile(64, 16, 4, 1), 256: Tile(16, 64, 8, 1)},
+        100: {},
+    },
+    "mask_gradient": {
+        80: {64: Tile(32, 32, 8, 1)},
+        90: {64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 8, 1)},
+        100: {},
+    },
+    "jvp": {90: {64: Tile(128, 32, 8, 1), 128: Tile(64, 16, 4, 1)}, 100: {}},
+    "second_keys": {90: {64: Tile(16, 64, 4, 1)}, 100: {}},
+    "second_queries": {90: {64: Tile(64, 16, 4, 1), 128: Tile(64, 16, 8, 1)}, 100: {}},
+}
+
 
 def _newest(table: dict[int, object], capability: int) -> object:
     """The entry of the newest architecture that is not newer than the GPU."""
     return table[max(a for a in table if a <= capability)]
+
+
+def _smallest(row: dict[int, Tile], head_dim: int) -> Tile | None:
+    """The tile of the smallest head dim that is large enough."""
+    return next((t for limit, t in sorted(row.items()) if head_dim <= limit), None)
+
+
+def _tf32_tile(kernel: str, capability: int, head_dim: int) -> Tile | None:
+    table = _TF32.get(kernel, {})
+    if capability < min(table, default=capability + 1):
+        return None
+    return _smallest(_newest(table, capability), head_dim)
+
+
+def float32_products(kernel: str, capability: int, head_dim: int) -> str:
+    """How an attention kernel multiplies float32: "tf32" (where torch's
+    ``set_float32_matmul_precision`` allows it), "tf32x3" or "ieee"."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    capability = 80 if _has_small_shared_memory(capability) else capability
+    there = _tf32_tile(kernel, capability, head_dim) is not None
+    return FLOAT32_PRODUCTS if there else "ieee"
 
 
 def _has_small_shared_memory(capability: int) -> bool:
@@ -166,13 +232,14 @@ def tile(
     """The tile of an attention kernel of KERNELS; capability is 10 x major + minor; tma says
     whether the operands allow it."""
     capability = 80 if _has_small_shared_memory(capability) else capability
+    chosen = None
     if tma and element_bytes == 2 and capability >= 90 and kernel in _TMA:
-        row = _newest(_TMA[kernel], capability)
-        if head_dim <= max(row):
-            return next(t for limit, t in sorted(row.items()) if head_dim <= limit)
+        chosen = _smallest(_newest(_TMA[kernel], capability), head_dim)
+    if element_bytes == 4 and float32_products(kernel, capability, head_dim) != "ieee":
+        chosen = _tf32_tile(kernel, capability, head_dim)
     table = _ATTENTION[kernel]
     row = _newest({a: r[element_bytes] for a, r in table.items() if element_bytes in r}, capability)
-    return next(t for limit, t in sorted(row.items()) if head_dim <= limit)
+    return chosen or _smallest(row, head_dim)
 
 
 # --- products ---------------------------------------------------------------------------------

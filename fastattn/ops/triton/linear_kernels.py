@@ -76,7 +76,6 @@ def linear_relu_forward_kernel(
     m,
     n,
     k,
-    HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
     FLAGS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -91,7 +90,7 @@ def linear_relu_forward_kernel(
         x = load_tile(p_x, o_m, o_k, stride_x, 1, m, k)
         w = load_tile(p_w, o_n, o_k, stride_w, 1, n, k)
         acc += dot(x, tl.trans(w), ACC, FLAGS)  # E15
-    if HAS_BIAS:
+    if p_bias is not None:
         acc += tl.load(p_bias + o_n, mask=o_n < n, other=0.0).to(ACC)[None, :]
     passes = (acc != acc) | (acc > 0.0)  # a NaN passes
     y = tl.where(passes, acc, 0.0)
@@ -185,9 +184,6 @@ def linear_relu_jvp_kernel(
     m,
     n,
     k,
-    T_INPUT: tl.constexpr,
-    T_WEIGHT: tl.constexpr,
-    T_BIAS: tl.constexpr,
     ACC: tl.constexpr,
     FLAGS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -199,15 +195,15 @@ def linear_relu_jvp_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for first in range(0, k, BLOCK_K):
         o_k = first + tl.arange(0, BLOCK_K)
-        if T_INPUT:
+        if p_t_x is not None:
             t_x = load_tile(p_t_x, o_m, o_k, stride_t_x, 1, m, k)
             w = load_tile(p_w, o_n, o_k, stride_w, 1, n, k)
             acc += dot(t_x, tl.trans(w), ACC, FLAGS)  # E17
-        if T_WEIGHT:
+        if p_t_w is not None:
             x = load_tile(p_x, o_m, o_k, stride_x, 1, m, k)
             t_w = load_tile(p_t_w, o_n, o_k, stride_t_w, 1, n, k)
             acc += dot(x, tl.trans(t_w), ACC, FLAGS)  # E17
-    if T_BIAS:
+    if p_t_bias is not None:
         acc += tl.load(p_t_bias + o_n, mask=o_n < n, other=0.0).to(ACC)[None, :]
     t_y = tl.where(load_passes(p_bits, o_m, o_n, m, n), acc, 0.0)  # E17
     p_tile = p_t_y + o_m.to(tl.int64)[:, None] * n + o_n[None, :]

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.ops.triton import capability, config, interpreting, primitives
-from fastattn.ops.triton.launch import launch
+from fastattn.ops.triton import capability, config, flags, interpreting
+from fastattn.ops.triton.launch import cdiv, launch
 from fastattn.ops.triton.linear_kernels import (
     linear_relu_forward_kernel,
     linear_relu_input_gradient_kernel,
@@ -47,18 +46,14 @@ def _rows(x: Tensor) -> Tensor:
 
 def _options(x: Tensor, kernel: str) -> dict:
     wide = x.dtype == torch.float64
-    flags = 0
-    if interpreting() and x.dtype == torch.bfloat16:
-        flags |= primitives.UPCAST.value
-    if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        flags |= primitives.TF32.value
+    upcast = interpreting() and x.dtype == torch.bfloat16
     if interpreting():
         block = config.INTERPRETED_PRODUCT
     else:
         block = config.product(kernel, capability(x.device.index))
     return {
         "ACC": tl.float64 if wide else tl.float32,
-        "FLAGS": flags,
+        "FLAGS": flags.UPCAST.value if upcast else 0,
         "BLOCK_M": block.m,
         "BLOCK_N": block.n,
         "BLOCK_K": block.k,
@@ -69,7 +64,7 @@ def _options(x: Tensor, kernel: str) -> dict:
 
 
 def _grid(options: dict, rows: int, columns: int) -> int:
-    return triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(columns, options["BLOCK_N"])
+    return cdiv(rows, options["BLOCK_M"]) * cdiv(columns, options["BLOCK_N"])
 
 
 def _fused(x: Tensor, m: int, n: int, k: int) -> bool:
@@ -96,7 +91,7 @@ def linear_relu_forward(
             (_grid(options, m, n),),
             x,
             w,
-            x if bias is None else bias,
+            bias,
             y,
             bits,
             x.stride(0),
@@ -104,14 +99,13 @@ def linear_relu_forward(
             m,
             n,
             k,
-            HAS_BIAS=bias is not None,
             **options,
         )
     else:
         y = x @ w.t() if bias is None else torch.addmm(bias, x, w.t())
         launch(
             relu_bits_kernel,
-            (triton.cdiv(m, _ELEMENT_ROWS), triton.cdiv(n, _ELEMENT_COLUMNS)),
+            (cdiv(m, _ELEMENT_ROWS), cdiv(n, _ELEMENT_COLUMNS)),
             y,
             bits,
             m,
@@ -163,11 +157,11 @@ def _masked(dy: Tensor, mask: Tensor, m: int, n: int, bias: bool) -> tuple[Tenso
     """dY∘R, and with bias what each block of its rows adds up to."""
     g = dy.new_empty((m, n))
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    blocks = triton.cdiv(m, _ELEMENT_ROWS)
+    blocks = cdiv(m, _ELEMENT_ROWS)
     parts = torch.empty((blocks, n) if bias else (0,), dtype=wide, device=dy.device)
     launch(
         masked_gradient_kernel,
-        (blocks, triton.cdiv(n, _ELEMENT_COLUMNS)),
+        (blocks, cdiv(n, _ELEMENT_COLUMNS)),
         dy,
         mask,
         g,
@@ -220,21 +214,18 @@ def linear_relu_jvp(
             (_grid(options, m, n),),
             x,
             w,
-            x if t_x is None else t_x,
-            w if t_w is None else t_w,
-            x if t_bias is None else t_bias,
+            t_x,
+            t_w,
+            t_bias,
             mask,
             t_y,
             x.stride(0),
             w.stride(0),
-            0 if t_x is None else t_x.stride(0),
-            0 if t_w is None else t_w.stride(0),
+            None if t_x is None else t_x.stride(0),
+            None if t_w is None else t_w.stride(0),
             m,
             n,
             k,
-            T_INPUT=t_x is not None,
-            T_WEIGHT=t_w is not None,
-            T_BIAS=t_bias is not None,
             **options,
         )
     else:
@@ -274,9 +265,9 @@ def _weight_gradient(
     options = _options(x, "weight_gradient")
     tiles = _grid(options, n, k)
     depth = options["BLOCK_K"]
-    parts = max(1, min(config.WANTED_PROGRAMS // max(1, tiles), triton.cdiv(m, 4 * depth)))
-    share = triton.cdiv(triton.cdiv(m, parts), depth) * depth
-    parts = triton.cdiv(m, share) if share else 1
+    parts = max(1, min(config.WANTED_PROGRAMS // max(1, tiles), cdiv(m, 4 * depth)))
+    share = cdiv(cdiv(m, parts), depth) * depth
+    parts = cdiv(m, share) if share else 1
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     dtype = x.dtype if parts == 1 else wide
     dw = torch.empty((parts, n, k), dtype=dtype, device=x.device)

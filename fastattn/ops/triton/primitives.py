@@ -9,31 +9,7 @@ float mask: its numbers may be so large (finfo.min) that the change of base woul
 import triton
 import triton.language as tl
 
-# The bits of FLAGS, a kernel's compile-time options.
-WINDOW_LEFT = tl.constexpr(1)
-WINDOW_RIGHT = tl.constexpr(2)  # is_causal is a right bound of 0
-BOOL_MASK = tl.constexpr(4)
-FLOAT_MASK = tl.constexpr(8)
-SOFTCAP = tl.constexpr(16)
-ALIBI = tl.constexpr(32)
-DROPOUT = tl.constexpr(64)
-NEGATIVE_SCALE = tl.constexpr(128)
-VARLEN = tl.constexpr(256)
-WIDE = tl.constexpr(512)  # a head's offsets pass 2^31
-UPCAST = tl.constexpr(1024)  # the interpreter multiplies bfloat16 as integers
-TF32 = tl.constexpr(2048)
-LSE_GRADIENT = tl.constexpr(4096)
-TMA = tl.constexpr(8192)  # the streamed operands are tensor descriptors
-T_QUERY = tl.constexpr(1 << 14)  # which tangents there are
-T_KEY = tl.constexpr(1 << 15)
-T_VALUE = tl.constexpr(1 << 16)
-T_MASK = tl.constexpr(1 << 17)
-SECOND_ORDER = tl.constexpr(1 << 18)  # the mask's gradient is E14's
-
-MASKED = tl.constexpr(4 + 8)
-WINDOWED = tl.constexpr(1 + 2)
-MAY_BE_EMPTY = tl.constexpr(1 + 4 + 8)  # a right bound alone leaves key 0 to every row
-T_SCORES = tl.constexpr((1 << 14) + (1 << 15) + (1 << 17))  # tangents that move the scores
+from fastattn.ops.triton import flags
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -50,19 +26,21 @@ def scalar(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, ACC: tl.constexpr, FLAGS: tl.constexpr):
-    """a @ b: tensor cores for 16 bits, IEEE for fp32 unless TF32 is allowed, fp64 for fp64."""
-    if UPCAST & FLAGS:
+    """a @ b: tensor cores for 16 bits, fp32 as config.float32_products says, fp64 for fp64."""
+    if flags.UPCAST & FLAGS:
         a = a.to(ACC)
         b = b.to(ACC)
-    if TF32 & FLAGS:
+    if flags.TF32 & FLAGS:
         return tl.dot(a, b, input_precision="tf32", out_dtype=ACC)
+    if flags.TF32X3 & FLAGS:
+        return tl.dot(a, b, input_precision="tf32x3", out_dtype=ACC)
     return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
 
 
 @triton.jit
 def power(x, FLAGS: tl.constexpr):
     """2^x, or e^x beside a float mask."""
-    if FLOAT_MASK & FLAGS:
+    if flags.FLOAT_MASK & FLAGS:
         return tl.exp2(x * LOG2_E)
     return tl.exp2(x)
 
@@ -94,7 +72,7 @@ def load_rows(
 ):
     """Rows o_rows of a head as ``[rows, BLOCK_D]``; zeros beyond the head's extents."""
     o_d = tl.arange(0, BLOCK_D)
-    if WIDE & FLAGS:
+    if flags.WIDE & FLAGS:
         o_rows64 = o_rows.to(tl.int64)
         p_tile = p_x + o_rows64[:, None] * stride + o_d[None, :]
     else:
@@ -125,7 +103,7 @@ def load_block(
 ):
     """load_rows of consecutive rows. ``x`` is a pointer to the head, or the descriptor of all of
     ``[B, H, S, D]``, whose loads are zeros beyond every extent."""
-    if TMA & FLAGS:
+    if flags.TMA & FLAGS:
         return tl.reshape(x.load([i_b, i_h, first, 0]), (BLOCK_ROWS, BLOCK_D))
     else:
         return load_rows(x, o_rows, stride, rows, DIM, BLOCK_D, CHECK, FLAGS)
@@ -134,7 +112,7 @@ def load_block(
 @triton.jit
 def head_pointer(p_x, i_b64, i_h64, start, strides, FLAGS: tl.constexpr):
     """A streamed operand at its head and first row; a descriptor stays as it is."""
-    if TMA & FLAGS:
+    if flags.TMA & FLAGS:
         return p_x
     else:
         return p_x + i_b64 * strides[0] + i_h64 * strides[1] + start * strides[2]
@@ -146,7 +124,7 @@ def store_rows(
 ):
     """The inverse of load_rows."""
     o_d = tl.arange(0, BLOCK_D)
-    if WIDE & FLAGS:
+    if flags.WIDE & FLAGS:
         o_rows64 = o_rows.to(tl.int64)
         p_tile = p_x + o_rows64[:, None] * stride + o_d[None, :]
     else:
@@ -185,7 +163,7 @@ def sequence(p_starts, i_b, tokens, longest, FLAGS: tl.constexpr):
     p_starts holds."""
     start = i_b.to(tl.int64) * 0
     length = longest
-    if VARLEN & FLAGS:
+    if flags.VARLEN & FLAGS:
         start = tl.minimum(tl.maximum(tl.load(p_starts + i_b).to(tl.int64), 0), tokens)
         stop = tl.minimum(tl.load(p_starts + i_b + 1).to(tl.int64), tokens)
         length = tl.minimum(tl.maximum(stop - start, 0), longest).to(tl.int32)
@@ -203,10 +181,10 @@ def key_range(
     full_lo = lo
     hi = lo + seq_k
     full_hi = hi
-    if WINDOW_LEFT & FLAGS:
+    if flags.WINDOW_LEFT & FLAGS:
         lo = tl.maximum(i_first - left, 0) // BLOCK_K * BLOCK_K
         full_lo = tl.cdiv(tl.maximum(i_last - left, 0), BLOCK_K) * BLOCK_K
-    if WINDOW_RIGHT & FLAGS:
+    if flags.WINDOW_RIGHT & FLAGS:
         hi = tl.minimum(hi, i_last + right + 1)
         full_hi = tl.minimum(full_hi, i_first + right + 1)
     full_lo = tl.minimum(full_lo, tl.maximum(tl.cdiv(hi, BLOCK_K) * BLOCK_K, lo))
@@ -225,10 +203,10 @@ def query_range(
     full_lo = lo
     hi = lo + seq_q
     full_hi = tl.cdiv(hi, BLOCK_Q) * BLOCK_Q
-    if WINDOW_RIGHT & FLAGS:
+    if flags.WINDOW_RIGHT & FLAGS:
         lo = tl.maximum(j_first - right, 0) // BLOCK_Q * BLOCK_Q
         full_lo = tl.cdiv(tl.maximum(j_last - right, 0), BLOCK_Q) * BLOCK_Q
-    if WINDOW_LEFT & FLAGS:
+    if flags.WINDOW_LEFT & FLAGS:
         hi = tl.minimum(hi, j_last + left + 1)
         full_hi = tl.minimum(seq_q, j_first + left + 1)
     full_lo = tl.minimum(full_lo, tl.maximum(tl.cdiv(hi, BLOCK_Q) * BLOCK_Q, lo))
@@ -244,17 +222,17 @@ def visible_keys(i, j, seq_k, left, right, p_mask, mask_strides, seq_q, FLAGS: t
     """Which elements of a tile are visible, and the float mask's (0 where there is none)."""
     visible = (i >= 0) & (j < seq_k)
     bias = 0.0
-    if WINDOW_LEFT & FLAGS:
+    if flags.WINDOW_LEFT & FLAGS:
         visible = visible & (j >= i - left)
-    if WINDOW_RIGHT & FLAGS:
+    if flags.WINDOW_RIGHT & FLAGS:
         visible = visible & (j <= i + right)
-    if MASKED & FLAGS:
-        if WIDE & FLAGS:
+    if flags.MASKED & FLAGS:
+        if flags.WIDE & FLAGS:
             p_tile = p_mask + i.to(tl.int64) * mask_strides[2] + j.to(tl.int64) * mask_strides[3]
         else:
             p_tile = p_mask + i * mask_strides[2] + j * mask_strides[3]
         m_tile = (i < seq_q) & (j < seq_k)
-        if BOOL_MASK & FLAGS:
+        if flags.BOOL_MASK & FLAGS:
             visible = visible & (tl.load(p_tile, mask=m_tile, other=0) != 0)
         else:
             bias = tl.load(p_tile, mask=m_tile, other=float("-inf"))
@@ -283,21 +261,21 @@ def scores(
     """E1: the scores of a tile of Q Kᵀ, the softcap's tanh and which elements are visible; where
     hidden -inf and 0. Without EDGE every element is visible and there is no mask."""
     capped = 0.0
-    if SOFTCAP & FLAGS:
+    if flags.SOFTCAP & FLAGS:
         capped = tanh(qk * cap_scale)
         s = capped * cap  # E1
     else:
         s = qk * scale  # E1
-    if ALIBI & FLAGS:
+    if flags.ALIBI & FLAGS:
         s -= slope * tl.abs(i - j).to(qk.dtype)  # E1
     visible = j < seq_k
     if EDGE:
         visible, bias = visible_keys(i, j, seq_k, left, right, p_mask, mask_strides, seq_q, FLAGS)
         visible = visible & (i < seq_q)
-        if FLOAT_MASK & FLAGS:
+        if flags.FLOAT_MASK & FLAGS:
             s += bias.to(qk.dtype)  # E1
         s = tl.where(visible, s, float("-inf"))
-        if SOFTCAP & FLAGS:
+        if flags.SOFTCAP & FLAGS:
             capped = tl.where(visible, capped, 0.0)
     return s, capped, visible
 
@@ -305,12 +283,12 @@ def scores(
 @triton.jit
 def used_keys(visible, o_k, i_first, seq_q, seq_k, left, right, BLOCK_Q: tl.constexpr, FLAGS):
     """Which keys of a tile with visible ``[Q, K]`` any of its rows sees."""
-    if MASKED & FLAGS:
+    if flags.MASKED & FLAGS:
         return tl.max(visible.to(tl.int32), 0) != 0
     used = o_k < seq_k
-    if WINDOW_LEFT & FLAGS:
+    if flags.WINDOW_LEFT & FLAGS:
         used = used & (o_k >= i_first - left)
-    if WINDOW_RIGHT & FLAGS:
+    if flags.WINDOW_RIGHT & FLAGS:
         used = used & (o_k <= tl.minimum(i_first + BLOCK_Q, seq_q) - 1 + right)
     return used
 
@@ -318,7 +296,7 @@ def used_keys(visible, o_k, i_first, seq_q, seq_k, left, right, BLOCK_Q: tl.cons
 @triton.jit
 def dropout_seed(p_seed, i_b, seed_batch, FLAGS: tl.constexpr):
     """Batch element i_b's seed, and which of the seed_batch elements that share it i_b is."""
-    if DROPOUT & FLAGS:
+    if flags.DROPOUT & FLAGS:
         return tl.load(p_seed + i_b // seed_batch), i_b % seed_batch
     else:
         return i_b, i_b

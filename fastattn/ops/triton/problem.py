@@ -6,19 +6,19 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastattn.ops.triton import MAX_HEAD_DIM, capability, config, interpreting, primitives
+from fastattn.ops.triton import MAX_HEAD_DIM, capability, config, flags, interpreting
+from fastattn.ops.triton.launch import next_power_of_2
 
 _LOG2_E = 1 / math.log(2)
 FLAG = {
-    name: getattr(primitives, name).value
+    name: getattr(flags, name).value
     for name in (
         "WINDOW_LEFT", "WINDOW_RIGHT", "BOOL_MASK", "FLOAT_MASK", "SOFTCAP", "ALIBI", "DROPOUT",
         "NEGATIVE_SCALE", "VARLEN", "WIDE", "UPCAST", "TF32", "LSE_GRADIENT", "MASKED", "WINDOWED",
-        "TMA", "T_QUERY", "T_KEY", "T_VALUE", "T_MASK", "SECOND_ORDER",
+        "TMA", "T_QUERY", "T_KEY", "T_VALUE", "T_MASK", "SECOND_ORDER", "TF32X3",
     )
 }  # fmt: skip
 _L2_BYTES = 24 << 20  # what a section of heads may keep in a cache of 40 or 50 MB
@@ -82,8 +82,8 @@ def four_dims(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def row_strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride()[:3]
+def row_strides(x: Tensor | None) -> tuple[int, int, int] | None:
+    return None if x is None else x.stride()[:3]
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Problem:
         self.heads_q, self.heads_k = q.shape[1], self.k.shape[1]
         self.group = self.heads_q // max(1, self.heads_k)
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        flags = {
+        bits = {
             "WINDOW_LEFT": self.left >= 0,
             "WINDOW_RIGHT": self.right >= 0,
             "BOOL_MASK": self.mask is not None and self.mask.dtype == torch.bool,
@@ -126,10 +126,9 @@ class Problem:
             "VARLEN": self.starts_q is not None,
             "WIDE": is_wide(q, self.k, self.v, self.mask),
             "UPCAST": interpreting() and q.dtype == torch.bfloat16,
-            "TF32": q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest",
         }
-        self.flags = sum(FLAG[name] for name, on in flags.items() if on)
-        unit = 1.0 if flags["FLOAT_MASK"] else _LOG2_E
+        self.flags = sum(FLAG[name] for name, on in bits.items() if on)
+        unit = 1.0 if bits["FLOAT_MASK"] else _LOG2_E
         cap = self.softcap
         self.numbers = {
             "scale": self.scale * unit,
@@ -140,27 +139,35 @@ class Problem:
         if self.slopes is not None:
             slopes = self.slopes.to(self.dtype) * unit
             self.slopes = slopes.expand(self.batch, self.heads_q).contiguous()
-        if flags["BOOL_MASK"]:
+        if bits["BOOL_MASK"]:
             self.mask = self.mask.view(torch.uint8)
-        if flags["DROPOUT"]:
+        if bits["DROPOUT"]:
             self.seed = self.seed.reshape(-1).contiguous()
+        else:
+            self.seed = None
 
     def widen(self, *tensors: Tensor | None) -> None:
         """Offsets of 64 bits where one of these asks for them too."""
         if is_wide(*tensors):
             self.flags |= FLAG["WIDE"]
 
-    def pointer(self, x: Tensor | None) -> Tensor:
-        """x, or some tensor where a kernel's flags keep it from looking."""
-        return self.q if x is None else x
-
-    def shared(self) -> tuple[Tensor, ...]:
+    def shared(self) -> tuple[Tensor | None, ...]:
         """What the kernels that walk keys or queries take beside the operands and the mask."""
-        return tuple(map(self.pointer, (self.slopes, self.seed, self.starts_q, self.starts_k)))
+        return self.slopes, self.seed, self.starts_q, self.starts_k
 
-    def tile(self, kernel: str, *walked: Tensor) -> config.Tile:
+    def window(self) -> tuple[int | None, int | None]:
+        """The window's bounds as the kernels take them."""
+        return (self.left if self.left >= 0 else None, self.right if self.right >= 0 else None)
+
+    def tokens(self) -> tuple[int | None, int | None]:
+        """The rows of all packed sequences."""
+        packed = self.starts_q is not None
+        return (self.q.shape[2], self.k.shape[2]) if packed else (None, None)
+
+    def tile(self, kernel: str, *walked: Tensor | None) -> config.Tile:
         """The tile of a kernel whose programs walk the ``[B, H, S, D]`` operands given."""
-        tma = bool(walked) and self.starts_q is None and all(map(_tma_can_load, walked))
+        there = [x for x in walked if x is not None]
+        tma = bool(there) and self.starts_q is None and all(map(_tma_can_load, there))
         if interpreting():
             return config.INTERPRETED._replace(tma=tma and config.INTERPRETED.tma)
         size = self.q.element_size()
@@ -168,24 +175,25 @@ class Problem:
 
     @property
     def blocks_d(self) -> tuple[int, int]:
-        dims = (self.q.shape[-1], self.v.shape[-1])
-        return tuple(max(16, triton.next_power_of_2(d)) for d in dims)
+        return _block_d(self.q), _block_d(self.v)
 
     def section(self, rows: int, heads: int) -> int:
         """How many heads' worth of ``rows`` rows of D + Dv stay in L2."""
         row = (self.q.shape[-1] + self.v.shape[-1]) * self.q.element_size()
         return max(1, min(self.batch * heads, _L2_BYTES // max(1, rows * row)))
 
-    def common(self, tile: config.Tile) -> dict:
-        """The keyword arguments of every kernel."""
+    def common(self, kernel: str, tile: config.Tile) -> dict:
+        """The keyword arguments of every kernel that computes scores."""
         block_d, block_dv = self.blocks_d
+        left, right = self.window()
+        drops = self.dropout_p > 0
         return {
             "seq_q": self.seq_q,
             "seq_k": self.seq_k,
-            "left": self.left,
-            "right": self.right,
-            "seed_batch": self.batch // self.seed.numel() if self.dropout_p > 0 else 1,
-            "threshold": math.floor(self.dropout_p * 2**32),
+            "left": left,
+            "right": right,
+            "seed_batch": self.batch // self.seed.numel() if drops else None,
+            "threshold": math.floor(self.dropout_p * 2**32) if drops else None,
             **self.numbers,
             "SHAPE": (
                 self.q.shape[-1],
@@ -195,30 +203,37 @@ class Problem:
                 tile.block_q,
                 tile.block_k,
             ),
-            "FLAGS": self.flags | (FLAG["TMA"] if tile.tma else 0),
+            "FLAGS": self.flags | self._products(kernel) | (FLAG["TMA"] if tile.tma else 0),
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
             "device": self.q.device,
         }
 
-    def walked(self, tile: config.Tile, rows: int, *operands: Tensor) -> list:
+    def _products(self, kernel: str) -> int:
+        if self.q.dtype != torch.float32 or interpreting():
+            return 0  # the interpreter multiplies float32 as numpy does
+        gpu = capability(self.q.device.index)
+        how = config.float32_products(kernel, gpu, max(self.blocks_d))
+        return 0 if how == "ieee" else FLAG[how.upper()]
+
+    def walked(self, tile: config.Tile, rows: int, *operands: Tensor | None) -> list:
         """Operands as a kernel takes them that walks them ``rows`` at a time."""
         if not tile.tma:
             return list(operands)
-        dims = (max(16, triton.next_power_of_2(x.shape[-1])) for x in operands)
         return [
-            TensorDescriptor.from_tensor(x, [1, 1, rows, dim])
-            for x, dim in zip(operands, dims, strict=True)
+            x if x is None else TensorDescriptor.from_tensor(x, [1, 1, rows, _block_d(x)])
+            for x in operands
         ]
 
-    def mask_strides(self) -> tuple[int, int, int, int]:
-        return mask_strides(self.mask)
+
+def _block_d(x: Tensor) -> int:
+    return max(16, next_power_of_2(x.shape[-1]))
 
 
-def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
+def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int] | None:
     """0 where broadcast."""
     if mask is None:
-        return (0, 0, 0, 0)
+        return None
     return tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from compile_only import Driver, redirect
 
 from fastattn.ops import triton
 from fastattn.ops.triton import config
@@ -23,6 +26,8 @@ pytestmark = pytest.mark.skipif(
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # The tiles are tuned for Triton 3.6; 3.9's assembler keeps six registers elsewhere on sm_90.
 SPILLS = 0 if importlib.metadata.version("triton").startswith("3.6.") else 24
+# float32 on tensor cores: what a program keeps, in both parts, by head dim.
+TF32_SPILLS = {64: 80, 128: 700, 256: 800}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -38,28 +43,7 @@ class Compiled(NamedTuple):
 def compiler(monkeypatch, tmp_path):
     """Makes launches compile for the architecture that it is called with; returns what they do."""
     import triton as compiler_package
-    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-
-    from fastattn.ops.triton import (
-        attention,
-        attention_parts,
-        attention_second_order,
-        linear_relu,
-        problem,
-    )
-
-    class Driver:
-        architecture = 90
-
-        def get_current_device(self):
-            return self.architecture  # the kernels' caches go by device
-
-        def get_current_stream(self, device):
-            return 0
-
-        def get_current_target(self):
-            return GPUTarget("cuda", self.architecture, 32)
 
     fake, compiled = Driver(), []
     cuobjdump = Path(compiler_package.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -77,10 +61,8 @@ def compiler(monkeypatch, tmp_path):
 
     def set_architecture(architecture: int) -> list[Compiled]:
         fake.architecture = architecture
-        for module in (problem, linear_relu):
-            monkeypatch.setattr(module, "capability", lambda _: architecture)
-        for module in (attention, attention_parts, attention_second_order, linear_relu):
-            monkeypatch.setattr(module, "launch", launch)
+        redirect(monkeypatch.setattr, architecture, launch)
+        compiled.clear()
         return compiled
 
     driver.set_active(fake)
@@ -127,6 +109,8 @@ def test_attention(architecture, dtype, head_dim, compiler):
     compiled = compiler(architecture)
     attend(DTYPES[dtype], head_dim, is_causal=True)
     check_attention(compiled, architecture, dtype, head_dim)
+    if dtype == "fp32":
+        check_float32(compiled, architecture, head_dim)
     tma = dtype == "bf16" and architecture >= 90 and head_dim <= 128
     loads = {k.kernel for k in compiled if "cp.async.bulk.tensor" in k.ptx}
     assert len(loads) == (3 if tma else 0)
@@ -153,8 +137,78 @@ def check_attention(compiled: list[Compiled], architecture: int, dtype: str, hea
             assert "wgmma.mma_async" in kernel.ptx, kernel.kernel
 
 
+# kernel -> its name in the table of tiles
+NAMES = {
+    "attention_forward_kernel": "forward",
+    "attention_backward_keys_kernel": "keys",
+    "attention_backward_queries_kernel": "queries",
+    "attention_jvp_kernel": "jvp",
+    "attention_second_keys_kernel": "second_keys",
+    "attention_second_queries_kernel": "second_queries",
+}
+MATRIX_INSTRUCTIONS = {
+    80: r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32",
+    90: r"(wgmma\.mma_async\.sync\.aligned|mma\.sync\.aligned)\.\w+(\.row\.col)?\.f32\.tf32\.tf32",
+    100: r"tcgen05\.mma\S*kind::tf32",
+}
+
+
+def check_float32(compiled: list[Compiled], architecture: int, head_dim: int) -> set[str]:
+    """float32 is multiplied on tensor cores where the table says so, and nowhere else. Returns the
+    kernels that do."""
+    tf32 = set()
+    pattern = MATRIX_INSTRUCTIONS[80 if architecture == 86 else architecture]
+    for kernel in compiled:
+        name = NAMES.get(kernel.kernel)
+        if name is None:
+            continue
+        if config.float32_products(name, architecture, head_dim) == "ieee":
+            assert "tf32" not in kernel.ptx, kernel[:4]
+            continue
+        tf32.add(name)
+        assert len(re.findall(pattern, kernel.ptx)) >= 3, kernel[:4]  # three for each product
+        assert "cvt.rna.tf32" in kernel.ptx, kernel[:4]
+        assert kernel.stack <= TF32_SPILLS[head_dim], kernel[:4]
+        assert kernel.registers >= 16, kernel[:4]
+    return tf32
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_float32_runs_on_tensor_cores(architecture, compiler):
+    """With the default setting, at the head dims that matter."""
+    for head_dim in (64, 128):
+        compiled = compiler(architecture)
+        attend(torch.float32, head_dim)
+        assert check_float32(compiled, architecture, head_dim) == {"forward", "keys", "queries"}
+
+
+def test_float32_products_by_setting(compiler, monkeypatch):
+    """IEEE by FASTATTN_FLOAT32_PRODUCTS; one product of rounded operands where torch allows it."""
+    compiled = compiler(90)
+    monkeypatch.setattr(config, "FLOAT32_PRODUCTS", "ieee")
+    attend(torch.float32, 64)
+    assert len(compiled) == 4
+    assert not any("tf32" in kernel.ptx for kernel in compiled)
+    monkeypatch.undo()
+    compiled = compiler(90)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    attend(torch.float32, 64)
+    assert all("wgmma" in k.ptx and "cvt.rna" not in k.ptx for k in compiled if k.kernel in NAMES)
+
+
+def test_an_unknown_setting_is_refused():
+    environment = {**os.environ, "FASTATTN_FLOAT32_PRODUCTS": "fp32"}
+    command = [sys.executable, "-c", "import fastattn.ops.triton.config"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "expected tf32x3 or ieee, got 'fp32'" in run.stderr
+
+
 # Masked tiles of these spill a little, full ones do not.
-MASKED_TILES_SPILL = {(90, 128, "attention_second_keys_kernel"): 64}
+MASKED_TILES_SPILL = {
+    (90, 64, "attention_second_keys_kernel"): 8,
+    (90, 128, "attention_second_keys_kernel"): 64,
+}
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -181,6 +235,9 @@ def test_second_order(architecture, dtype, head_dim, mask, compiler):
             assert kernel.stack <= SPILLS + allowed, kernel[:4]
         if dtype == "bf16" and architecture == 90 and attention:
             assert "wgmma.mma_async" in kernel.ptx, kernel.kernel
+    if dtype == "fp32" and not mask:
+        tf32 = check_float32(compiled, architecture, head_dim)
+        assert bool(tf32) == (architecture == 90 and head_dim <= 128)
     loads = {k.kernel for k in compiled if "cp.async.bulk.tensor" in k.ptx}
     tma = dtype == "bf16" and architecture >= 90 and head_dim <= 128
     assert loads == ({"attention_jvp_kernel"} if tma else set())

@@ -1,0 +1,124 @@
+"""What a launch costs the CPU before the GPU hears of it: every argument that Triton looks at, and
+every global that it compares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compile_only import redirect
+
+from fastattn.ops import triton
+
+pytestmark = pytest.mark.skipif(
+    triton.interpreting() or triton.why_not() is not None, reason="needs Triton's compiler"
+)
+
+# An argument that is None costs the binder 0.1 us and the launcher nothing, a tensor 0.3 us and a
+# question to the driver. What is left: operands, their strides, sizes, five scalars.
+LIVE = {
+    "attention_forward_kernel": 30,
+    "attention_delta_kernel": 16,
+    "attention_backward_queries_kernel": 38,
+    "attention_backward_keys_kernel": 42,
+    "attention_jvp_kernel": 42,
+    "attention_second_queries_kernel": 48,
+    "attention_second_keys_kernel": 51,
+}
+NAMED_GLOBALS = {"LOG2_E", "LN_2"}
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list:
+    """(kernel, its arguments by name) of every launch; nothing runs."""
+    calls = []
+
+    def launch(kernel, grid, *args, device, **options):
+        names = dict(zip(kernel.arg_names, args, strict=False)) | options
+        calls.append((kernel, {name: names[name] for name in kernel.arg_names}))
+
+    redirect(monkeypatch.setattr, 90, launch)
+    return calls
+
+
+def live(kernel, arguments: dict) -> int:
+    """Arguments that are neither None nor compile-time, those inside tuples one by one."""
+
+    def count(value: object) -> int:
+        return sum(map(count, value)) if isinstance(value, tuple) else value is not None
+
+    constant = {kernel.arg_names[n] for n in kernel.constexprs}
+    return sum(count(value) for name, value in arguments.items() if name not in constant)
+
+
+def attend(mask: torch.Tensor | None = None, **tangents: torch.Tensor) -> None:
+    """A causal forward and backward, or beside tangents a double backward."""
+    from fastattn.ops.triton import attention, attention_second_order
+
+    q, lse = torch.empty(2, 4, 256, 128, dtype=torch.bfloat16), torch.empty(2, 4, 256)
+    more = (None, None, None, 0, 0, True, 0.1, 0.0, -1, -1, 0.0)
+    if tangents:
+        given = [tangents.get(name) for name in ("q", "k", "v", "mask")]
+        attention_second_order.attention_double_backward(
+            q, None, q, q, q, mask, None, *given, q, lse, *more, [True] * 4 + [False]
+        )
+        return
+    attention.attention_forward(q, q, q, mask, None, *more)
+    needs = [True] * 3 + [False]
+    attention.attention_backward(q, None, q, q, q, mask, None, q, lse, *more, needs)
+
+
+def test_a_plain_launch_binds_few_arguments(launches):
+    attend()
+    attend(q=torch.empty(2, 4, 256, 128, dtype=torch.bfloat16))
+    counts = {kernel.__name__: live(kernel, arguments) for kernel, arguments in launches}
+    assert counts.keys() == LIVE.keys()
+    over = {name: n for name, n in counts.items() if n > LIVE[name]}
+    assert not over
+
+
+def test_an_absent_option_is_none(launches):
+    attend()
+    optional = {
+        "p_mask", "p_lists", "p_counts", "p_slopes", "p_seed", "p_starts_q", "p_starts_k",
+        "mask_strides", "list_strides", "tokens_q", "tokens_k", "left", "seed_batch", "threshold",
+        "p_grad_lse", "grad_lse_strides",
+    }  # fmt: skip
+    seen = set()
+    for kernel, arguments in launches:
+        there = {name for name in optional & arguments.keys() if arguments[name] is not None}
+        assert not there, kernel.__name__
+        seen |= optional & arguments.keys()
+    assert seen == optional
+
+
+def test_a_mask_is_passed(launches):
+    attend(torch.empty(1, 1, 256, 256, dtype=torch.bool))
+    masked = [a for kernel, a in launches if {"p_lists", "p_counts"} <= a.keys() and "p_q" in a]
+    assert len(masked) == 3
+    for arguments in masked:
+        for name in ("p_mask", "p_lists", "p_counts", "mask_strides", "list_strides"):
+            assert arguments[name] is not None, name
+
+
+def test_few_globals_are_compared(launches):
+    """One costs 0.7 us a launch; the flags are attributes of a module for that."""
+    attend()
+    attend(q=torch.empty(2, 4, 256, 128, dtype=torch.bfloat16))
+    for kernel, _ in launches:
+        assert kernel.cache_key  # which looks the globals up
+        named = {name for name, _ in kernel.used_global_vals}
+        assert named <= NAMED_GLOBALS, kernel.__name__
+
+
+def test_a_flag_keeps_its_number():
+    """Triton's cache on disk holds kernels by FLAGS; what a number means may not change."""
+    from fastattn.ops.triton.problem import FLAG
+
+    single = (
+        "WINDOW_LEFT", "WINDOW_RIGHT", "BOOL_MASK", "FLOAT_MASK", "SOFTCAP", "ALIBI", "DROPOUT",
+        "NEGATIVE_SCALE", "VARLEN", "WIDE", "UPCAST", "TF32", "LSE_GRADIENT", "TMA", "T_QUERY",
+        "T_KEY", "T_VALUE", "T_MASK", "SECOND_ORDER", "TF32X3",
+    )  # fmt: skip
+    assert [FLAG[name] for name in single] == [1 << n for n in range(len(single))]
+    assert FLAG["MASKED"] == FLAG["BOOL_MASK"] | FLAG["FLOAT_MASK"]
+    assert FLAG["WINDOWED"] == FLAG["WINDOW_LEFT"] | FLAG["WINDOW_RIGHT"]
