@@ -46,7 +46,11 @@ def main() -> int:
     evidence.begin()
     if options.tune:
         return _tune(evidence, time.monotonic() + options.seconds - 30)
-    green = check.run()
+    try:
+        green = check.run()
+    except Exception as error:  # of the check itself: what it has found is told all the same
+        evidence.found("the check", type(error).__name__, str(error)[:300])
+        green = False
     page = summary(check.facts, check.spent, evidence)
     evidence.text("summary.md", page)
     print(page, flush=True)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastattn import _extension, backends, ops
 from fastattn.verification import children, families, first_use, problems, record
 from fastattn.verification.families import FAMILIES, check, families_of
-from fastattn.verification.problems import Case, Device, KernelFault
+from fastattn.verification.problems import Case, Device, NotFinished
 
 pytestmark = pytest.mark.native
 
@@ -163,7 +163,7 @@ def test_a_kernel_that_hangs_is_given_up(monkeypatch):
     event = SimpleNamespace(record=lambda: None, query=lambda: False)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(problems, "GPU_SECONDS", 0.05)
-    with pytest.raises(KernelFault, match="did not finish within 0.05 s"):
+    with pytest.raises(NotFinished, match="did not finish within 0.05 s"):
         problems._wait(torch.device("cuda", 0))
 
 

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gpu.cases import PROFILES
+from gpu.cases import FAMILIES, PROFILES
 from gpu.evidence import Evidence
 from gpu.plan import ROOT, SPEED, TRITON_SPEED, Plan
 from gpu.processes import Child, fact_of, watch
-from gpu.smoke import KERNELS
+from gpu.smoke import KERNELS, cases_of
 from gpu.tests import Tests
 
 LEAST_SECONDS = 5.0  # a stage with less is not begun
@@ -29,6 +29,7 @@ class Check:
         self.spent: dict[str, float] = {}  # of the stages that were begun
         self.failed: set[str] = set()  # kernels that were wrong, hung or crashed
         self.broken: set[str] = set()  # of these, those that hung or crashed
+        self._bad_case: dict[str, str] = {}  # of each of them, where it was seen
         self._environment = dict(plan.environment)
         self._children: list[Child] = []
         self._gpu_hangs = False
@@ -38,8 +39,12 @@ class Check:
     def refused(self) -> str | None:
         """Why this machine cannot be checked, or None; leaves ``facts``."""
         start = time.monotonic()
-        child = self._child("environment", self.plan.worker("environment"), 40.0)
-        watch([child], start + self.plan.boxes["environment"], lambda *_: None)
+        box = self.plan.boxes["environment"]
+        for _ in range(2):  # the first start may be slow, from a cold disk
+            child = self._child("environment", self.plan.worker("environment"), box)
+            watch([child], start + 2 * box, lambda *_: None)
+            if child.status == "ok":
+                break
         self.spent["environment"] = time.monotonic() - start
         told = [fact for line in child.lines if (fact := fact_of(line))]
         if child.status != "ok" or not told:
@@ -64,11 +69,10 @@ class Check:
             if self.plan.triton_only:
                 self._triton_stages()
             elif not self.facts["cuda"]:
+                self._cuda_stages(("smoke", "speed"))
                 ahead = self._compile_ahead()
-                self._cuda_stages(("smoke",))
-                if ahead is not None:  # the steps are timed by the clock: nothing runs beside them
-                    watch([ahead], min(self.stop, ahead.ends), lambda *_: None)
-                self._cuda_stages(("speed", "profile", "Hopper tests"))
+                self._cuda_stages(("profile", "Hopper tests"))
+                self._at_end_of(ahead)
                 self._triton_stages()
                 self._cuda_stages(("tune", "sanitizer"))
             else:
@@ -83,7 +87,15 @@ class Check:
         """Fills Triton's cache for its tests; without it they compile for themselves."""
         if not self.plan.compile_ahead or self.facts["triton"]:
             return None
-        return self._child("compile ahead", list(self.plan.compile_ahead), 45.0)
+        return self._child("compile ahead", list(self.plan.compile_ahead), 90.0)
+
+    def _at_end_of(self, ahead: Child | None) -> None:
+        if ahead is None:
+            return
+        watch([ahead], min(self.stop, ahead.ends), lambda *_: None)
+        if ahead.status != "ok":
+            log = " ".join(ahead.log[-3:])[:200]
+            self.evidence.found("Triton tests", "compile_only.py", f"{ahead.status}: {log}", False)
 
     def _without_libraries(self) -> None:
         """A build begins, Triton has the time until it is done."""
@@ -157,11 +169,13 @@ class Check:
             fact = fact_of(line) or {}
             if fact.get("kind") == "begin":
                 begun[child.name] = fact["what"]
+                child.seconds = self.plan.smoke_clock
+                child.restart_clock()
             elif fact.pop("kind", "") == "row":
                 self.evidence.row("smoke.csv", "smoke", kernel=child.name, **fact)
 
         children = [
-            self._child(name, self.plan.worker("smoke", name), self.plan.smoke_clock)
+            self._child(name, self.plan.worker("smoke", name), self.plan.start_clock)
             for name in KERNELS
         ]
         watch(children, stop, on_line)
@@ -174,9 +188,11 @@ class Check:
                 self.evidence.found(
                     "smoke", child.name, f"{row['result']} in {where}: error {row['error']}"
                 )
+                self._bad_case.setdefault(child.name, row["case"])
             if child.status not in ("ok", "exit status 1") or (child.status != "ok" and not bad):
                 last = begun.get(child.name, "its start")
                 self.evidence.found("smoke", child.name, f"{child.status}, in {last}")
+                self._bad_case[child.name] = begun.get(child.name, "")
                 broken.append(child)
             elif not rows:
                 self.evidence.found("smoke", child.name, "gave no result")
@@ -194,17 +210,22 @@ class Check:
         if self.plan.bench == "hardware" and not (Path(folder) / "_cuda_watchdog.so").exists():
             return
         for name in kernels:
-            seconds = min(12.0, stop - time.monotonic())
+            seconds = min(self.plan.start_clock, stop - time.monotonic())
             if seconds < LEAST_SECONDS or self._gpu_hangs:
                 return
             child = self._child(
-                f"{name} under watchdog", self.plan.worker("smoke", name, "--first"), seconds,
+                f"{name} under watchdog", self._smoke_again(name), seconds,
                 FASTATTN_CUDA_VARIANT="watchdog",
             )  # fmt: skip
             watch([child], stop, lambda *_: None)
             for line in [line for line in child.lines if "watchdog:" in line][:3]:
                 self.evidence.found("smoke", name, line)
             self._free_gpu([child] if child.status != "ok" else [])
+
+    def _smoke_again(self, kernel: str) -> list[str]:
+        """The case in which the kernel failed, or its first."""
+        case = self._bad_case.get(kernel) or cases_of(kernel)[0].name
+        return self.plan.worker("smoke", kernel, "--only", case)
 
     def _speed(self, stage: str, jobs: list[tuple[str, tuple[str, ...]]], stop: float) -> None:
         """All processes start at once and get ready; then one after the other has the GPU."""
@@ -245,7 +266,14 @@ class Check:
             if child.status != "ok":
                 last = begun.get(child.name, "its start")
                 self.evidence.found(stage, child.name, f"{child.status}, in {last}")
+                self._leave_out(child.name, last)
                 self._free_gpu([child])
+
+    def _leave_out(self, name: str, case: str) -> None:
+        """What the CUDA library failed in a timing, later stages leave out."""
+        if name.startswith("cuda,"):
+            for timed in (c for cases in FAMILIES.values() for c in cases if c.name == case):
+                self.failed.update(timed.stands_on)
 
     def _failed_case(self, stage: str, name: str, case: str, error: str) -> None:
         """Ours must serve its cases; a peer may not know a mask or a dtype."""
@@ -253,6 +281,7 @@ class Check:
         implementation = name.split(",")[0]
         self.evidence.row("speed.csv", stage, case=case, implementation=implementation, note=error)
         self.evidence.found(stage, implementation, f"{case}: {error}", red=ours)
+        self._leave_out(name, case)
 
     def _profile(self, stop: float) -> None:
         if self.plan.profiler is None:
@@ -271,13 +300,11 @@ class Check:
             self.evidence.found("sanitizer", "compute-sanitizer", "is not there", red=False)
             return
         runs = [("memcheck", kernel) for kernel in sorted(self.failed)]
-        runs = runs or [(tool, "attention_backward64") for tool in ("racecheck", "synccheck")]
-        for tool, kernel in runs:
-            command = [*self.plan.sanitizer, tool, *self.plan.worker("smoke", kernel, "--first")]
-            self._informative(
-                "sanitizer", f"{tool} of {kernel}", command, self.plan.smoke_clock, stop,
-                "sanitizer.txt",
-            )  # fmt: skip
+        for tool, kernel in runs or [("racecheck", "attention_backward64")]:
+            command = [*self.plan.sanitizer, tool, *self._smoke_again(kernel)]
+            seconds = stop - time.monotonic()
+            name = f"{tool} of {kernel}"
+            self._informative("sanitizer", name, command, seconds, stop, "sanitizer.txt")
 
     def _informative(
         self, stage: str, name: str, command: list[str], seconds: float, stop: float, file: str
@@ -290,8 +317,11 @@ class Check:
         watch([child], stop, lambda *_: None)
         self.evidence.text(file, "\n".join([f"=== {name}: {child.status}", *child.lines, ""]))
         self.evidence.row("speed.csv", stage, case=name, implementation=stage, note=child.status)
+        verdict = [line for line in child.lines if "ERROR SUMMARY" in line]
+        if child.status != "ok" or verdict:
+            told = " ".join([child.status, *verdict])
+            self.evidence.found(stage, name, told, red=False)
         if child.status != "ok":
-            self.evidence.found(stage, name, child.status, red=False)
             self._free_gpu([child])
 
     def _tune(self, stop: float) -> None:
@@ -306,7 +336,7 @@ class Check:
 
         watch([child], stop, on_line)
         if child.status != "ok":
-            log = " ".join(child.log[-1:])[:200]
+            log = " ".join(child.log[-3:])[:200]
             self.evidence.found("tune", "tiles of D = 64", f"{child.status}: {log}", red=False)
             self._free_gpu([child])
 

@@ -59,9 +59,11 @@ class Bench:
         return False
 
     def prepare(self, implementation: str, cases: list[Case]) -> None:
-        """Makes the context. Triton compiles its kernels on short problems of the same kind; what
-        fails here fails again, and is told, when it is timed."""
-        torch.zeros(1, device=self.device)
+        """Makes the context, with a product in float64, as references have. Triton compiles its
+        kernels on short problems of the same kind; what fails here fails again, and is told, when
+        it is timed."""
+        x = torch.ones(64, 64, device=self.device, dtype=torch.float64)
+        (x @ x).sum().item()
         for case in cases if implementation == "triton" else ():
             short = {"batch": 1, "seq": 512} if hasattr(case, "seq") else {"rows": 128}
             with contextlib.suppress(Exception):

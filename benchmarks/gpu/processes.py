@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+CUT_OFF = "cut off"  # begins the status of a program that ran into its stage's end
+
 
 def fact_of(line: str) -> dict | None:
     """The fact that a line tells; None for a line of a log."""
@@ -134,7 +136,7 @@ def watch(
         if late:
             for child in children:
                 if child.status == "":
-                    child.kill("cut off: the stage's time was used up")
+                    child.kill(f"{CUT_OFF}: the stage's time was used up")
             stop = float("inf")  # the next round reads what they left
         time.sleep(0.02)
 

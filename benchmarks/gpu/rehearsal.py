@@ -86,6 +86,8 @@ def stand_in_plan(fault: str) -> Plan:
     return Plan(
         "stand_in",
         environment,
+        {**BOXES, "sanitizer": 10.0},  # which it takes whole where a kernel hangs
+        start_clock=CLOCK,
         smoke_clock=CLOCK,
         speed_clock=CLOCK,
         profile_clock=CLOCK,

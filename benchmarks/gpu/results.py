@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastattn import ops, reference
-from gpu.smoke import KERNELS, AttentionSize, Case, LinearSize
+from gpu.smoke import KERNELS, AttentionSize, Case, LinearSize, MlpSize
 
 Tensors = dict[str, Tensor]
 
@@ -88,12 +88,12 @@ class Results:
         return actual, expected
 
     def _mlp(self, name: str, case: Case) -> tuple[Tensors, Tensors]:
-        assert isinstance(case.size, LinearSize)
-        rows, n_in, n_out = case.size
+        assert isinstance(case.size, MlpSize)
+        rows, n_in, width, n_out = case.size
         dtype = getattr(torch, case.dtype)
         random = functools.partial(torch.randn, dtype=dtype, device=self.device)
-        weights = [random(128, n_in) / n_in**0.5, random(n_out, 128) / 128**0.5]
-        biases, x, g = [random(128), random(n_out)], random(rows, n_in), random(rows, n_out)
+        weights = [random(width, n_in) / n_in**0.5, random(n_out, width) / width**0.5]
+        biases, x, g = [random(width), random(n_out)], random(rows, n_in), random(rows, n_out)
         wide = [t.double().requires_grad_() for t in (x, *weights, *biases)]
         out = reference.mlp(wide[0], wide[1:3], wide[3:])
         if not KERNELS[name].backward:

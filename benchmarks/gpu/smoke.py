@@ -26,9 +26,16 @@ class LinearSize(NamedTuple):
     n_out: int
 
 
+class MlpSize(NamedTuple):
+    rows: int
+    n_in: int
+    hidden: int
+    n_out: int
+
+
 class Case(NamedTuple):
     name: str
-    size: AttentionSize | LinearSize
+    size: AttentionSize | LinearSize | MlpSize
     dtype: str = "bfloat16"
 
 
@@ -47,6 +54,8 @@ _ATTENTION = (
     Case("two tiles", AttentionSize(1, 1, 1, 384, 384)),
     Case("ragged", AttentionSize(1, 2, 2, 200, 333)),
     Case("grouped, causal", AttentionSize(2, 4, 2, 300, 300, True)),
+    # More than a multiprocessor each: blocks take a second tile.
+    Case("many tiles", AttentionSize(3, 8, 8, 1100, 1100, True)),
     Case("2k, causal", AttentionSize(1, 4, 4, 2048, 2048, True)),
     Case("2k", AttentionSize(1, 4, 4, 2048, 2048), "float16"),
 )
@@ -56,6 +65,7 @@ _LINEAR = (
     Case("two tiles", LinearSize(256, 256, 256)),
     Case("ragged", LinearSize(150, 200, 300)),
     Case("odd", LinearSize(77, 33, 19)),
+    Case("many tiles", LinearSize(2048, 256, 2048)),
     Case("784-128", LinearSize(1024, 784, 128), "float16"),
 )
 _WIDE = (
@@ -63,14 +73,18 @@ _WIDE = (
     Case("ragged", LinearSize(2310, 2200, 2500)),
     Case("8192x4096->4096", LinearSize(8192, 4096, 4096), "float16"),
 )
+# A product whose sum is split over blocks: of the forward, of dX, of dW.
 _SPLIT = (
     Case("deep", LinearSize(128, 4096, 128)),
+    Case("deep dX", LinearSize(128, 128, 4096)),
+    Case("deep dW", LinearSize(4096, 128, 128)),
     Case("deep, ragged", LinearSize(150, 5000, 70), "float16"),
 )
 _MLP = (
-    Case("one tile", LinearSize(64, 64, 10)),
-    Case("784-128-10", LinearSize(100, 784, 10)),
-    Case("many rows", LinearSize(10000, 784, 10), "float16"),
+    Case("one tile", MlpSize(64, 64, 128, 10)),
+    Case("784-128-10", MlpSize(100, 784, 128, 10)),
+    Case("wide", MlpSize(300, 784, 200, 10)),
+    Case("many rows", MlpSize(10000, 784, 128, 10), "float16"),
 )
 
 _GRADIENTS = ("dq", "dk", "dv")

@@ -34,22 +34,22 @@ def summary(facts: dict, spent: dict[str, float], evidence: Evidence) -> str:
 
 def _speeds(evidence: Evidence) -> list[str]:
     """Ours beside torch's best, by name: on Hopper its backends differ by a factor of 2."""
-    by_case: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    by_case: dict[tuple[str, str], dict[str, tuple[float, str]]] = defaultdict(dict)
     for row in [*evidence.of_stage("speed"), *evidence.of_stage("Triton speed")]:
-        if row["TFLOP/s"]:
+        if row["ms"]:
             case = (row["case"], row["pass"])
-            by_case[case][row["implementation"]] = float(row["TFLOP/s"])
+            by_case[case][row["implementation"]] = (float(row["ms"]), row["TFLOP/s"])
     if not by_case:
         return []
     lines = ["| case | pass | cuda | triton | best of torch | cuda is faster by | triton |"]
     lines.append("|---" * 7 + "|")
-    for (case, what), speeds in by_case.items():
-        peers = {name: speed for name, speed in speeds.items() if name not in OURS}
-        best = max(peers, key=peers.get, default="")
-        cells = [f"{speeds[name]:.0f}" if name in speeds else "" for name in OURS]
-        cells.append(f"{peers[best]:.0f} ({best})" if best else "")
+    for (case, what), found in by_case.items():
+        best = min((name for name in found if name not in OURS), key=found.get, default="")
+        cells = [found[name][1] if name in found else "" for name in OURS]
+        cells.append(f"{found[best][1]} ({best})" if best else "")
         cells += [
-            f"{speeds[name] / peers[best]:.2f}x" if best and name in speeds else "" for name in OURS
+            f"{found[best][0] / found[name][0]:.2f}x" if best and name in found else ""
+            for name in OURS
         ]
         lines.append(f"| {case} | {what} | " + " | ".join(cells) + " |")
     return [*lines, "", "TFLOP/s; more than 1 is faster than torch.", ""]

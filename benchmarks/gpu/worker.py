@@ -54,9 +54,12 @@ def tell(kind: str, **facts: object) -> None:
     print("@" + json.dumps({"kind": kind, **facts}), flush=True)
 
 
-def smoke(bench: Bench, kernel: str, only_first: bool) -> int:
+def smoke(bench: Bench, kernel: str, only: str) -> int:
+    bench.prepare("cuda", [])
     good = True
-    for case in cases_of(kernel)[: 1 if only_first else None]:
+    for case in cases_of(kernel):
+        if only not in ("", case.name):
+            continue
         tell("begin", what=case.name)
         start = time.monotonic()
         try:
@@ -114,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     jobs.add_parser("environment")
     job = jobs.add_parser("smoke")
     job.add_argument("kernel", choices=KERNELS)
-    job.add_argument("--first", action="store_true", help="its first case alone")
+    job.add_argument("--only", default="", help="one of its cases")
     job = jobs.add_parser("speed")
     job.add_argument("implementation")
     job.add_argument("families", nargs="+", choices=FAMILIES)
@@ -132,7 +135,7 @@ def main() -> int:
         tell("environment", **bench.environment())
         return 0
     if options.job == "smoke":
-        return smoke(bench, options.kernel, options.first)
+        return smoke(bench, options.kernel, options.only)
     if options.job == "speed":
         failed = set(filter(None, options.failed.split(",")))
         return speed(bench, options.implementation, options.families, failed)

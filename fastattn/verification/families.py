@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastattn.ops.triton.config import tf32_allowed
 from fastattn.verification.problems import (
     Case,
     Comparison,
@@ -117,7 +118,7 @@ def _limit(comparison: Comparison, case: Case) -> float:
     if not actual.is_floating_point():
         return 0.0
     roundoff = torch.finfo(actual.dtype).eps / 2
-    if case.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if case.dtype == torch.float32 and tf32_allowed():
         roundoff = 2.0**-11  # the products may be TF32's
     return 8 * roundoff + 256 * (2.0**-53 if case.dtype == torch.float64 else 2.0**-24)
 

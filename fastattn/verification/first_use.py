@@ -20,6 +20,7 @@ from fastattn.verification.record import Kernel
 
 _lock = threading.Lock()
 _known: dict[int, dict[Kernel, str]] = {}  # of each GPU: why a kernel failed, "" where it did not
+_streams: dict[int, torch.cuda.Stream] = {}  # of each GPU
 _busy: set[int] = set()  # threads inside of a check
 
 
@@ -93,9 +94,15 @@ def _untimely() -> bool:
             or torch.autograd.forward_ad._current_level >= 0
             or torch.utils.data.get_worker_info() is not None
             or _capturing()
+            or _waiting_is_reported()
         )
     except AttributeError:  # not all of these are public
         return True
+
+
+def _waiting_is_reported() -> bool:
+    """Whether torch warns of what waits for the GPU, as the check does, or raises."""
+    return torch.cuda.is_initialized() and torch.cuda.get_sync_debug_mode() != 0
 
 
 def _capturing() -> bool:
@@ -139,5 +146,7 @@ def _run(kernel: Kernel, gpu: int) -> Outcome:
 def _at(backend: str, gpu: int) -> Iterator[Device]:
     """The GPU, with a stream of its own for this thread."""
     device = torch.device("cuda", gpu)
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+    # One for all checks: libraries keep a workspace for every stream that they see.
+    stream = _streams.get(gpu) or _streams.setdefault(gpu, torch.cuda.Stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
         yield Device(backend, device)

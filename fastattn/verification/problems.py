@@ -20,7 +20,11 @@ GPU_SECONDS = 10.0  # what one small problem may take; compilation is not part o
 
 
 class KernelFault(RuntimeError):
-    """A kernel that does not finish, or not twice with the same result."""
+    """A kernel that does not come to the same result twice."""
+
+
+class NotFinished(RuntimeError):
+    """The GPU was busy for too long, by a kernel that hangs or by another program's."""
 
 
 class Case(NamedTuple):
@@ -50,7 +54,8 @@ class Device(NamedTuple):
     def run(self, kernels: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``kernels`` computes, on the CPU.
 
-        Raises KernelFault where a second call gives other bits or the GPU does not finish.
+        Raises KernelFault where a second call gives other bits, NotFinished where the GPU does not
+        finish.
         """
         found, again = kernels(), kernels()
         _wait(self.device)
@@ -73,7 +78,7 @@ def _wait(device: torch.device) -> None:
     deadline = time.monotonic() + GPU_SECONDS
     while not done.query():
         if time.monotonic() > deadline:
-            raise KernelFault(f"the GPU did not finish within {GPU_SECONDS:g} s")
+            raise NotFinished(f"the GPU did not finish within {GPU_SECONDS:g} s")
         time.sleep(1e-4)
 
 

@@ -19,6 +19,7 @@ from gpu.plan import BOXES, ROOT, SPEED, TRITON_SPEED
 from gpu.processes import Child, watch
 from gpu.rehearsal import FAULTS, STAGES, rehearse, stand_in_plan
 from gpu.smoke import KERNELS, cases_of, judge
+from gpu.summary import summary
 
 CHECK = ROOT / "benchmarks/gpu_check.py"
 
@@ -150,6 +151,32 @@ def child(program: str, seconds: float = 20.0) -> Child:
     return Child("child", [sys.executable, "-u", "-c", program], {}, Path("/"), seconds)
 
 
+def test_a_small_step_has_its_ratio(tmp_path):
+    """Of the times: 39 MFLOP in half a millisecond are 0.0 TFLOP/s."""
+    evidence = Evidence(tmp_path)
+    for name, ms, speed in (("cuda", 0.35, "0.112"), ("eager", 0.6, "0.065"), ("x", 0.0001, "")):
+        row = {"case": "step", "pass": "step", "implementation": name, "ms": ms, "TFLOP/s": speed}
+        evidence.row("speed.csv", "speed", **row if speed else {**row, "ms": ""})
+    page = summary({"gpu": "g", "versions": "v", "ceilings": {}}, {}, evidence)
+    assert "| step | step | 0.112 |  | 0.065 (eager) | 1.71x |  |" in page
+
+
+def test_a_kernel_that_fails_a_timing_is_left_out_behind_it(tmp_path):
+    check = Check(stand_in_plan(""), Evidence(tmp_path), 60.0)
+    case = FAMILIES["attention backward"][0]
+    check._leave_out("flash, attention backward", case.name)
+    assert not check.failed
+    check._leave_out("cuda, attention backward", case.name)
+    assert "attention_backward128" in check.failed
+
+
+def test_what_failed_runs_again_in_the_case_where_it_failed(tmp_path):
+    check = Check(stand_in_plan(""), Evidence(tmp_path), 60.0)
+    assert check._smoke_again("linear_split")[-1] == cases_of("linear_split")[0].name
+    check._bad_case["linear_split"] = "deep dW"
+    assert check._smoke_again("linear_split")[-2:] == ["--only", "deep dW"]
+
+
 def test_a_program_that_hangs_is_killed_with_what_it_started():
     running = child(
         "import subprocess, sys, time\n"
@@ -206,7 +233,7 @@ def test_nan_is_wrong_and_equal_infinities_are_right():
 
 
 def test_the_plan_names_what_there_is():
-    assert sum(BOXES.values()) < 600
+    assert sum(BOXES[stage] for stage in STAGES) < 600
     stands_on = {kernel for cases in FAMILIES.values() for c in cases for kernel in c.stands_on}
     assert stands_on <= set(KERNELS)
     assert {f for _, families in [*SPEED, *TRITON_SPEED] for f in families} == set(FAMILIES)

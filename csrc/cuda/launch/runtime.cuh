@@ -22,6 +22,8 @@ namespace fastattn::cuda {
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
+  // A thread of autograd's may have no context before its first call, and tensor maps need one.
+  check(cudaSetDevice(device), "cudaSetDevice");
   check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
   return value;
 }

@@ -203,10 +203,19 @@ def _tf32_tile(kernel: str, capability: int, head_dim: int) -> Tile | None:
     return _smallest(_newest(table, capability), head_dim)
 
 
+def tf32_allowed() -> bool:
+    """Whether torch's settings allow products of float32 on the GPU to be TF32's, by the older one
+    (``torch.set_float32_matmul_precision``) or a newer one, beside which the older raises."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def float32_products(kernel: str, capability: int, head_dim: int) -> str:
-    """How an attention kernel multiplies float32: "tf32" (where torch's
-    ``set_float32_matmul_precision`` allows it), "tf32x3" or "ieee"."""
-    if torch.get_float32_matmul_precision() != "highest":
+    """How an attention kernel multiplies float32: "tf32" (where torch's settings allow it),
+    "tf32x3" or "ieee"."""
+    if tf32_allowed():
         return "tf32"
     capability = 80 if _has_small_shared_memory(capability) else capability
     there = _tf32_tile(kernel, capability, head_dim) is not None

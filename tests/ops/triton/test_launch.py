@@ -3,6 +3,9 @@ every global that it compares."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from compile_only import redirect
@@ -122,3 +125,23 @@ def test_a_flag_keeps_its_number():
     assert [FLAG[name] for name in single] == [1 << n for n in range(len(single))]
     assert FLAG["MASKED"] == FLAG["BOOL_MASK"] | FLAG["FLOAT_MASK"]
     assert FLAG["WINDOWED"] == FLAG["WINDOW_LEFT"] | FLAG["WINDOW_RIGHT"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [
+        ("pass", False),
+        ("torch.set_float32_matmul_precision('high')", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", False),
+        ("torch.backends.fp32_precision = 'tf32'", True),
+        ("torch.backends.fp32_precision = 'ieee'", False),
+    ],
+)
+def test_tf32_is_allowed_by_any_of_torchs_settings(setting, allowed):
+    """Beside the newer ones the older raises in some states: a process for each."""
+    program = f"import torch; from fastattn.ops.triton import config; {setting}; "
+    program += "print(config.tf32_allowed(), config.float32_products('forward', 90, 64))"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(allowed), "tf32" if allowed else "tf32x3"], done.stderr
