@@ -17,6 +17,8 @@ _LAZY = {
     "integrations": "fastattn.integrations",
     "patch": "fastattn.integrations.torch_nn",
     "unpatch": "fastattn.integrations.torch_nn",
+    "plan": "fastattn.integrations.torch_nn",
+    "Plan": "fastattn.integrations.torch_nn",
     "PatchReport": "fastattn.integrations.torch_nn",
     "override_sdpa": "fastattn.integrations.sdpa",
 }
@@ -24,6 +26,7 @@ _LAZY = {
 __all__ = [
     "FastAttnWarning",
     "PatchReport",
+    "Plan",
     "__version__",
     "backends",
     "functional",
@@ -33,6 +36,7 @@ __all__ = [
     "nn",
     "override_sdpa",
     "patch",
+    "plan",
     "scaled_dot_product_attention",
     "unpatch",
     "varlen_attn",

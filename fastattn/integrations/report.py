@@ -24,6 +24,8 @@ class PatchReport:
     table."""
 
     entries: list[Entry] = field(default_factory=list)
+    dry_run: bool = False  # nothing was changed: the entries say what would be
+    nothing: str = "nothing to swap"  # what it says without entries
 
     def add(self, name: str, before: object, after: object | None, reason: str) -> None:
         """before, after: a module or its class, named by the class, or a string."""
@@ -45,10 +47,11 @@ class PatchReport:
         return Counter((e.before, e.after) for e in self.swapped)
 
     def summary(self) -> str:
+        who = "fastattn (dry run)" if self.dry_run else "fastattn"
         if not self.entries:
-            return "fastattn: nothing to swap"
+            return f"{who}: {self.nothing}"
         swaps = ", ".join(f"{n} {before} -> {after}" for (before, after), n in self.counts.items())
-        return f"fastattn: {swaps or 'nothing swapped'}; {len(self.skipped)} left alone"
+        return f"{who}: {swaps or 'nothing swapped'}; {len(self.skipped)} left alone"
 
     def __str__(self) -> str:
         lines = [self.summary()]

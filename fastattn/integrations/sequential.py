@@ -2,46 +2,58 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from fastattn import functional
-from fastattn.nn.linear import is_plain
+from fastattn.functional._served import serves_layers, unobserved
+from fastattn.nn._plain import as_written, is_plain, no_global_hooks, to_torch
 
 
 class FusedSequential(nn.Sequential):
     """Runs Linear, ReLU, ... stretches of its children as one kernel each.
 
-    What is fused is decided at each call, and the children stay what they are: called alone, sliced
-        out, hooked, replaced or reparametrized later, each means what it meant before.
+    What is fused is decided at each call, from the children as they are then, and the children stay
+    what they are: called alone, sliced out, hooked, replaced or reparametrized later, each means
+    what it meant before. Where a kernel may not stand in for a stretch, its layers are called one
+    by one, as ``nn.Sequential`` calls them.
     """
 
+    __prepare_scriptable__ = to_torch
+
+    def __getitem__(self, idx: int | slice) -> nn.Module:
+        """A layer, or for a slice the ``nn.Sequential`` of its layers."""
+        if isinstance(idx, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
+        return super().__getitem__(idx)
+
     def forward(self, input: Tensor) -> Tensor:
+        if not (as_written(nn.Sequential) and no_global_hooks() and unobserved()):
+            return super().forward(input)
         layers = list(self)
         x, i = input, 0
         while i < len(layers):
-            pairs = linear_relu_pairs(layers, i)
-            after = i + 2 * pairs
-            if pairs and after < len(layers) and is_plain(layers[after], nn.Linear):
-                linears = layers[i : after + 1 : 2]
-                x = functional.mlp(x, [m.weight for m in linears], [m.bias for m in linears])
-                i = after + 1
-            elif pairs:
-                for linear in layers[i:after:2]:
-                    x = functional.linear_relu(x, linear.weight, linear.bias)
-                i = after
-            else:
+            linears, relus = linear_relu_stretch(layers, i)
+            weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+            if not relus or not serves_layers(x, weights, biases):
                 x = layers[i](x)
                 i += 1
+                continue
+            if len(linears) > relus:
+                x = functional.mlp(x, weights, biases)
+            else:
+                for weight, bias in zip(weights, biases, strict=True):
+                    x = functional.linear_relu(x, weight, bias)
+            i += len(linears) + relus
         return x
 
 
-def linear_relu_pairs(layers: Sequence[nn.Module], start: int) -> int:
-    """How many times plain Linear, plain ReLU follow each other from ``start`` on."""
-    i = start
-    while (
-        i + 1 < len(layers) and is_plain(layers[i], nn.Linear) and is_plain(layers[i + 1], nn.ReLU)
-    ):
-        i += 2
-    return (i - start) // 2
+def linear_relu_stretch(layers: Sequence[nn.Module], start: int) -> tuple[Sequence[nn.Linear], int]:
+    """The plain Linears from ``start`` on, a plain ReLU between any two of them, and how many of
+    these have a ReLU behind them: all, or all but the last."""
+    end = start
+    while end < len(layers) and is_plain(layers[end], (nn.Linear, nn.ReLU)[(end - start) % 2]):
+        end += 1
+    return layers[start:end:2], (end - start) // 2

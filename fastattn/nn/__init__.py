@@ -1,12 +1,11 @@
 """Drop-in modules: torch.nn's signatures, parameter names and meanings on fastattn's kernels."""
 
 from fastattn.nn.attention import MultiheadAttention
-from fastattn.nn.linear import MLP, FusedReLU, LinearReLU
+from fastattn.nn.linear import MLP, LinearReLU
 from fastattn.nn.transformer import TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
     "MLP",
-    "FusedReLU",
     "LinearReLU",
     "MultiheadAttention",
     "TransformerEncoder",

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import functional
+from fastattn.functional._served import ordinary, serves_attention, unobserved
+from fastattn.nn._plain import as_written, run_torchs, to_torch, was_swapped
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -17,8 +19,12 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Scores are materialised only where ``need_weights`` asks for them. Two differences: a query
     whose keys are all masked gets 0, where torch gives 0 or NaN depending on the path it takes; and
-    an ``is_causal`` hint never hides the keys that ``add_bias_kv`` and ``add_zero_attn`` append.
+    an ``is_causal`` hint never hides the keys that ``add_bias_kv`` and ``add_zero_attn`` append
+    (in a module that ``fastattn.patch`` swapped it does what it does in torch). Unusual tensors and
+    modes run torch's own forward.
     """
+
+    __prepare_scriptable__ = to_torch
 
     def forward(
         self,
@@ -50,14 +56,21 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             ValueError: sizes that do not match, is_causal without attn_mask; TypeError: dtypes.
         """
-        if query.is_nested or key.is_nested or value.is_nested:
-            options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return super().forward(query, key, value, *options)
-        _check(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+        options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        if not self._usual(query, key, value, key_padding_mask, attn_mask):
+            return run_torchs(self, super().forward, query, key, value, *options)
+        try:
+            _check(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+        except (TypeError, ValueError):
+            if was_swapped(self):
+                return run_torchs(self, super().forward, query, key, value, *options)
+            raise
         batched = query.dim() == 3
         batch_first = self.batch_first or not batched
         q, k, v = self._project(query, key, value, batched, batch_first)
         added = (self.bias_k is not None) + self.add_zero_attn
+        if added and is_causal and was_swapped(self):
+            return run_torchs(self, super().forward, query, key, value, *options)
         causal = is_causal and added == 0
         mask = self._merge(None if causal else attn_mask, key_padding_mask, added, q)
 
@@ -80,6 +93,26 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not batched:
             out, weights = out[0], None if weights is None else weights[0]
         return out, weights
+
+    def _usual(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> bool:
+        """Whether the call may leave torch's code: nobody watches it, and tensors are ordinary."""
+        return (
+            as_written(nn.MultiheadAttention)
+            and unobserved()
+            and ordinary(
+                query, key, value, key_padding_mask, attn_mask, self.in_proj_weight,
+                self.q_proj_weight, self.k_proj_weight, self.v_proj_weight, self.in_proj_bias,
+                self.bias_k, self.bias_v, self.out_proj.weight, self.out_proj.bias,
+            )
+            and serves_attention(query, self.head_dim)
+        )  # fmt: skip
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, batched: bool, batch_first: bool

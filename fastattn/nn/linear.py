@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import functional
+from fastattn.functional._served import ordinary, unobserved
+from fastattn.nn._plain import is_plain, no_global_hooks
 
 
 class LinearReLU(nn.Linear):
@@ -17,14 +19,9 @@ class LinearReLU(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
+        if not unobserved() or not ordinary(input, self.weight, self.bias):
+            return torch.relu(super().forward(input))
         return functional.linear_relu(input, self.weight, self.bias)
-
-
-class FusedReLU(nn.ReLU):
-    """Stands where a ReLU was that the Linear before it now does; returns its input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input
 
 
 class MLP(nn.Sequential):
@@ -84,23 +81,10 @@ class MLP(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        if not MLP.fits(self):  # a hook or another module was put in since
-            return super().forward(input)
+        if not MLP.fits(self) or not no_global_hooks() or not unobserved():
+            return super().forward(input)  # what was put in since is called as in nn.Sequential
         layers = list(self)[::2]
-        return functional.mlp(input, [m.weight for m in layers], [m.bias for m in layers])
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling ``module`` is ``kind.forward`` and nothing else: the exact type, no hooks."""
-    return type(module) is kind and not has_hooks(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+        weights, biases = [m.weight for m in layers], [m.bias for m in layers]
+        if not ordinary(input, *weights, *biases):
+            return super().forward(input)
+        return functional.mlp(input, weights, biases)

@@ -10,8 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import functional
+from fastattn.functional._served import ordinary, serves_layers, unobserved
+from fastattn.nn._plain import (
+    as_written,
+    has_hooks,
+    is_plain,
+    no_global_hooks,
+    run_torchs,
+    to_torch,
+)
 from fastattn.nn.attention import MultiheadAttention
-from fastattn.nn.linear import is_plain
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -19,8 +27,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     Its arguments, initial values and state_dict are torch's. Results agree with torch's training
     path: outputs at padded positions are ordinary values, where torch's inference path on nested
-    tensors gives zeros.
+    tensors gives zeros. Unusual inputs, children and modes run torch's own forward.
     """
+
+    __prepare_scriptable__ = to_torch
 
     def __init__(
         self,
@@ -63,6 +73,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         The masks are ``MultiheadAttention``'s attn_mask and key_padding_mask; ``is_causal``
         promises that src_mask is the causal one.
         """
+        if not self._usual(src, src_mask, src_key_padding_mask, is_causal):
+            return run_torchs(self, super().forward, src, src_mask, src_key_padding_mask, is_causal)
         x = src
         if self.norm_first:
             x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
@@ -70,15 +82,63 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
         return self.norm2(x + self._ff_block(x))
 
+    def _usual(
+        self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
+    ) -> bool:
+        """Whether torch's forward would give what the code above gives. Its inference path reads
+        the parameters and flags of the children and does not call them."""
+        children = (self.dropout, self.dropout1, self.dropout2, self.self_attn)
+        if (
+            not as_written(nn.TransformerEncoderLayer)
+            or not is_plain(self.self_attn, MultiheadAttention)
+            or not no_global_hooks()
+            or not unobserved()
+            or not ordinary(src, mask, padding)
+            or not self._activation_as_declared()
+            or not (self.training or not any(m.training for m in children))
+            or (is_causal and mask is None)
+            or src.dim() not in (2, 3)
+        ):
+            return False
+        batch_dim = 0 if self.self_attn.batch_first else 1
+        batch, length = (
+            (1, src.shape[0])
+            if src.dim() == 2
+            else (src.shape[batch_dim], src.shape[1 - batch_dim])
+        )
+        square = (length, length)
+        full = (batch * self.self_attn.num_heads, *square)
+        padded = (length,) if src.dim() == 2 else (batch, length)
+        return (mask is None or tuple(mask.shape) in (square, full)) and (
+            padding is None or tuple(padding.shape) == padded
+        )
+
+    def _activation_as_declared(self) -> bool:
+        """Whether the activation is the one that torch's inference path takes it for."""
+        activation, declared = self.activation, self.activation_relu_or_gelu
+        if declared == 1:
+            return activation is F.relu or type(activation) is nn.ReLU
+        if declared == 2:
+            exact = type(activation) is nn.GELU and activation.approximate == "none"
+            return activation is F.gelu or exact
+        return True
+
     def _ff_block(self, x: Tensor) -> Tensor:
-        if not self._relu() or not is_plain(self.linear1, nn.Linear):
-            return super()._ff_block(x)
         up, down = self.linear1, self.linear2
+        if (
+            not self._relu()
+            or not is_plain(up, nn.Linear)
+            or not no_global_hooks()
+            or not unobserved()
+            or not serves_layers(x, [up.weight], [up.bias])
+        ):
+            return super()._ff_block(x)
         no_dropout = is_plain(self.dropout, nn.Dropout) and not (
             self.dropout.training and self.dropout.p > 0.0
         )
-        if no_dropout and is_plain(down, nn.Linear):
-            x = functional.mlp(x, [up.weight, down.weight], [up.bias, down.bias])
+        weights_and_biases = [up.weight, down.weight], [up.bias, down.bias]
+        if no_dropout and is_plain(down, nn.Linear) and serves_layers(x, *weights_and_biases):
+            x = functional.mlp(x, *weights_and_biases)
         else:
             x = down(self.dropout(functional.linear_relu(x, up.weight, up.bias)))
         return self.dropout2(x)
@@ -87,7 +147,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """Whether the activation is ReLU, and may be done inside a kernel."""
         if isinstance(self.activation, nn.Module):
             return is_plain(self.activation, nn.ReLU)
-        return self.activation in (F.relu, torch.relu)
+        return self.activation is torch.relu or (self.activation is F.relu and as_written(nn.ReLU))
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -95,8 +155,11 @@ class TransformerEncoder(nn.TransformerEncoder):
 
     ``encoder_layer`` may be fastattn's, or torch's own, which then runs torch's code until
     ``fastattn.patch`` swaps it. ``enable_nested_tensor`` and ``mask_check`` have no effect: no
-    nested tensor is made, and outputs at padded positions are ordinary values.
+    nested tensor is made, and outputs at padded positions are ordinary values. (In a model that was
+    patched they are torch's: where torch makes a nested tensor at inference, its own forward runs.)
     """
+
+    __prepare_scriptable__ = to_torch
 
     def __init__(
         self,
@@ -116,15 +179,37 @@ class TransformerEncoder(nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        """src and masks as in the layers; ``is_causal=None`` looks whether mask is causal."""
+        """src and masks as in the layers; ``is_causal=None`` looks whether mask is causal. A layer
+        of another class gets the masks that torch gives it: float, 0 and -inf."""
+        if (
+            not len(self.layers)
+            or not as_written(nn.TransformerEncoder)
+            or not unobserved()
+            or not ordinary(src, mask, src_key_padding_mask)
+            or self._may_be_nested(src_key_padding_mask)
+        ):
+            return run_torchs(self, super().forward, src, mask, src_key_padding_mask, is_causal)
         if is_causal is None:
             is_causal = _is_causal(mask)
+        given = {"src_mask": mask, "src_key_padding_mask": src_key_padding_mask}
+        added = {name: _added(m, src.dtype) for name, m in given.items()}
         x = src
         for layer in self.layers:
-            x = layer(
-                x, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal
-            )
+            own = type(layer) is TransformerEncoderLayer and not has_hooks(layer)
+            x = layer(x, is_causal=is_causal, **(given if own and no_global_hooks() else added))
         return x if self.norm is None else self.norm(x)
+
+    def _may_be_nested(self, padding: Tensor | None) -> bool:
+        """Whether torch's forward may make a nested tensor, after which padded positions are 0."""
+        wanted = getattr(self, "use_nested_tensor", False)
+        return bool(wanted and padding is not None and not self.layers[0].training)
+
+
+def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask as it is added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
 
 
 def _is_causal(mask: Tensor | None) -> bool:

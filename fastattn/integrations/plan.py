@@ -1,0 +1,249 @@
+"""What ``patch`` would do to a model, decided before anything is changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from rich.table import Table
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fastattn import backends
+from fastattn import nn as fnn
+from fastattn.integrations import pretrained
+from fastattn.integrations.report import PatchReport
+from fastattn.integrations.sequential import FusedSequential
+from fastattn.nn._plain import FORMER_CLASS, has_hooks, is_plain
+
+ATTENTION = {
+    nn.MultiheadAttention: fnn.MultiheadAttention,
+    nn.TransformerEncoderLayer: fnn.TransformerEncoderLayer,
+    nn.TransformerEncoder: fnn.TransformerEncoder,
+}
+
+
+@dataclass(frozen=True)
+class ClassSwap:
+    """One module whose class is to change."""
+
+    name: str
+    module: nn.Module
+    before: type[nn.Module]
+    after: type[nn.Module]
+    reason: str
+
+    def do(self) -> None:
+        if type(self.module) is not self.before:
+            raise RuntimeError(
+                f"{self.name or '(root)'}: expected a {self.before.__name__}, as planned, got "
+                f"{type(self.module).__name__}: plan again"
+            )
+        vars(self.module)[FORMER_CLASS] = self.before
+        self.module.__class__ = self.after
+
+    def undo(self) -> None:
+        self.module.__class__ = vars(self.module).pop(FORMER_CLASS)
+
+
+@dataclass
+class Plan:
+    """The swaps to make and the modules to leave alone. ``print`` gives lines, ``rich.print`` a
+    table; ``apply`` makes the swaps, all or none."""
+
+    model: nn.Module
+    swaps: list[ClassSwap | pretrained.AttentionSwap] = field(default_factory=list)
+    left: PatchReport = field(default_factory=PatchReport)
+
+    @property
+    def report(self) -> PatchReport:
+        """What ``apply`` would report."""
+        report = PatchReport(list(self.left.entries), dry_run=True)
+        for swap in self.swaps:
+            report.add(swap.name, swap.before, swap.after, swap.reason)
+        return report
+
+    def apply(self) -> PatchReport:
+        """Makes the swaps and says which. An exception leaves the model as it was."""
+        report = PatchReport(list(self.left.entries))
+        done: list[ClassSwap | pretrained.AttentionSwap] = []
+        try:
+            for swap in self.swaps:
+                try:
+                    swap.do()
+                except pretrained.Refused as refused:
+                    report.add(swap.name, swap.before, None, str(refused))
+                    continue
+                done.append(swap)
+                report.add(swap.name, swap.before, swap.after, swap.reason)
+        except BaseException:
+            for swap in reversed(done):
+                swap.undo()
+            raise
+        return report
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+    def __rich__(self) -> Table:
+        return self.report.__rich__()
+
+
+def plan(model: nn.Module) -> Plan:
+    """What ``patch(model)`` would do. The model is looked at; it is not run and not changed.
+
+    Raises TypeError when ``model`` is not an ``nn.Module``.
+    """
+    check(model)
+    made = Plan(model)
+    for name, whole, parts in pretrained.outermost(model):
+        before = f"{whole.config._attn_implementation} attention"
+        reason = pretrained.why_not(whole, parts, _no_kernel)
+        if reason is None:
+            made.swaps.append(pretrained.AttentionSwap(name, whole, before))
+        else:
+            made.left.add(name, before, None, reason)
+    scripted: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in scripted:
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            scripted.update(module.modules())
+            made.left.add(name, module, None, "it is scripted: patch the model, then script it")
+        elif FORMER_CLASS in vars(module):
+            made.left.add(name, module, None, "already patched")
+        elif isinstance(module, tuple(ATTENTION)):
+            _plan_attention(name, module, made)
+        elif isinstance(module, nn.Sequential):
+            _plan_sequential(name, module, made)
+    _report_own_forwards(model, scripted, made.left)
+    return made
+
+
+def check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+def _plan_attention(name: str, module: nn.Module, made: Plan) -> None:
+    if isinstance(module, tuple(ATTENTION.values())):
+        return  # fastattn's own
+    former = next(c for c in ATTENTION if isinstance(module, c))
+    if type(module) is former:
+        reason = _why_not(module, "attention")
+    elif parametrize.is_parametrized(module):
+        reason = "it is parametrized"
+    else:
+        reason = f"a subclass of {former.__name__} may do something else"
+    if reason is None:
+        after, why = ATTENTION[former], "the same layer on fused kernels"
+        made.swaps.append(ClassSwap(name, module, former, after, why))
+    else:
+        made.left.add(name, module, None, reason)
+
+
+def _plan_sequential(name: str, module: nn.Sequential, made: Plan) -> None:
+    if isinstance(module, FusedSequential | fnn.MLP):
+        return  # fastattn's own
+    keys, layers = list(module._modules), list(module)
+    fused = []
+    for key, layer, after in zip(keys, layers, layers[1:], strict=False):
+        if not isinstance(layer, nn.Linear) or not isinstance(after, nn.ReLU):
+            continue
+        reason = _why_not_linear(layer)
+        if reason is None and not is_plain(after, nn.ReLU):
+            reason = "the ReLU behind it has hooks or is of a subclass"
+        if reason is None and (type(module) is not nn.Sequential or "forward" in vars(module)):
+            reason = "it is in a subclass of Sequential, or one whose forward was replaced"
+        if reason is None:
+            fused.append(key)
+        else:
+            made.left.add(f"{name}.{key}" if name else key, layer, None, reason)
+    if fused:
+        why = f"Linear, ReLU as one kernel call: {', '.join(fused)}"
+        made.swaps.append(ClassSwap(name, module, nn.Sequential, FusedSequential, why))
+
+
+def _why_not_linear(linear: nn.Linear) -> str | None:
+    """Why a Linear that a ReLU follows must be called by itself, or None."""
+    if parametrize.is_parametrized(linear):
+        return "it is parametrized"
+    if isinstance(linear, nn.LazyLinear):
+        return "it is lazy: run the model once, then patch"
+    if type(linear) is not nn.Linear:
+        return "a subclass of Linear may do something else"
+    reason = _why_not(linear, "linear_relu")
+    if reason is None and not is_plain(linear, nn.Linear):
+        reason = (
+            "it has hooks" if has_hooks(linear) else "nn.Linear.forward or F.linear is replaced"
+        )
+    return reason
+
+
+def _why_not(module: nn.Module, op: str) -> str | None:
+    """Why a module whose class fits must stay as it is, or None."""
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if isinstance(module, nn.TransformerEncoder):
+        return None  # it only calls its layers, each of which has an answer of its own
+    if any(parametrize.is_parametrized(m) for m in module.modules()):
+        return "it is parametrized"
+    for p in module.parameters():
+        if isinstance(p, nn.parameter.UninitializedTensorMixin):
+            return "it is lazy: run the model once, then patch"
+        if type(p) is not nn.Parameter:
+            return f"its parameters are of type {type(p).__name__}"
+    p = next(module.parameters(), None)
+    return None if p is None else _no_kernel(op, p.device, p.dtype)
+
+
+def _no_kernel(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reasons of all backends with kernels, where none serves ``op``. A module on the meta
+    device will be on another one when it is called."""
+    kind = "cpu" if device.type == "meta" else device.type
+    problem = backends.Problem(op, kind, dtype)
+    against = {
+        b: backends.default_reasons(problem, b) for b in backends.BACKENDS if b != "reference"
+    }
+    if not all(against.values()):
+        return None
+    why = (f"{b}: {', '.join(reasons)}" for b, reasons in against.items())
+    return f"no kernel serves {dtype} on {device.type} ({'; '.join(why)})"
+
+
+def _report_own_forwards(model: nn.Module, scripted: set[nn.Module], left: PatchReport) -> None:
+    """One entry for each class with a forward of its own that may put a ReLU behind a Linear."""
+    found = [
+        (name or "(root)", type(module))
+        for name, module in model.named_modules()
+        if module not in scripted and _may_join(module)
+    ]
+    for kind, count in Counter(kind for _, kind in found).items():
+        first = next(name for name, k in found if k is kind)
+        others = f" (and {count - 1} more)" if count > 1 else ""
+        left.add(
+            f"{first}{others}", kind, None,
+            "its own forward joins Linear and ReLU, and only that code knows what else reads "
+            "their results: each is run by torch",
+        )  # fmt: skip
+
+
+def _may_join(module: nn.Module) -> bool:
+    """Whether the module has a forward that is not torch's, a Linear to call and a ReLU."""
+    kind = type(module)
+    home = getattr(kind.forward, "__module__", None) or kind.__module__
+    if home.startswith(("torch.", "fastattn.")):
+        return False
+    children = [
+        m
+        for child in module.children()
+        for m in (child.children() if type(child) in (nn.ModuleList, nn.ModuleDict) else [child])
+    ]
+    if not any(type(m) is nn.Linear for m in children):
+        return False
+    codes = (getattr(f, "__code__", None) for c in kind.__mro__ for f in vars(c).values()
+             if c.__module__.partition(".")[0] != "torch")  # fmt: skip
+    return any(isinstance(m, nn.ReLU) for m in children) or any(
+        "relu" in name for code in codes if code is not None for name in code.co_names
+    )

@@ -1,0 +1,104 @@
+"""What a drop-in module looks at, at each call, before a kernel stands in for torch's code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CodeType
+from typing import TypeVar
+
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+M = TypeVar("M", bound=nn.Module)
+R = TypeVar("R")
+
+# Where ``fastattn.patch`` keeps the class that a module had.
+FORMER_CLASS = "_fastattn_former_class"
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` is ``kind.forward`` and nothing else: the exact type, as torch
+    wrote it, without hooks."""
+    return type(module) is kind and not has_hooks(module) and as_written(kind)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+    )
+
+
+def no_global_hooks() -> bool:
+    """Whether no hook is registered for all modules, which must see every child called."""
+    return not _has_any_global_hook()
+
+
+def as_written(kind: type[nn.Module]) -> bool:
+    """Whether nobody has replaced ``kind.forward``, or a function that it calls."""
+    return kind.forward is _FORWARDS.get(kind, kind.forward) and all(
+        getattr(F, name) is function for name, function in _FUNCTIONS.get(kind, ())
+    )
+
+
+def was_swapped(module: nn.Module) -> bool:
+    """Whether ``fastattn.patch`` gave the module its class: it then refuses nothing by itself, and
+    torch's code raises torch's errors."""
+    return FORMER_CLASS in module.__dict__
+
+
+def to_torch(module: M) -> M:
+    """Gives a swapped module its former class again. torch.jit.script calls it as
+    ``__prepare_scriptable__``: it compiles the source of a class, and can do so with torch's."""
+    if was_swapped(module):
+        module.__class__ = module.__dict__.pop(FORMER_CLASS)
+    return module
+
+
+def run_torchs(module: nn.Module, forward: Callable[..., R], *args: object) -> R:
+    """``forward(*args)``, torch's own for ``module``. A symbolic trace records one call of the
+    module instead, as it does where the class is torch's."""
+    proxy = next((x for x in args if isinstance(x, fx.Proxy)), None)
+    if proxy is None:
+        return forward(*args)
+    path = proxy.tracer.path_of_module(module)
+    return proxy.tracer.create_proxy("call_module", path, args, {})
+
+
+def _torchs(function: object, home: str) -> object:
+    """The function, or None where it is not the one that torch's file ``home`` defines."""
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType):
+        return function  # a builtin
+    return function if code.co_filename.replace("\\", "/").endswith(home) else None
+
+
+_HOMES = {
+    nn.Linear: "torch/nn/modules/linear.py",
+    nn.ReLU: "torch/nn/modules/activation.py",
+    nn.Dropout: "torch/nn/modules/dropout.py",
+    nn.Sequential: "torch/nn/modules/container.py",
+    nn.MultiheadAttention: "torch/nn/modules/activation.py",
+    nn.TransformerEncoderLayer: "torch/nn/modules/transformer.py",
+    nn.TransformerEncoder: "torch/nn/modules/transformer.py",
+}
+_FORWARDS = {kind: _torchs(kind.forward, home) for kind, home in _HOMES.items()}
+
+
+def _functions(*names: str) -> tuple[tuple[str, object], ...]:
+    return tuple((name, _torchs(getattr(F, name), "torch/nn/functional.py")) for name in names)
+
+
+_FUNCTIONS = {
+    nn.Linear: _functions("linear"),
+    nn.ReLU: _functions("relu"),
+    nn.MultiheadAttention: _functions(
+        "linear", "multi_head_attention_forward", "scaled_dot_product_attention"
+    ),
+}
