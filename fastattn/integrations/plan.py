@@ -12,10 +12,12 @@ from torch.nn.utils import parametrize
 
 from fastattn import backends
 from fastattn import nn as fnn
+from fastattn.functional._served import lacks_product
 from fastattn.integrations import pretrained
 from fastattn.integrations.report import PatchReport
 from fastattn.integrations.sequential import FusedSequential
 from fastattn.nn._plain import FORMER_CLASS, has_hooks, is_plain
+from fastattn.nn.linear import is_plain_linear
 
 ATTENTION = {
     nn.MultiheadAttention: fnn.MultiheadAttention,
@@ -117,6 +119,8 @@ def plan(model: nn.Module) -> Plan:
             _plan_attention(name, module, made)
         elif isinstance(module, nn.Sequential):
             _plan_sequential(name, module, made)
+        elif type(module) is nn.Linear:
+            _plan_linear(name, module, made)
     _report_own_forwards(model, scripted, made.left)
     return made
 
@@ -165,16 +169,27 @@ def _plan_sequential(name: str, module: nn.Sequential, made: Plan) -> None:
         made.swaps.append(ClassSwap(name, module, nn.Sequential, FusedSequential, why))
 
 
+def _plan_linear(name: str, linear: nn.Linear, made: Plan) -> None:
+    """Swaps a Linear for whose dtype torch has no product; in other dtypes torch's is used."""
+    weight = linear._parameters.get("weight")
+    if weight is None or _why_not_linear(linear) is not None:
+        return
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    if lacks_product(weight.dtype, device):
+        why = f"torch has no product in {weight.dtype} for this processor"
+        made.swaps.append(ClassSwap(name, linear, nn.Linear, fnn.Linear, why))
+
+
 def _why_not_linear(linear: nn.Linear) -> str | None:
     """Why a Linear that a ReLU follows must be called by itself, or None."""
     if parametrize.is_parametrized(linear):
         return "it is parametrized"
     if isinstance(linear, nn.LazyLinear):
         return "it is lazy: run the model once, then patch"
-    if type(linear) is not nn.Linear:
+    if type(linear) not in (nn.Linear, fnn.Linear):
         return "a subclass of Linear may do something else"
     reason = _why_not(linear, "linear_relu")
-    if reason is None and not is_plain(linear, nn.Linear):
+    if reason is None and not is_plain_linear(linear):
         reason = (
             "it has hooks" if has_hooks(linear) else "nn.Linear.forward or F.linear is replaced"
         )
@@ -225,7 +240,7 @@ def _report_own_forwards(model: nn.Module, scripted: set[nn.Module], left: Patch
         left.add(
             f"{first}{others}", kind, None,
             "its own forward joins Linear and ReLU, and only that code knows what else reads "
-            "their results: each is run by torch",
+            "their results: they are left apart, on torch's own product",
         )  # fmt: skip
 
 
@@ -240,7 +255,7 @@ def _may_join(module: nn.Module) -> bool:
         for child in module.children()
         for m in (child.children() if type(child) in (nn.ModuleList, nn.ModuleDict) else [child])
     ]
-    if not any(type(m) is nn.Linear for m in children):
+    if not any(isinstance(m, nn.Linear) for m in children):
         return False
     codes = (getattr(f, "__code__", None) for c in kind.__mro__ for f in vars(c).values()
              if c.__module__.partition(".")[0] != "torch")  # fmt: skip

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastattn import functional
-from fastattn.functional._served import serves_layers, unobserved
+from fastattn.functional._served import ordinary, serves_layers, unobserved
 from fastattn.nn._plain import as_written, is_plain, no_global_hooks, to_torch
+from fastattn.nn.linear import is_plain_linear
 
 
 class FusedSequential(nn.Sequential):
@@ -35,7 +36,8 @@ class FusedSequential(nn.Sequential):
         layers = list(self)
         x, i = input, 0
         while i < len(layers):
-            linears, relus = linear_relu_stretch(layers, i)
+            # What is no ordinary tensor (a tracer's proxy, for one) must not see weights read.
+            linears, relus = linear_relu_stretch(layers, i) if ordinary(x) else ([], 0)
             weights, biases = [m.weight for m in linears], [m.bias for m in linears]
             if not relus or not serves_layers(x, weights, biases):
                 x = layers[i](x)
@@ -54,6 +56,8 @@ def linear_relu_stretch(layers: Sequence[nn.Module], start: int) -> tuple[Sequen
     """The plain Linears from ``start`` on, a plain ReLU between any two of them, and how many of
     these have a ReLU behind them: all, or all but the last."""
     end = start
-    while end < len(layers) and is_plain(layers[end], (nn.Linear, nn.ReLU)[(end - start) % 2]):
+    while end < len(layers) and (
+        is_plain(layers[end], nn.ReLU) if (end - start) % 2 else is_plain_linear(layers[end])
+    ):
         end += 1
     return layers[start:end:2], (end - start) // 2

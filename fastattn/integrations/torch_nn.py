@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastattn import nn as fnn
 from fastattn.integrations import pretrained
 from fastattn.integrations.plan import ATTENTION, Plan, check, plan
 from fastattn.integrations.report import Entry, PatchReport
@@ -19,7 +20,7 @@ from fastattn.nn._plain import FORMER_CLASS, to_torch
 
 __all__ = ["Entry", "PatchReport", "Plan", "patch", "plan", "unpatch"]
 
-_SWAPPED = (*ATTENTION.values(), FusedSequential)
+_SWAPPED = (*ATTENTION.values(), FusedSequential, fnn.Linear)
 
 
 def patch(model: nn.Module, *, dry_run: bool = False) -> PatchReport:
@@ -29,6 +30,7 @@ def patch(model: nn.Module, *, dry_run: bool = False) -> PatchReport:
     - ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``, ``nn.TransformerEncoder``: exact
       types only.
     - Linear, ReLU inside an ``nn.Sequential``, which then fuses them as it runs.
+    - ``nn.Linear``, exact type, in a 16-bit dtype that torch has no product in for this processor.
     - The attention implementation of Hugging Face models, see
       ``fastattn.integrations.transformers``.
 

@@ -106,13 +106,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         return (
             as_written(nn.MultiheadAttention)
             and unobserved()
-            and ordinary(
-                query, key, value, key_padding_mask, attn_mask, self.in_proj_weight,
-                self.q_proj_weight, self.k_proj_weight, self.v_proj_weight, self.in_proj_bias,
-                self.bias_k, self.bias_v, self.out_proj.weight, self.out_proj.bias,
-            )
+            and ordinary(query, key, value, key_padding_mask, attn_mask)
+            and ordinary(self.in_proj_weight, self.in_proj_bias, self.bias_k, self.bias_v)
+            and ordinary(self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            and ordinary(self.out_proj.weight, self.out_proj.bias)
+            and not any(x is None for x in (query, key, value))
             and serves_attention(query, self.head_dim)
-        )  # fmt: skip
+        )
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, batched: bool, batch_first: bool

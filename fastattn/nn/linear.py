@@ -1,4 +1,4 @@
-"""Linear layers with a ReLU, alone and stacked."""
+"""Linear layers, with a ReLU, and stacked."""
 
 from __future__ import annotations
 
@@ -10,8 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import functional
-from fastattn.functional._served import ordinary, unobserved
-from fastattn.nn._plain import is_plain, no_global_hooks
+from fastattn.functional._served import ordinary, product_wins, serves_layers, unobserved
+from fastattn.nn._plain import as_written, is_plain, no_global_hooks, run_torchs, to_torch
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear``: its arguments, state_dict and values.
+
+    A call takes the kernels where they are faster than torch's own product, which is where torch
+    has no 16-bit product for the processor; else it is torch's.
+    """
+
+    __prepare_scriptable__ = to_torch
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``."""
+        if not (as_written(nn.Linear) and unobserved() and ordinary(input)):
+            return run_torchs(self, super().forward, input)
+        weight, bias = self.weight, self.bias
+        if not serves_layers(input, [weight], [bias]) or not product_wins(input, weight):
+            return super().forward(input)
+        return functional.mlp(input, [weight], [bias])
 
 
 class LinearReLU(nn.Linear):
@@ -19,7 +38,7 @@ class LinearReLU(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        if not unobserved() or not ordinary(input, self.weight, self.bias):
+        if not (unobserved() and ordinary(input) and ordinary(self.weight, self.bias)):
             return torch.relu(super().forward(input))
         return functional.linear_relu(input, self.weight, self.bias)
 
@@ -55,7 +74,8 @@ class MLP(nn.Sequential):
         return (
             len(children) >= 3
             and len(children) % 2 == 1
-            and all(is_plain(m, (nn.Linear, nn.ReLU)[i % 2]) for i, m in enumerate(children))
+            and all(map(is_plain_linear, children[::2]))
+            and all(is_plain(m, nn.ReLU) for m in children[1::2])
         )
 
     @classmethod
@@ -81,10 +101,16 @@ class MLP(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        if not MLP.fits(self) or not no_global_hooks() or not unobserved():
+        if not (MLP.fits(self) and no_global_hooks() and unobserved() and ordinary(input)):
             return super().forward(input)  # what was put in since is called as in nn.Sequential
         layers = list(self)[::2]
         weights, biases = [m.weight for m in layers], [m.bias for m in layers]
-        if not ordinary(input, *weights, *biases):
+        if not ordinary(*weights, *biases):
             return super().forward(input)
         return functional.mlp(input, weights, biases)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling ``module`` is ``nn.Linear``'s product and nothing else."""
+    ours = type(module) is Linear and is_plain(module, Linear) and as_written(nn.Linear)
+    return ours or is_plain(module, nn.Linear)

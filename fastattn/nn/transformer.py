@@ -18,8 +18,10 @@ from fastattn.nn._plain import (
     no_global_hooks,
     run_torchs,
     to_torch,
+    was_swapped,
 )
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.linear import is_plain_linear
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -73,7 +75,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         The masks are ``MultiheadAttention``'s attn_mask and key_padding_mask; ``is_causal``
         promises that src_mask is the causal one.
         """
-        if not self._usual(src, src_mask, src_key_padding_mask, is_causal):
+        given = (src, src_mask, src_key_padding_mask)
+        usual = unobserved() and ordinary(*given)
+        if not usual or (was_swapped(self) and not self._as_torch_does(*given, is_causal)):
             return run_torchs(self, super().forward, src, src_mask, src_key_padding_mask, is_causal)
         x = src
         if self.norm_first:
@@ -82,21 +86,21 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
         return self.norm2(x + self._ff_block(x))
 
-    def _usual(
+    def _as_torch_does(
         self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
     ) -> bool:
-        """Whether torch's forward would give what the code above gives. Its inference path reads
-        the parameters and flags of the children and does not call them."""
+        """Whether torch's forward would give what the code above gives. At inference torch reads
+        the parameters and flags of the children and does not call them, and it takes some float
+        masks for bool ones."""
         children = (self.dropout, self.dropout1, self.dropout2, self.self_attn)
         if (
             not as_written(nn.TransformerEncoderLayer)
             or not is_plain(self.self_attn, MultiheadAttention)
             or not no_global_hooks()
-            or not unobserved()
-            or not ordinary(src, mask, padding)
             or not self._activation_as_declared()
             or not (self.training or not any(m.training for m in children))
             or (is_causal and mask is None)
+            or not (self.training or is_causal or _bool_or_none(mask, padding))
             or src.dim() not in (2, 3)
         ):
             return False
@@ -127,18 +131,21 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         up, down = self.linear1, self.linear2
         if (
             not self._relu()
-            or not is_plain(up, nn.Linear)
+            or not is_plain_linear(up)
             or not no_global_hooks()
             or not unobserved()
+            or not ordinary(x)
             or not serves_layers(x, [up.weight], [up.bias])
         ):
             return super()._ff_block(x)
         no_dropout = is_plain(self.dropout, nn.Dropout) and not (
             self.dropout.training and self.dropout.p > 0.0
         )
-        weights_and_biases = [up.weight, down.weight], [up.bias, down.bias]
-        if no_dropout and is_plain(down, nn.Linear) and serves_layers(x, *weights_and_biases):
-            x = functional.mlp(x, *weights_and_biases)
+        whole = no_dropout and is_plain_linear(down)
+        layers = [up, down] if whole else [up]
+        weights, biases = [m.weight for m in layers], [m.bias for m in layers]
+        if whole and serves_layers(x, weights, biases):
+            x = functional.mlp(x, weights, biases)
         else:
             x = down(self.dropout(functional.linear_relu(x, up.weight, up.bias)))
         return self.dropout2(x)
@@ -186,6 +193,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             or not as_written(nn.TransformerEncoder)
             or not unobserved()
             or not ordinary(src, mask, src_key_padding_mask)
+            or not all(m is None or _is_mask(m) for m in (mask, src_key_padding_mask))
             or self._may_be_nested(src_key_padding_mask)
         ):
             return run_torchs(self, super().forward, src, mask, src_key_padding_mask, is_causal)
@@ -203,6 +211,14 @@ class TransformerEncoder(nn.TransformerEncoder):
         """Whether torch's forward may make a nested tensor, after which padded positions are 0."""
         wanted = getattr(self, "use_nested_tensor", False)
         return bool(wanted and padding is not None and not self.layers[0].training)
+
+
+def _is_mask(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool or mask.is_floating_point()
+
+
+def _bool_or_none(*masks: Tensor | None) -> bool:
+    return all(m is None or m.dtype == torch.bool for m in masks)
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
