@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import fastattn
 from fastattn import nn as fnn
+from fastattn.functional import _served
 from fastattn.integrations.plan import ClassSwap
 
 pytestmark = pytest.mark.native
@@ -234,6 +235,28 @@ def test_linears_of_other_forwards_are_left_apart():
     assert type(model.blocks[0].one) is nn.Linear
     torch.testing.assert_close(model(x), expected)
     assert torch.equal(model.blocks[0].one(x), linear)
+
+
+def test_linears_in_a_dtype_that_torch_has_no_product_for(monkeypatch):
+    monkeypatch.setattr(_served, "_LACKING", frozenset((torch.float16,)))
+    model = nn.Sequential(digits(), nn.Linear(10, 40), nn.GELU()).half()
+    assert fastattn.patch(copy.deepcopy(model).float()).counts["Linear", "fastattn Linear"] == 0
+    stock, x = copy.deepcopy(model), torch.randn(32, 8, 8, dtype=torch.float16)
+    report = fastattn.patch(model)
+    assert report.counts["Linear", "fastattn Linear"] == 3
+    assert "torch has no product in torch.float16" in str(report)
+    calls = []
+    for name in ("mlp", "linear_relu"):
+        function = getattr(fastattn.functional, name)
+        monkeypatch.setattr(
+            fastattn.functional, name, lambda *a, f=function, n=name: (calls.append(n), f(*a))[1]
+        )
+    torch.testing.assert_close(model(x), stock(x), rtol=2e-3, atol=2e-3)
+    assert calls == ["mlp"]  # the Sequential as a whole; 10 columns are torch's
+    model[1].register_forward_hook(lambda m, args, out: out + 1)
+    torch.testing.assert_close(model(x), F.gelu(stock[:2](x) + 1), rtol=2e-3, atol=2e-3)
+    fastattn.unpatch(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
 
 
 # --- plan, then apply -----------------------------------------------------------------------------

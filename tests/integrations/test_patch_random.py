@@ -15,7 +15,7 @@ import fastattn
 
 pytestmark = pytest.mark.native
 
-WIDTH, MODELS, SEEDS = 6, 60, 5
+WIDTH, MODELS, SEEDS = 6, 50, 5
 Edit = Callable[[nn.Module], object]
 
 

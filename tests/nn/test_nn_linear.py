@@ -1,4 +1,4 @@
-"""LinearReLU and MLP against torch.nn's layers in fp64."""
+"""Linear, LinearReLU and MLP against torch.nn's layers in fp64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import fastattn
-from fastattn.nn import MLP, LinearReLU
+from fastattn.functional import _served
+from fastattn.nn import MLP, Linear, LinearReLU
 
 
 def close(actual: torch.Tensor | None, expected: torch.Tensor | None) -> None:
@@ -197,3 +198,58 @@ def test_compile_full_graph():
     module.zero_grad()
     module(x).sum().backward()
     torch.testing.assert_close(grads, [p.grad for p in module.parameters()])
+
+
+@pytest.fixture
+def products(monkeypatch) -> list[int]:
+    """The rows of each product in the kernels, on a processor for which torch has no 16-bit one."""
+    rows: list[int] = []
+    whole = fastattn.functional.mlp
+
+    def spy(x: torch.Tensor, *layers: object) -> torch.Tensor:
+        rows.append(x.numel() // x.shape[-1])
+        return whole(x, *layers)
+
+    monkeypatch.setattr(_served, "_LACKING", frozenset((torch.float16, torch.bfloat16)))
+    monkeypatch.setattr(fastattn.functional, "mlp", spy)
+    return rows
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_linear_takes_the_kernels_where_torch_has_no_product(products, dtype, bias):
+    torch.manual_seed(0)
+    theirs = nn.Linear(64, 48, bias=bias, dtype=torch.float64)
+    ours = Linear(64, 48, bias=bias, dtype=dtype)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())  # rounded alike
+    x = torch.randn(4, 8, 64, dtype=dtype, requires_grad=True)
+    y = x.detach().double().requires_grad_()
+    grad = torch.randn(4, 8, 48, dtype=dtype)
+    out, expected = ours(x), theirs(y)
+    out.backward(grad)
+    expected.backward(grad.double())
+    assert products == [32]
+    pairs = [(out, expected), (x.grad, y.grad)]
+    pairs += [(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)]
+    unit = torch.finfo(dtype).eps  # one rounding of the result; sums are in float32
+    for a, b in pairs:
+        torch.testing.assert_close(a.double(), b, rtol=unit, atol=unit * float(b.abs().max()) / 16)
+
+
+def test_linear_is_torchs_elsewhere(products):
+    torch.manual_seed(0)
+    theirs, ours = nn.Linear(64, 48), Linear(64, 48)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(32, 64)
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.half()(x[:2].half()), theirs.half()(x[:2].half()))
+    assert products == []
+    with pytest.raises(RuntimeError, match="same dtype"):
+        ours(x)
+    ours.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+    assert products == [32]
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        ours(x[:, :8])
