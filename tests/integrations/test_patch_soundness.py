@@ -12,17 +12,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from side_by_side import Run, assert_same, globally_hooked, operations, twice_the_output
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
-from fastattn import nn as fnn
 
 pytestmark = [
     pytest.mark.native,
@@ -32,9 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
-Make = Callable[[], nn.Module]
-Run = Callable[[nn.Module], object]
-
 
 def stack() -> nn.Sequential:
     torch.manual_seed(0)
@@ -42,43 +38,6 @@ def stack() -> nn.Sequential:
         nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(inplace=True),
         nn.LayerNorm(16), nn.Linear(16, 3), nn.ReLU(),
     )  # fmt: skip
-
-
-def pair(make: Make) -> tuple[nn.Module, nn.Module]:
-    stock = make()
-    ours = copy.deepcopy(stock)
-    assert fastattn.patch(ours).swapped
-    return stock, ours
-
-
-def outcome(run: Run, model: nn.Module) -> object:
-    torch.manual_seed(1)
-    try:
-        return run(model)
-    except Exception as error:
-        return error
-
-
-def assert_same(make: Make, run: Run, edit: Run | None = None) -> None:
-    """The same result, or the same error, with patch and without; ``edit`` comes after patch."""
-    stock, ours = pair(make)
-    for model in (stock, ours):
-        torch.manual_seed(2)
-        if edit is not None:
-            edit(model)
-    compare(outcome(run, ours), outcome(run, stock))
-
-
-def compare(actual: object, expected: object) -> None:
-    if isinstance(expected, Exception):
-        assert type(actual) is type(expected), f"{actual!r}, without patch {expected!r}"
-        assert str(actual)[:60] == str(expected)[:60]
-    elif isinstance(expected, Tensor | tuple):
-        if isinstance(expected, Tensor) and expected.is_nested:
-            actual, expected = (t.to_padded_tensor(0.0) for t in (actual, expected))
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    else:
-        assert actual == expected
 
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
@@ -146,10 +105,6 @@ def set_weight(value: Tensor) -> Run:
         model[2].weight = value
 
     return edit
-
-
-def twice_the_output(module: nn.Module) -> Run:
-    return module.register_forward_hook(lambda m, args, out: 2 * out)
 
 
 def another_width(model: nn.Module) -> None:
@@ -235,10 +190,6 @@ def fake(model: nn.Module) -> object:
         return tuple(model(torch.empty(5, 8)).shape)
 
 
-def operations(graph: fx.Graph) -> list[str]:
-    return [str(node.target) for node in graph.nodes]
-
-
 def per_sample(model: nn.Module) -> object:
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(model, parameters, (x,)).sum()
@@ -251,35 +202,13 @@ def recomputed(model: nn.Module) -> object:
     return model[0].weight.grad
 
 
-def globally_hooked(model: nn.Module) -> object:
-    """Which modules a hook for all modules sees, and what."""
-    seen: list[Tensor] = []
-    names = {module: name for name, module in model.named_modules()}
-    order: list[str] = []
-
-    def hook(module: nn.Module, args: object, out: object) -> None:
-        order.append(names[module])
-        seen.append(out.detach().sum() if isinstance(out, Tensor) else out[0].detach().sum())
-
-    handle = register_module_forward_hook(hook)
-    try:
-        model(X if isinstance(model[0], nn.Linear) else Y)
-    finally:
-        handle.remove()
-    compare_values.append((order, seen))
-    return order
-
-
-compare_values: list[tuple[list[str], list[Tensor]]] = []
-
-
 def default_device(model: nn.Module) -> object:
     with torch.device("cpu"):
         return model(X)
 
 
 TOOLS = {
-    "hooks for all modules": globally_hooked,
+    "hooks for all modules": lambda m: globally_hooked(m, X),
     "a function mode": in_mode(DoublesReLU),
     "the default device": default_device,
     "flops": flops,
@@ -303,225 +232,57 @@ TOOLS = {
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_tools(name):
-    compare_values.clear()
     assert_same(stack, TOOLS[name])
-    for (_, ours), (_, stock) in zip(compare_values[::2], compare_values[1::2], strict=True):
-        torch.testing.assert_close(ours, stock)
 
 
 def test_the_meta_device():
     assert_same(lambda: stack().to("meta"), lambda m: tuple(m(X.to("meta")).shape))
 
 
-# --- encoders -------------------------------------------------------------------------------------
-
-Y = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
-PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
-
-
-def encoder(**options) -> Make:
-    def make() -> nn.Module:
-        torch.manual_seed(5)
-        options_ = {"dropout": 0.0, "batch_first": True, **options}
-        layer = nn.TransformerEncoderLayer(8, 2, 16, **options_)
-        model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8))
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(0.1 * torch.randn_like(p))
-        return model
-
-    return make
-
-
-def trained(model: nn.Module, *args: object, **options: object) -> object:
-    return model(*args, **options)
-
-
-def inferred(model: nn.Module, *args: object, **options: object) -> object:
-    with torch.no_grad():
-        return model.eval()(*args, **options)
-
-
-CALLS = {
-    "plain": ((Y,), {}),
-    "padded": ((Y,), {"src_key_padding_mask": PADDED}),
-    "causal": ((Y, CAUSAL), {}),
-    "both": ((Y, CAUSAL, PADDED), {}),
-    "hint": ((Y, CAUSAL), {"is_causal": True}),
-    "hint without mask": ((Y,), {"is_causal": True}),
-    "one for each head": ((Y, CAUSAL.expand(4, 5, 5)), {}),
-    "float padding": ((Y,), {"src_key_padding_mask": -PADDED.float()}),
-    "float mask": ((Y, -CAUSAL.float()), {}),
-    "mixed masks": ((Y, -CAUSAL.float(), PADDED), {}),
-    "integer mask": ((Y, CAUSAL.int()), {}),
-    "mask of another shape": ((Y, CAUSAL[:3]), {}),
-    "padding of another shape": ((Y, None, PADDED[:, :3]), {}),
-    "unbatched": ((Y[0],), {}),
-    "float64": ((Y.double(),), {}),
-    "another width": ((Y[..., :4],), {}),
-    "empty": ((Y[:0],), {}),
-    "nested": ((torch.nested.nested_tensor([Y[0], Y[1, :3]]),), {}),
-    "meta": ((Y.to("meta"),), {}),
-}
-ENCODERS = {
-    "relu": encoder(),
-    "gelu, norm first": encoder(activation="gelu", norm_first=True),
-    "nn.GELU('tanh')": encoder(activation=nn.GELU("tanh")),
-    "nn.ReLU": encoder(activation=nn.ReLU()),
-    "torch.relu": encoder(activation=torch.relu),
-}
-
-
-@pytest.mark.parametrize("run", [trained, inferred])
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("kind", ENCODERS)
-def test_encoder_calls(kind, call, run):
-    args, options = CALLS[call]
-    if call == "meta":
-        assert_same(ENCODERS[kind], lambda m: tuple(run(m, *args, **options).shape))
-    else:
-        assert_same(ENCODERS[kind], lambda m: run(m, *args, **options))
-
-
-def each_layer(edit: Callable[[nn.Module], object]) -> Run:
-    return lambda model: [edit(layer) for layer in model.layers]
-
-
-class Takes(nn.Module):
-    """Attention that adds its masks, as it may when torch's layer calls it."""
-
-    batch_first, in_proj_bias, _qkv_same_embed_dim, num_heads = True, None, True, 2
-
-    def forward(
-        self, q, k, v, attn_mask=None, key_padding_mask=None, need_weights=False, is_causal=False
-    ):
-        scores = q @ k.transpose(1, 2)
-        if attn_mask is not None:
-            scores = scores + attn_mask
-        if key_padding_mask is not None:
-            scores = scores + key_padding_mask[:, None]
-        return scores.softmax(-1) @ v, None
-
-
-LAYER_EDITS = {
-    "attention of another kind": each_layer(lambda m: setattr(m, "self_attn", Takes())),
-    "another bias": each_layer(lambda m: setattr(m.linear1, "bias", nn.Parameter(torch.ones(16)))),
-    "an adapter": each_layer(lambda m: setattr(m, "dropout2", nn.Linear(8, 8))),
-    "a wrapped linear2": each_layer(lambda m: setattr(m, "linear2", nn.Sequential(m.linear2))),
-    "a hook on attention": each_layer(
-        lambda m: m.self_attn.register_forward_hook(lambda a, b, out: (2 * out[0], None))
-    ),
-    "a hook on linear1": each_layer(lambda m: twice_the_output(m.linear1)),
-    "dropout kept on": each_layer(lambda m: m.dropout.__init__(0.5)),
-    "no norm": lambda m: setattr(m, "norm", None),
-    "frozen": lambda m: m.requires_grad_(False),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("call", ["plain", "padded", "both"])
-@pytest.mark.parametrize("name", LAYER_EDITS)
-def test_encoder_edits(name, call):
-    args, options = CALLS[call]
-    assert_same(ENCODERS["relu"], lambda m: m(*args, **options), LAYER_EDITS[name])
-
-
-def test_dropout_layers_switched_on_at_inference():
-    def edit(model: nn.Module) -> None:
-        for module in model.eval().modules():
-            module.train(isinstance(module, nn.Dropout))
-
-    def run(model: nn.Module) -> object:
-        with torch.no_grad():
-            return model(Y)
-
-    assert_same(encoder(dropout=0.5), run, edit)
-
-
-class PlainLayer(nn.TransformerEncoderLayer):
-    """Adds its masks to the scores, and keeps what it was given."""
-
-    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
-        self.given = (src_mask, src_key_padding_mask)
-        scores = src @ src.transpose(1, 2) + src_mask + src_key_padding_mask[:, None]
-        return self.linear2(F.gelu(self.linear1(scores.softmax(-1) @ src)))
-
-
-@pytest.mark.parametrize("make", [nn.TransformerEncoder, fnn.TransformerEncoder])
-def test_a_layer_of_the_users_gets_float_masks(make):
-    torch.manual_seed(0)
-    model = make(PlainLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
-    stock = nn.TransformerEncoder(model.layers[0], 2, enable_nested_tensor=False)
-    fastattn.patch(model)
-    torch.testing.assert_close(model(Y, CAUSAL, PADDED), stock(Y, CAUSAL, PADDED))
-    mask, padding = model.layers[1].given
-    assert mask.dtype == padding.dtype == torch.float32
-    assert torch.equal(mask == -torch.inf, CAUSAL)
-    assert torch.equal(padding == -torch.inf, PADDED)
-
-
-@pytest.mark.parametrize("run", [trained, inferred])
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"add_bias_kv": True}, {"kdim": 6}])
-def test_attention_calls(options, run):
-    def make() -> nn.Module:
-        torch.manual_seed(2)
-        return nn.MultiheadAttention(8, 2, batch_first=True, **options)
-
-    k, v = torch.ones(2, 5, options.get("kdim", 8)).cumsum(1), torch.randn(2, 5, 8)
-    calls = [
-        ((Y, k, v), {}),
-        ((Y, k, v), {"need_weights": False}),
-        ((Y, k, v), {"average_attn_weights": False}),
-        ((Y, k, v), {"is_causal": True}),
-        ((Y, k, v), {"is_causal": True, "attn_mask": CAUSAL, "need_weights": False}),
-        ((Y, k[:, :4], v), {}),
-        ((Y[None], k, v), {}),
-        ((Y, k, None), {}),
-        ((Y, k, v), {"key_padding_mask": PADDED.int()}),
-        ((Y, k, v), {"key_padding_mask": PADDED, "attn_mask": -CAUSAL.float()}),
-    ]
-    for args, call in calls:
-        assert_same(make, lambda m, args=args, call=call: run(m, *args, **call))
-
-
-ENCODER_TOOLS = {
-    "hooks for all modules": lambda m: globally_hooked(nn.Sequential(m)),
-    "fx": lambda m: operations(fx.symbolic_trace(nn.Sequential(m)).graph),
-    "export": lambda m: operations(torch.export.export(m.eval(), (Y,)).graph),
-    "jit.trace": lambda m: torch.jit.trace(m.eval(), Y, check_trace=False)(Y),
-    "jit.script": lambda m: torch.jit.script(m.eval())(Y),
-}
-
-
-@pytest.mark.parametrize("name", ENCODER_TOOLS)
-def test_encoder_tools(name):
-    assert_same(ENCODERS["relu"], ENCODER_TOOLS[name])
-
-
-def test_scripting_leaves_a_model_that_runs_and_can_be_unpatched():
-    stock, ours = pair(ENCODERS["relu"])
-    torch.jit.script(ours)
-    torch.testing.assert_close(ours(Y), stock(Y))
-    fastattn.unpatch(ours)
-    assert [type(m) for m in ours.modules()] == [type(m) for m in stock.modules()]
-
-
 # --- other processes ------------------------------------------------------------------------------
 
 
-def test_a_process_that_only_unpickles():
-    model = nn.Sequential(ENCODERS["relu"](), *stack())
-    assert fastattn.patch(model).swapped
+def in_a_fresh_process(model: nn.Module, *args: Tensor) -> str:
+    """What a process that only unpickles finds the model to be, once it gives the same there."""
+    with torch.no_grad():
+        out = model.eval()(*args)
     file = io.BytesIO()
-    torch.save((model, Y, model(Y).detach()), file)
+    torch.save((model, args, out if isinstance(out, Tensor) else out[0]), file)
     code = (
         "import io, sys, torch\n"
-        "model, x, out = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False)\n"
-        "torch.testing.assert_close(model(x).detach(), out)\n"
-        "print(type(model).__module__)\n"
+        "file = io.BytesIO(sys.stdin.buffer.read())\n"
+        "model, args, expected = torch.load(file, weights_only=False)\n"
+        "with torch.no_grad():\n"
+        "    out = model(*args)\n"
+        "torch.testing.assert_close(out if torch.is_tensor(out) else out[0], expected)\n"
+        "print(type(model).__module__, sorted(k for k in vars(model) if 'fastattn' in k))\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], input=file.getvalue(), capture_output=True
     )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
-    assert done.stdout.decode().strip() == "fastattn.integrations.sequential"
+    return done.stdout.decode().strip()
+
+
+def test_a_process_that_only_unpickles():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(layer, *stack())
+    assert fastattn.patch(model).swapped
+    found = in_a_fresh_process(model, torch.randn(2, 5, 8))
+    assert found == "fastattn.integrations.sequential ['_fastattn_former_class']"
+
+
+def test_a_process_that_only_unpickles_a_hugging_face_model():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48,
+    )  # fmt: skip
+    model = transformers.BertModel(config)
+    assert fastattn.patch(model).swapped
+    ids, mask = torch.randint(0, 64, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    assert "_fastattn_former_attn_implementation" in in_a_fresh_process(model, ids, mask)
+    twin = copy.deepcopy(model)
+    fastattn.unpatch(twin)
+    assert twin.config._attn_implementation == "sdpa"
