@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils._device import DeviceContext
 
 from fastattn import backends
@@ -29,13 +30,16 @@ def unobserved() -> bool:
     )
 
 
-def ordinary(*tensors: object) -> bool:
+def ordinary(*tensors: object, exported: bool = False) -> bool:
     """Whether each is None or a dense strided tensor with data: no subclass, and no sparse, nested
-    or meta tensor."""
+    or meta tensor. ``exported``: the fake tensors of ``torch.export`` will do."""
+    kinds = (Tensor, torch.nn.Parameter)
+    if exported and torch.compiler.is_compiling():
+        kinds = (*kinds, FakeTensor)
     for x in tensors:
         if x is None:
             continue
-        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        if type(x) not in kinds:
             return False
         if x.layout is not torch.strided or x.is_nested or x.is_meta:
             return False
@@ -43,12 +47,20 @@ def ordinary(*tensors: object) -> bool:
 
 
 def serves_layers(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    exported: bool = False,
 ) -> bool:
     """Whether a kernel takes ``linear_relu`` or ``mlp`` with these. Shapes, dtypes and devices that
     do not fit together are torch's to refuse, or to broadcast."""
     tensors = [input, *weights, *(b for b in biases if b is not None)]
-    if input is None or not ordinary(*tensors) or input.dim() == 0 or not _together(tensors):
+    if (
+        input is None
+        or not ordinary(*tensors, exported=exported)
+        or input.dim() == 0
+        or not _together(tensors)
+    ):
         return False
     width = input.shape[-1]
     for weight, bias in zip(weights, biases, strict=True):

@@ -103,13 +103,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
     ) -> bool:
         """Whether the call may leave torch's code: nobody watches it, and tensors are ordinary."""
+        exported = not was_swapped(self)  # a layer built as fastattn's is exported as its ops
         return (
             as_written(nn.MultiheadAttention)
             and unobserved()
-            and ordinary(query, key, value, key_padding_mask, attn_mask)
-            and ordinary(self.in_proj_weight, self.in_proj_bias, self.bias_k, self.bias_v)
-            and ordinary(self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            and ordinary(self.out_proj.weight, self.out_proj.bias)
+            and ordinary(query, key, value, key_padding_mask, attn_mask, exported=exported)
+            and ordinary(
+                self.in_proj_weight, self.in_proj_bias, self.bias_k, self.bias_v, exported=exported
+            )
+            and ordinary(
+                self.q_proj_weight, self.k_proj_weight, self.v_proj_weight, exported=exported
+            )
+            and ordinary(self.out_proj.weight, self.out_proj.bias, exported=exported)
             and not any(x is None for x in (query, key, value))
             and serves_attention(query, self.head_dim)
         )

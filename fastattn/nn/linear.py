@@ -38,7 +38,11 @@ class LinearReLU(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        if not (unobserved() and ordinary(input) and ordinary(self.weight, self.bias)):
+        if not (
+            unobserved()
+            and ordinary(input, exported=True)
+            and ordinary(self.weight, self.bias, exported=True)
+        ):
             return torch.relu(super().forward(input))
         return functional.linear_relu(input, self.weight, self.bias)
 
@@ -101,11 +105,13 @@ class MLP(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        if not (MLP.fits(self) and no_global_hooks() and unobserved() and ordinary(input)):
+        if not (
+            MLP.fits(self) and no_global_hooks() and unobserved() and ordinary(input, exported=True)
+        ):
             return super().forward(input)  # what was put in since is called as in nn.Sequential
         layers = list(self)[::2]
         weights, biases = [m.weight for m in layers], [m.bias for m in layers]
-        if not ordinary(*weights, *biases):
+        if not ordinary(*weights, *biases, exported=True):
             return super().forward(input)
         return functional.mlp(input, weights, biases)
 

@@ -76,7 +76,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         promises that src_mask is the causal one.
         """
         given = (src, src_mask, src_key_padding_mask)
-        usual = unobserved() and ordinary(*given)
+        usual = unobserved() and ordinary(*given, exported=not was_swapped(self))
         if not usual or (was_swapped(self) and not self._as_torch_does(*given, is_causal)):
             return run_torchs(self, super().forward, src, src_mask, src_key_padding_mask, is_causal)
         x = src
@@ -134,8 +134,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             or not is_plain_linear(up)
             or not no_global_hooks()
             or not unobserved()
-            or not ordinary(x)
-            or not serves_layers(x, [up.weight], [up.bias])
+            or not ordinary(x, exported=not was_swapped(self))
+            or not serves_layers(x, [up.weight], [up.bias], not was_swapped(self))
         ):
             return super()._ff_block(x)
         no_dropout = is_plain(self.dropout, nn.Dropout) and not (
@@ -144,7 +144,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         whole = no_dropout and is_plain_linear(down)
         layers = [up, down] if whole else [up]
         weights, biases = [m.weight for m in layers], [m.bias for m in layers]
-        if whole and serves_layers(x, weights, biases):
+        if whole and serves_layers(x, weights, biases, not was_swapped(self)):
             x = functional.mlp(x, weights, biases)
         else:
             x = down(self.dropout(functional.linear_relu(x, up.weight, up.bias)))
@@ -192,7 +192,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             not len(self.layers)
             or not as_written(nn.TransformerEncoder)
             or not unobserved()
-            or not ordinary(src, mask, src_key_padding_mask)
+            or not ordinary(src, mask, src_key_padding_mask, exported=not was_swapped(self))
             or not all(m is None or _is_mask(m) for m in (mask, src_key_padding_mask))
             or self._may_be_nested(src_key_padding_mask)
         ):
