@@ -8,7 +8,6 @@ keep working.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -18,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from fastattn import backends
 from fastattn import nn as fnn
-from fastattn.integrations import tracing
+from fastattn.integrations import pretrained, tracing, transformers
 from fastattn.integrations.report import Entry, PatchReport
 from fastattn.integrations.sequential import FusedSequential, linear_relu_pairs
 from fastattn.nn.linear import has_hooks
@@ -26,7 +25,6 @@ from fastattn.nn.linear import has_hooks
 __all__ = ["Entry", "PatchReport", "patch", "unpatch"]
 
 _FORMER_CLASS = "_fastattn_former_class"
-_FORMER_ATTENTION = "_fastattn_former_attn_implementation"
 
 _ATTENTION = {
     nn.MultiheadAttention: fnn.MultiheadAttention,
@@ -82,10 +80,9 @@ def unpatch(model: nn.Module) -> PatchReport:
                 continue
             before, module.__class__ = type(module), vars(module).pop(_FORMER_CLASS)
             report.add(name, before, module, "restored")
-        if _FORMER_ATTENTION in vars(module):
-            former = vars(module).pop(_FORMER_ATTENTION)
-            module.set_attn_implementation(former)
-            report.add(name, "fastattn attention", f"{former['']} attention", "restored")
+        attention = pretrained.undo(module)
+        if attention is not None:
+            report.add(name, *attention)
     return report
 
 
@@ -152,54 +149,16 @@ def _patch_attention(name: str, module: nn.Module, report: PatchReport) -> None:
 
 
 def _patch_transformers(model: nn.Module, report: PatchReport) -> None:
-    pretrained = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
-    if pretrained is None:
-        return
-    inner: set[nn.Module] = set()  # set_attn_implementation reaches the models inside a model
-    for name, module in model.named_modules():
-        if not isinstance(module, pretrained) or module in inner:
+    parts = pretrained.plan(model)
+    if any(part.reason is None for part in parts):
+        transformers.register()
+    for part in parts:
+        if part.reason is not None:
+            report.add(part.name, part.before, None, part.reason)
             continue
-        inner.update(module.modules())
-        _patch_pretrained(
-            name, module, [m for m in module.modules() if isinstance(m, pretrained)], report
-        )
-
-
-def _patch_pretrained(
-    name: str, model: nn.Module, parts: list[nn.Module], report: PatchReport
-) -> None:
-    """parts: the pretrained models that ``model`` consists of, itself among them."""
-    from fastattn.integrations.transformers import NAME, register
-
-    config = model.config
-    before = config._attn_implementation
-    kind = f"{before} attention"
-    if before == NAME:
-        report.add(name, kind, None, "already patched")
-        return
-    reason = _no_kernel("attention", model.device, model.dtype)
-    unfit = next((part for part in parts if not part._supports_sdpa), None)
-    if unfit is not None:
-        reason = (
-            f"{type(unfit).__name__} does not support sdpa, whose interface fastattn takes over"
-        )
-    elif config.output_attentions:
-        reason = "config.output_attentions: only eager attention has the weights"
-    if reason is None:
-        register()
-        inner = {key: getattr(config, key, None) for key in config.sub_configs}
-        former = {key: c._attn_implementation for key, c in inner.items() if c is not None}
-        try:
-            model.set_attn_implementation(NAME)
-        except (ValueError, ImportError) as error:
-            reason = str(error)
-        else:
-            if config._attn_implementation == NAME:
-                vars(model)[_FORMER_ATTENTION] = {"": before, **former}
-                report.add(name, kind, f"{NAME} attention", "set_attn_implementation")
-                return
-            reason = f"{type(model).__name__} does not take its attention from the interface"
-    report.add(name, kind, None, reason)
+        part.apply()
+        reason = f"{part.attentions} modules take their attention from the AttentionInterface"
+        report.add(part.name, part.before, f"{pretrained.NAME} attention", reason)
 
 
 # --- Linear, ReLU ---------------------------------------------------------------------------------

@@ -397,8 +397,10 @@ def test_patch_of_a_composite_model():
     expected = model(**inputs).logits
     parts = (model, model.encoder, model.decoder)
     before = [m.config._attn_implementation for m in parts]
-    fastattn.patch(model)
-    assert {m.config._attn_implementation for m in parts} == {"fastattn"}
+    report = fastattn.patch(model)
+    assert [m.config._attn_implementation for m in parts] == ["sdpa", "fastattn", "eager"]
+    assert [e.name for e in report.swapped] == ["encoder"]
+    assert [e.name for e in report.skipped if "output_attentions" in e.reason] == ["decoder.bert"]
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
     fastattn.unpatch(model)
     assert [m.config._attn_implementation for m in parts] == before
