@@ -13,23 +13,33 @@ from fastattn.integrations.pretrained import NAME, why_not
 
 __all__ = ["NAME", "attention_forward", "attention_mask", "register"]
 
-# What transformers hands every attention function and sdpa's result does not depend on: what the
-# mask holds already, what counts for the flash kernels or the loss alone, and outputs asked of the
+# What a model may hand its attention function without any effect on sdpa's result: what the mask
+# or the keys hold already, what is for the flash kernels or for the loss, outputs asked of the
 # model.
 _HARMLESS = frozenset(
     {
+        "cache_position",
         "cu_seq_lens_q",  # _check_packed looks at it
         "cu_seq_lens_k",
         "deterministic",
+        "ignore_index",
+        "labels",
+        "logits_to_keep",
         "max_length_k",
         "max_length_q",
+        "mm_token_type_ids",
         "num_items_in_batch",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
         "position_ids",
+        "return_dict",
         "seq_idx",
+        "shift_labels",
         "sliding_window",
+        "token_type_ids",
         "use_cache",
     }
 )
@@ -41,7 +51,9 @@ def register() -> None:
 
     A model that does not take its attention from the interface refuses the name from then on, by
     a ValueError with transformers' words for sdpa: transformers itself lets every registered name
-    pass, and such a model would misread our masks or fail in a lookup.
+    pass, and such a model would misread our masks or fail in a lookup. ``from_pretrained`` and
+    ``patch`` reach every stack of a model; ``set_attn_implementation`` does not where the stacks
+    hold copies of the config, as T5's do.
 
     Raises ImportError, saying what to install, without a transformers that has both interfaces.
     """
