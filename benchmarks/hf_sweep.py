@@ -344,8 +344,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"# Model classes of transformers {transformers.__version__}, torch {torch.__version__}",
         "",
         f"`make hf-sweep`: {counts['served']} served, {counts['refused']} refused, "
-        f"{counts['wrong']} wrong, {counts['no attention']} whose small model has no layer that asks "
-        f"for attention, {counts['not built']} that the sweep's small configs and inputs "
+        f"{counts['wrong']} wrong, {counts['no attention']} whose small model has no layer that "
+        f"asks for attention, {counts['not built']} that the sweep's small configs and inputs "
         f"do not build or run. Served: every result within {TOLERANCE:g} of the stock model's, by "
         'name (`attn_implementation="fastattn"`) and by `patch`, without padding, padded left and '
         "right, and generated with a static cache and two beams where the table says so. Refused: "

@@ -8,9 +8,9 @@ import fastattn
 
 pytest.importorskip("transformers")
 
-import hf_sweep  # noqa: E402
+import hf_sweep
 
-from fastattn.integrations.transformers import register  # noqa: E402
+from fastattn.integrations.transformers import register
 
 pytestmark = pytest.mark.native
 register()
