@@ -197,12 +197,15 @@ def _why_not_shared(part: Part, parts: list[Part]) -> str | None:
     """A config that a part holds which must stay cannot change."""
     for other in parts:
         shared = any(c is d for c in part.configs for d in other.configs)
-        if shared and why_not(type(other.model)) is not None:
+        must_stay = other.attentions > 0 or why_not(type(other.model)) is not None
+        if shared and must_stay and other.reason is not None:
             return f"it shares its config with {other.name or '(root)'}: {other.reason}"
     return None
 
 
 def _no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "meta":
+        return None  # it will be somewhere else when it runs
     problem = backends.Problem("attention", device.type, dtype)
     kernels = (b for b in backends.BACKENDS if b != "reference")
     if any(not backends.default_reasons(problem, b) for b in kernels):

@@ -237,6 +237,33 @@ def test_beams(cache):
     assert torch.equal(a, b)
 
 
+def test_patch_on_the_meta_device():
+    stock = build("BertModel", SERVED["BertModel"])
+    config = copy.deepcopy(stock.config)
+    with torch.device("meta"):
+        model = transformers.BertModel(config).eval()
+    assert fastattn.patch(model).swapped
+    model.load_state_dict(stock.state_dict(), assign=True)
+    model.embeddings.position_ids = torch.arange(512)[None]
+    model.embeddings.token_type_ids = torch.zeros(1, 512, dtype=torch.int64)
+    assert_same(model, stock, "right")
+
+
+def test_two_models_of_one_config():
+    """transformers keeps the name in the config, which models may share."""
+    config = build("BertModel", SERVED["BertModel"]).config
+    one, two = (transformers.BertModel(config).eval() for _ in range(2))
+    before = list(results(two, "left"))
+    fastattn.patch(one)
+    for a, b in zip(results(two, "left"), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)
+    fastattn.patch(two)
+    fastattn.unpatch(one)
+    assert attention_of(two) == {"sdpa"}
+    fastattn.unpatch(two)
+    assert all(torch.equal(a, b) for a, b in zip(results(two, "left"), before, strict=True))
+
+
 def test_softcap_that_sdpa_leaves_out():
     model = build("Gemma2ForCausalLM", {**GEMMA, "attn_logit_softcapping": 2.0})
     before = list(results(model, "left"))
