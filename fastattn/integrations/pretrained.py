@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -96,22 +96,25 @@ class Part:
         _set(changed, NAME)
 
 
-class Former:
-    """The configs whose implementation ``patch`` changed. Copies and pickles travel with their
-    model; a process that loads one learns fastattn's name by it."""
+class KnowsTheName:
+    """What a model carries whose configs hold fastattn's name: a process that unpickles the model
+    learns the name by it."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from fastattn.integrations.transformers import register
+
+        register()
+        vars(self).update(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class Former(KnowsTheName):
+    """The configs whose implementation ``patch`` changed. A copy of the model has copies here."""
 
     def __init__(self, configs: list[PreTrainedConfig]) -> None:
         self.configs = configs
-
-    def __reduce__(self) -> tuple[Callable[..., Former], tuple[Any, ...]]:
-        return _load_former, (self.configs,)
-
-
-def _load_former(configs: list[PreTrainedConfig]) -> Former:
-    from fastattn.integrations.transformers import register
-
-    register()
-    return Former(configs)
 
 
 def _set(configs: Iterable[PreTrainedConfig], name: str) -> None:

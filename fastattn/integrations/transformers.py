@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import functional
-from fastattn.integrations.pretrained import NAME, why_not
+from fastattn.integrations.pretrained import NAME, KnowsTheName, why_not
 
 __all__ = ["NAME", "attention_forward", "attention_mask", "register"]
 
@@ -82,6 +82,7 @@ def _refuse_unfit_models(pretrained: type[nn.Module]) -> None:
     ) -> str:
         if requested_attention == NAME:
             check_model(self)
+            vars(self)["_fastattn_name"] = KnowsTheName()
         return stock(self, requested_attention, *args, **kwargs)
 
     get_correct_attn_implementation._fastattn = True
