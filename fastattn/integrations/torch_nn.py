@@ -45,8 +45,8 @@ def patch(model: nn.Module) -> PatchReport:
       training and in eval mode, that the Linear is called once and only a ReLU reads the result.
       From then on the Linear returns values after the ReLU, to a hook that is registered later as
       well.
-    - The attention implementation of Hugging Face models, see
-      ``fastattn.integrations.transformers``.
+    - The attention of Hugging Face models that is set to sdpa, see
+      ``fastattn.integrations.pretrained``.
 
     Anything else is left alone, and so is a module whose device or dtype no kernel serves. Tracing
     replaces ``nn.Module.__call__`` for its duration: no other thread may run a model meanwhile.
