@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help setup test demo lint format bench gpu-bundle gpu-check wheel clean
+.PHONY: help setup test demo lint format bench hf-sweep gpu-bundle gpu-check wheel clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -42,6 +42,9 @@ format: setup ## ruff and clang-format, in place
 OUT_BENCH ?= fastattn-bench
 bench: setup ## Paired timings against torch, into OUT_BENCH=dir
 	$(BIN)/python -m fastattn bench --output $(OUT_BENCH)
+
+hf-sweep: setup ## Every model class of transformers that a small config builds, into a table
+	$(BIN)/python -W ignore benchmarks/hf_sweep.py --output benchmarks/results/hf-sweep.md
 
 gpu-bundle: setup ## The libraries that travel to a GPU machine, into gpu-bundle/
 	$(BIN)/python benchmarks/gpu_bundle.py

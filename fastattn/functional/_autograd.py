@@ -55,7 +55,8 @@ def kernel(op: Callable[..., R], *args: object) -> R:
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on for the device of the first; float64 is
-    left alone, as in torch."""
+    left alone, as in torch. It comes before the checks: code that autocast runs gives tensors of
+    several dtypes, rotary embeddings float32 queries and keys beside 16-bit values."""
     device = tensors[0].device.type
     # Asking whether it exists costs more than the rest for the two that have it.
     if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
@@ -63,10 +64,11 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )
+    return tuple(t.to(dtype) if _follows_autocast(t) else t for t in tensors)
+
+
+def _follows_autocast(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
 
 def save_for_forward(ctx, *tensors: Tensor | None) -> None:

@@ -122,7 +122,8 @@ def scaled_dot_product_attention(
 
     Args:
         query: ``[..., Hq, Sq, D]``, floating point.
-        key: ``[..., Hk, Sk, D]``; value: ``[..., Hk, Sk, Dv]``. Batch dimensions broadcast.
+        key: ``[..., Hk, Sk, D]``; value: ``[..., Hk, Sk, Dv]``. Batch dimensions broadcast. One
+            dtype for the three; under autocast any, which then become autocast's.
         attn_mask: bool (True = attend) or float added to the scores, broadcastable to ``[..., Hq,
         Sq, Sk]``. A float
             mask may require grad. ``torch.nn.attention.bias.causal_lower_right`` is accepted.
@@ -147,6 +148,8 @@ def scaled_dot_product_attention(
         ValueError, TypeError: bad input; RuntimeError: an explicit backend that cannot serve the
         call.
     """
+    _validate.tensor("query", query)
+    query, key, value = autocast(query, key, value)
     _validate.attention(query, key, value, enable_gqa)
     _validate.probability("dropout_p", dropout_p)
     if window_size is not None or softcap or alibi_slopes is not None:
@@ -155,8 +158,6 @@ def scaled_dot_product_attention(
         scale = 1.0 / math.sqrt(query.shape[-1])
     else:
         _validate.number("scale", scale)
-    query, key, value = autocast(query, key, value)
-
     unbatched = query.dim() == 2
     if unbatched:
         query, key, value = query[None], key[None], value[None]

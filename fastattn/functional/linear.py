@@ -209,15 +209,15 @@ def mlp(
         raise ValueError(f"biases: expected {len(weights)} entries as weights, got {len(biases)}")
     _validate.tensor("input", input)
     input, *parameters = autocast(input, *weights, *biases)
+    weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     problem = backends.linear_problem("mlp", input, weights)
     chosen = backends.select(problem, backend)
     if _op_validates(chosen) and not transforming():
         try:
-            return apply(MLPFunction, input, len(weights), *parameters)[0]
+            return apply(MLPFunction, input, len(weights), *weights, *biases)[0]
         except (RuntimeError, TypeError):
             _validate.layers(input, weights, biases)
             raise
-    weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     _validate.layers(input, weights, biases)
     if chosen == "reference":
         return reference.mlp(input, weights, biases)

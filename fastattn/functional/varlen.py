@@ -52,6 +52,8 @@ def varlen_attn(
     Returns:
         ``[total_q, Hq, Dv]`` (and the LSE, ``[Hq, total_q]``).
     """
+    _validate.tensor("query", query)
+    query, key, value = autocast(query, key, value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         _validate.tensor(name, x)
         if x.dim() != 3:
@@ -73,7 +75,6 @@ def varlen_attn(
         starts_q = _checked_starts("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
         starts_k = _checked_starts("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
     if chosen != "reference":
-        query, key, value = autocast(query, key, value)
         per_head = [x.transpose(0, 1) for x in (query, key, value)]  # [heads, tokens, dim]
         _validate.attention(*per_head, enable_gqa=True)
         if window_size is not None or softcap or alibi_slopes is not None:

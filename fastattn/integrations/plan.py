@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from fastattn import backends
 from fastattn import nn as fnn
 from fastattn.functional._served import lacks_product
-from fastattn.integrations import pretrained
+from fastattn.integrations import pretrained, transformers
 from fastattn.integrations.report import PatchReport
 from fastattn.integrations.sequential import FusedSequential
 from fastattn.nn._plain import FORMER_CLASS, has_hooks, is_plain
@@ -49,13 +49,43 @@ class ClassSwap:
         self.module.__class__ = vars(self.module).pop(FORMER_CLASS)
 
 
+@dataclass(frozen=True)
+class AttentionSwap:
+    """One Hugging Face model whose attention is to be fastattn's."""
+
+    part: pretrained.Part
+
+    @property
+    def name(self) -> str:
+        return self.part.name
+
+    @property
+    def before(self) -> str:
+        return self.part.before
+
+    @property
+    def after(self) -> str:
+        return f"{pretrained.NAME} attention"
+
+    @property
+    def reason(self) -> str:
+        return f"{self.part.attentions} modules take their attention from the AttentionInterface"
+
+    def do(self) -> None:
+        transformers.register()
+        self.part.apply()
+
+    def undo(self) -> None:
+        pretrained.undo(self.part.model)
+
+
 @dataclass
 class Plan:
     """The swaps to make and the modules to leave alone. ``print`` gives lines, ``rich.print`` a
     table; ``apply`` makes the swaps, all or none."""
 
     model: nn.Module
-    swaps: list[ClassSwap | pretrained.AttentionSwap] = field(default_factory=list)
+    swaps: list[ClassSwap | AttentionSwap] = field(default_factory=list)
     left: PatchReport = field(default_factory=PatchReport)
 
     @property
@@ -69,14 +99,10 @@ class Plan:
     def apply(self) -> PatchReport:
         """Makes the swaps and says which. An exception leaves the model as it was."""
         report = PatchReport(list(self.left.entries))
-        done: list[ClassSwap | pretrained.AttentionSwap] = []
+        done: list[ClassSwap | AttentionSwap] = []
         try:
             for swap in self.swaps:
-                try:
-                    swap.do()
-                except pretrained.Refused as refused:
-                    report.add(swap.name, swap.before, None, str(refused))
-                    continue
+                swap.do()
                 done.append(swap)
                 report.add(swap.name, swap.before, swap.after, swap.reason)
         except BaseException:
@@ -99,13 +125,11 @@ def plan(model: nn.Module) -> Plan:
     """
     check(model)
     made = Plan(model)
-    for name, whole, parts in pretrained.outermost(model):
-        before = f"{whole.config._attn_implementation} attention"
-        reason = pretrained.why_not(whole, parts, _no_kernel)
-        if reason is None:
-            made.swaps.append(pretrained.AttentionSwap(name, whole, before))
+    for part in pretrained.plan(model):
+        if part.reason is None:
+            made.swaps.append(AttentionSwap(part))
         else:
-            made.left.add(name, before, None, reason)
+            made.left.add(part.name, part.before, None, part.reason)
     scripted: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in scripted:

@@ -1,100 +1,234 @@
-"""What ``patch`` and ``unpatch`` do to Hugging Face models: their attention implementation."""
+"""Hugging Face models: which of them take their attention from transformers' AttentionInterface,
+and ``patch``'s part for those.
+
+A swap changes the name of the implementation in the configs that the model's modules hold, and
+nothing else. fastattn's function and masks have the meaning of ``sdpa``, so that a model may hold
+both names, and only ``sdpa`` is taken over: eager attention can return its weights, and the flash
+and flex implementations take masks of other kinds.
+"""
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fastattn.integrations.transformers import NAME, register
+from fastattn import backends
 
-FORMER_ATTENTION = "_fastattn_former_attn_implementation"
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
+NAME = "fastattn"
+_TAKEN_OVER = "sdpa"
+_FORMER = "_fastattn_former_attention"
 
-class Former:
-    """The attention implementations that a model had, "" for its own and by name for those of the
-    models inside it. The patched model keeps it. Unpickled, as a part of that model, it makes
-    ``attn_implementation="fastattn"`` known to a process that has imported nothing yet."""
-
-    def __init__(self, names: dict[str, str]) -> None:
-        self.names = names
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        register()
-
-
-class Refused(Exception):
-    """transformers would not set the implementation; the model is as it was."""
+# Code that decides by the implementation's name knows sdpa's and not ours.
+_DECIDES_BY_NAME = re.compile(
+    r"_attn_implementation\s*(?:==|!=|in|not in)\s*[^\n]*[\"']sdpa[\"']"
+    r"|\w+_CLASSES\[[\w.]*_attn_implementation\]"
+)
+_ATTENTION_CLASS = re.compile(r"^class \w*Attention\w*\(nn\.Module\):", re.MULTILINE)
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
 
-@dataclass(frozen=True)
-class AttentionSwap:
-    """One model whose attention implementation is to be fastattn's."""
+def why_not(kind: type[nn.Module]) -> str | None:
+    """Why a class of pretrained models cannot run on another implementation of attention in
+    sdpa's place, or None. It judges by ``_supports_sdpa`` and by the source of the file that
+    defines the class, as transformers does in ``set_attn_implementation``."""
+    if not kind._supports_sdpa:
+        return f"{kind.__name__} does not support sdpa, whose interface fastattn takes over"
+    for base in kind.__mro__:
+        if not hasattr(base, "_supports_sdpa"):
+            break
+        source = _source(base.__module__)
+        if _DECIDES_BY_NAME.search(source):
+            return f"code of {base.__name__} asks whether the implementation's name is sdpa"
+        if _ATTENTION_CLASS.search(source) and _INTERFACE not in source:
+            return f"{base.__name__} does not take its attention from the AttentionInterface"
+    return None
+
+
+@cache
+def _source(module: str) -> str:
+    """The module's source; empty where there is none, as in a notebook."""
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return ""
+
+
+@cache
+def _asks_the_interface(kind: type[nn.Module]) -> bool:
+    """Whether a method of the class looks its attention function up."""
+    methods = (
+        inspect.unwrap(f)
+        for base in kind.__mro__
+        if base.__module__ not in ("torch.nn.modules.module", "transformers.modeling_utils")
+        for f in vars(base).values()
+        if callable(f)
+    )
+    return any(_INTERFACE in f.__code__.co_names for f in methods if hasattr(f, "__code__"))
+
+
+@dataclass
+class Part:
+    """A pretrained model inside the model that is patched, without those inside it in turn."""
 
     name: str
     model: nn.Module
-    before: str
-    after: str = f"{NAME} attention"
-    reason: str = "set_attn_implementation"
+    configs: list[PreTrainedConfig] = field(default_factory=list)  # that its modules hold
+    attentions: int = 0  # modules that ask the interface for their function
+    leaf: bool = True  # no other pretrained model inside
+    reason: str | None = None  # why it stays; None: it will be swapped
+    before: str = ""  # its attention, in the words of the report
 
-    def do(self) -> None:
+    def apply(self) -> None:
+        """Sets fastattn's attention and notes what ``undo`` needs. The name must be registered."""
+        changed = [c for c in self.configs if c._attn_implementation == _TAKEN_OVER]
+        vars(self.model)[_FORMER] = Former(changed)
+        _set(changed, NAME)
+
+
+class KnowsTheName:
+    """What a model carries whose configs hold fastattn's name: a process that unpickles the model
+    learns the name by it."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from fastattn.integrations.transformers import register
+
         register()
-        config = self.model.config
-        inner = {key: getattr(config, key, None) for key in config.sub_configs}
-        former = {key: c._attn_implementation for key, c in inner.items() if c is not None}
-        former[""] = config._attn_implementation
-        try:
-            self.model.set_attn_implementation(NAME)
-        except (ValueError, ImportError) as error:
-            self.model.set_attn_implementation(former)
-            raise Refused(str(error)) from error
-        if config._attn_implementation != NAME:
-            self.model.set_attn_implementation(former)
-            raise Refused(
-                f"{type(self.model).__name__} does not take its attention from the interface"
-            )
-        vars(self.model)[FORMER_ATTENTION] = Former(former)
+        vars(self).update(state)
 
-    def undo(self) -> None:
-        restore(self.model)
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
 
 
-def restore(model: nn.Module) -> str:
-    """Gives a swapped model its attention implementations again; the name of its own."""
-    former = vars(model)[FORMER_ATTENTION].names
-    model.set_attn_implementation(former)
-    del vars(model)[FORMER_ATTENTION]
-    return former[""]
+class Former(KnowsTheName):
+    """The configs whose implementation ``patch`` changed. A copy of the model has copies here."""
+
+    def __init__(self, configs: list[PreTrainedConfig]) -> None:
+        self.configs = configs
 
 
-def outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
-    """The Hugging Face models in ``model`` that are in no other one, each with its name and the
-    models that it consists of, itself among them."""
+def _set(configs: Iterable[PreTrainedConfig], name: str) -> None:
+    for config in configs:
+        # The public attribute would set the configs inside as well, checked or not.
+        config._attn_implementation_internal = name
+
+
+def plan(model: nn.Module) -> list[Part]:
+    """The parts of ``model`` that ``patch`` reports, each with its reason to stay or None. Changes
+    nothing. Empty without transformers."""
     pretrained = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
     if pretrained is None:
-        return
-    inner: set[nn.Module] = set()  # set_attn_implementation reaches the models inside a model
+        return []
+    parts = list(_parts(model, pretrained))
+    for part in parts:
+        part.reason = _why_not_part(part)
+    for part in parts:
+        part.reason = part.reason or _why_not_shared(part, parts)
+    for outer in (p for p in parts if _only_holds_others(p)):
+        _follow(outer, [p for p in parts if p.attentions and _is_inside(p, outer)])
+    return [p for p in parts if p.attentions or p.leaf]
+
+
+def _only_holds_others(part: Part) -> bool:
+    return not part.attentions and not part.leaf and why_not(type(part.model)) is None
+
+
+def _is_inside(part: Part, outer: Part) -> bool:
+    return part is not outer and part.name.startswith(f"{outer.name}." if outer.name else "")
+
+
+def _follow(outer: Part, inner: list[Part]) -> None:
+    """The config of a model without attention of its own, where people look for the name, follows
+    when all the models inside change."""
+    if inner and all(p.reason is None for p in inner):
+        inner[0].configs += outer.configs
+
+
+def _parts(model: nn.Module, pretrained: type[nn.Module]) -> Iterator[Part]:
+    config_class = sys.modules["transformers"].PreTrainedConfig
+    owners: dict[str, Part | None] = {}
     for name, module in model.named_modules():
-        if isinstance(module, pretrained) and module not in inner:
-            inner.update(module.modules())
-            yield name, module, [m for m in module.modules() if isinstance(m, pretrained)]
+        parent = owners.get(name.rpartition(".")[0]) if name else None
+        part = parent
+        if isinstance(module, pretrained):
+            part = Part(name, module, before=_words(module.config))
+            outer = parent
+            while outer is not None and outer.leaf:
+                outer.leaf = False
+                outer = owners.get(outer.name.rpartition(".")[0]) if outer.name else None
+        owners[name] = part
+        if part is None:
+            continue
+        part.attentions += _asks_the_interface(type(module))
+        for value in vars(module).values():
+            if isinstance(value, config_class) and not any(c is value for c in part.configs):
+                part.configs.append(value)
+        if part.model is module:
+            yield part
 
 
-def why_not(
-    model: nn.Module,
-    parts: list[nn.Module],
-    no_kernel: Callable[[str, torch.device, torch.dtype], str | None],
-) -> str | None:
-    """Why the model must keep its attention, or None."""
-    if model.config._attn_implementation == NAME:
+def _why_not_part(part: Part) -> str | None:
+    model, config = part.model, part.model.config
+    if _FORMER in vars(model):
         return "already patched"
-    unfit = next((part for part in parts if not part._supports_sdpa), None)
-    if unfit is not None:
-        return f"{type(unfit).__name__} does not support sdpa, whose interface fastattn takes over"
-    if model.config.output_attentions:
-        return "config.output_attentions: only eager attention has the weights"
-    return no_kernel("attention", model.device, model.dtype)
+    reason = why_not(type(model))
+    if reason is not None:
+        return reason
+    if part.attentions == 0:
+        return "no module of its own takes its attention from the AttentionInterface"
+    names = {c._attn_implementation for c in part.configs}
+    if _TAKEN_OVER not in names:
+        if "eager" in names:
+            return "eager attention can return its weights (output_attentions), fastattn's cannot"
+        return f"it is set to {config._attn_implementation}, and patch takes over sdpa alone"
+    if any(getattr(c, "attn_logit_softcapping", None) for c in part.configs):
+        return "sdpa leaves out its softcap (attn_logit_softcapping), fastattn would apply it"
+    return _no_kernel(model.device, model.dtype)
+
+
+def _why_not_shared(part: Part, parts: list[Part]) -> str | None:
+    """A config that a part holds which must stay cannot change."""
+    for other in parts:
+        shared = any(c is d for c in part.configs for d in other.configs)
+        must_stay = other.attentions > 0 or why_not(type(other.model)) is not None
+        if shared and must_stay and other.reason is not None:
+            return f"it shares its config with {other.name or '(root)'}: {other.reason}"
+    return None
+
+
+def _no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "meta":
+        return None  # it will be somewhere else when it runs
+    problem = backends.Problem("attention", device.type, dtype)
+    kernels = (b for b in backends.BACKENDS if b != "reference")
+    if any(not backends.default_reasons(problem, b) for b in kernels):
+        return None
+    return f"no kernel serves {dtype} on {device.type}"
+
+
+def undo(module: nn.Module) -> tuple[str, str | None, str] | None:
+    """Takes back what ``Part.apply`` changed in ``module``: what it was, what it is now (None: left
+    alone) and why, or None where ``patch`` changed nothing. A config that was given another
+    implementation since keeps it."""
+    former = vars(module).pop(_FORMER, None)
+    if former is None:
+        return None
+    ours = [c for c in former.configs if c._attn_implementation == NAME]
+    if former.configs and not ours:
+        return _words(module.config), None, "its attention was set to another one after patch"
+    _set(ours, _TAKEN_OVER)
+    return f"{NAME} attention", f"{_TAKEN_OVER} attention", "restored"
+
+
+def _words(config: PreTrainedConfig) -> str:
+    return f"{config._attn_implementation} attention"

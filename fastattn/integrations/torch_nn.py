@@ -31,8 +31,8 @@ def patch(model: nn.Module, *, dry_run: bool = False) -> PatchReport:
       types only.
     - Linear, ReLU inside an ``nn.Sequential``, which then fuses them as it runs.
     - ``nn.Linear``, exact type, in a 16-bit dtype that torch has no product in for this processor.
-    - The attention implementation of Hugging Face models, see
-      ``fastattn.integrations.transformers``.
+    - The attention of Hugging Face models that is set to sdpa, see
+      ``fastattn.integrations.pretrained``.
 
     Linear, ReLU that a forward of the model's own joins are left apart: only that code knows what
     else reads their results. Anything else is left alone, and so is a module whose device or dtype
@@ -51,9 +51,9 @@ def unpatch(model: nn.Module) -> PatchReport:
     check(model)
     report = PatchReport(nothing="nothing to undo: the model is not patched")
     for name, module in model.named_modules():
-        if pretrained.FORMER_ATTENTION in vars(module):
-            former = pretrained.restore(module)
-            report.add(name, "fastattn attention", f"{former} attention", "restored")
+        attention = pretrained.undo(module)
+        if attention is not None:
+            report.add(name, *attention)
     for name, module in model.named_modules():
         if FORMER_CLASS not in vars(module):
             continue

@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
-import math
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastattn import functional
+from fastattn.integrations.pretrained import NAME, KnowsTheName, why_not
 
-NAME = "fastattn"
+__all__ = ["NAME", "attention_forward", "attention_mask", "register"]
+
+# What a model may hand its attention function without any effect on sdpa's result: what the mask
+# or the keys hold already, what is for the flash kernels or for the loss, outputs asked of the
+# model.
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "cu_seq_lens_q",  # _check_packed looks at it
+        "cu_seq_lens_k",
+        "deterministic",
+        "ignore_index",
+        "labels",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "mm_token_type_ids",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "seq_idx",
+        "shift_labels",
+        "sliding_window",
+        "token_type_ids",
+        "use_cache",
+    }
+)
 
 
 def register() -> None:
     """Makes ``attn_implementation="fastattn"`` known to transformers, for attention and for masks.
     Idempotent.
 
+    A model that does not take its attention from the interface refuses the name from then on, by
+    a ValueError with transformers' words for sdpa: transformers itself lets every registered name
+    pass, and such a model would misread our masks or fail in a lookup. ``from_pretrained`` and
+    ``patch`` reach every stack of a model; ``set_attn_implementation`` does not where the stacks
+    hold copies of the config, as T5's do.
+
     Raises ImportError, saying what to install, without a transformers that has both interfaces.
     """
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     except ImportError as error:
         raise ImportError(
             f'attn_implementation="{NAME}" needs Hugging Face transformers ({error}): '
@@ -29,6 +67,41 @@ def register() -> None:
     AttentionInterface.register(NAME, attention_forward)
     # Without an entry of the same name here transformers would drop every mask, padding included.
     AttentionMaskInterface.register(NAME, attention_mask)
+    _refuse_unfit_models(PreTrainedModel)
+
+
+def _refuse_unfit_models(pretrained: type[nn.Module]) -> None:
+    """Puts ``check_model`` before the method by which transformers accepts an implementation."""
+    stock = pretrained.get_correct_attn_implementation
+    if hasattr(stock, "_fastattn"):
+        return
+
+    @wraps(stock)
+    def get_correct_attn_implementation(
+        self: nn.Module, requested_attention: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        if requested_attention == NAME:
+            check_model(self)
+            vars(self)["_fastattn_name"] = KnowsTheName()
+        return stock(self, requested_attention, *args, **kwargs)
+
+    get_correct_attn_implementation._fastattn = True
+    pretrained.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises ValueError where ``model`` cannot run with ``attn_implementation="fastattn"``."""
+    if not model._supports_sdpa:
+        try:
+            model._sdpa_can_dispatch()
+        except (ValueError, ImportError) as error:
+            raise ValueError(f'attn_implementation="{NAME}": {error}') from error
+    reason = why_not(type(model))
+    if reason is not None:
+        raise ValueError(
+            f'attn_implementation="{NAME}": {type(model).__name__} does not support it: {reason}. '
+            'Load it with attn_implementation="sdpa" or "eager".'
+        )
 
 
 def attention_mask(**options: Any) -> Tensor | None:
@@ -81,15 +154,26 @@ def attention_forward(
         attention_mask: 4-D, broadcastable to ``[B, Hq, Sq, Sk]``: bool (True = attend) or float
             (added). It holds a sliding window already. None: causal if ``is_causal``, or
             ``module.is_causal``, and Sq > 1.
-        position_bias: float, added to the scores, as attention_mask; softcap: of the scores.
+        position_bias: float, added to the scores of the keys that the mask leaves. A row with
+            nothing to attend to is the mean of all values, as in sdpa and eager attention.
+        softcap: of the scores.
+        kwargs: whatever else the model passes on. What is known not to change the result is
+            ignored.
 
     Returns:
         ``[B, Sq, Hq, D]`` contiguous, and None: no weights are ever made.
 
     Raises:
-        ValueError, TypeError: a mask of another kind, attention sinks (``s_aux``), and what the
-            function itself refuses.
+        ValueError, TypeError: a mask of another kind, attention sinks (``s_aux``), a keyword that
+            is not None and not known to be without effect (``indices`` and ``block_indices`` of
+            sparse attention), and what the function itself refuses.
     """
+    for name, given in kwargs.items():
+        if given is not None and name not in _HARMLESS:
+            raise ValueError(
+                f"{name}: {NAME} attention does not know this argument and cannot leave it out, "
+                "use another attn_implementation"
+            )
     if s_aux is not None:
         raise ValueError(
             "s_aux: attention sinks are not supported, use another attn_implementation"
@@ -100,13 +184,10 @@ def attention_forward(
         _check_mask(attention_mask)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = query.shape[2] > 1 and attention_mask is None and bool(causal)
+    if attention_mask is None:
+        _check_packed(kwargs.get("cu_seq_lens_q"))
     if position_bias is not None:
-        if attention_mask is None:
-            attention_mask = position_bias
-        elif attention_mask.dtype == torch.bool:
-            attention_mask = torch.where(attention_mask, position_bias, -math.inf)
-        else:
-            attention_mask = attention_mask + position_bias
+        attention_mask = _with_bias(attention_mask, position_bias, key)
     out = functional.scaled_dot_product_attention(
         query,
         key,
@@ -119,6 +200,30 @@ def attention_forward(
         softcap=softcap or 0.0,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor, key: Tensor) -> Tensor:
+    """The mask to add to the scores. A masked key gets the least finite number, as in sdpa and
+    eager attention, so that a row of them alone is a mean of all values."""
+    if mask is None:
+        return bias
+    if mask.dtype != torch.bool:
+        return mask + bias
+    lowest = torch.finfo(key.dtype).min
+    if torch.is_autocast_enabled(key.device.type):
+        computed = torch.get_autocast_dtype(key.device.type)
+        lowest = max(lowest, torch.finfo(computed).min)  # finite after the cast as well
+    return torch.where(mask, bias, lowest)
+
+
+def _check_packed(starts: Tensor | None) -> None:
+    """starts: cu_seq_lens_q of a call without a mask, which has nothing to keep several sequences
+    apart."""
+    if starts is not None and starts.shape[0] > 2:
+        raise ValueError(
+            "cu_seq_lens_q: sequences packed into one row are kept apart by the mask, "
+            "which transformers makes of position_ids: pass these"
+        )
 
 
 def _check_mask(mask: object) -> None:

@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import (
@@ -282,6 +283,38 @@ def test_autocast():
     exact = jvp(grad(loss), (q,), (q,))[1]
     # A few results on the way, each rounded to bfloat16.
     assert (second - exact).abs().max() < 16 * unit_roundoff(torch.bfloat16) * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_takes_tensors_of_several_dtypes(dtype):
+    """Rotary embeddings leave q and k in float32 beside a 16-bit v; torch's own casts all three."""
+    q, k, v = torch.randn(3, 2, 4, 9, 8)
+    mask = torch.randn(9, 9)
+    x, w1, w2, b1 = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 5), torch.randn(5)
+    packed = [x[0].transpose(0, 1) for x in (q, k, v.to(dtype))]
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32)
+    leaf = v.to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        out = fastattn.scaled_dot_product_attention(q, k, leaf, mask)
+        expected = F.scaled_dot_product_attention(q, k, v.to(dtype), mask)
+        ragged = fastattn.varlen_attn(*packed, starts, starts, 5, 5)
+        hidden = fastattn.linear_relu(x.to(dtype), w1, b1)
+        whole = fastattn.mlp(x.to(dtype), [w1, w2.to(dtype)], [b1, None])
+        with pytest.raises(TypeError, match="key: expected a tensor"):
+            fastattn.scaled_dot_product_attention(q, None, v)
+        with pytest.raises(ValueError, match="weight 1: expected in_features"):
+            fastattn.mlp(x, [w1, w1])  # the words name the fault, not the dtype before the cast
+    assert out.dtype == expected.dtype == ragged.dtype == hidden.dtype == whole.dtype == dtype
+    tolerance = {"rtol": 0.0, "atol": 8 * unit_roundoff(dtype) * float(v.abs().max())}
+    torch.testing.assert_close(out, expected, **tolerance)
+    alone = F.scaled_dot_product_attention(q[0, :, :4], k[0, :, :4], v[0, :, :4])
+    torch.testing.assert_close(ragged[:4].transpose(0, 1).float(), alone, **tolerance)
+    out.float().sum().backward()
+    assert leaf.grad.dtype == dtype
+    with pytest.raises(TypeError, match="value: expected query's dtype torch.float32"):
+        fastattn.scaled_dot_product_attention(q, k, v.to(dtype))
+    with pytest.raises(TypeError, match="weight: expected input's dtype"):
+        fastattn.linear_relu(x.to(dtype), w1)
 
 
 def test_derivatives_in_autocast_keep_their_dtype():

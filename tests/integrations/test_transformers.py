@@ -205,12 +205,15 @@ def test_generate(kind, cache):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_position_bias_and_encoder_decoder():
+def test_position_bias_and_encoder_decoder(attention_calls):
     stock, ours = pair("T5ForConditionalGeneration", tiny("t5"))
+    for stack in (ours.encoder, ours.decoder):
+        stack.set_attn_implementation("fastattn")
     inputs = tokens(2, 9, "right")
     target = tokens(2, 6, None)["input_ids"]
     for model in (stock, ours):
         model(**inputs, labels=target).loss.backward()
+    assert len(attention_calls) == 6  # two layers of each stack, two of cross-attention
     a, b = (m(**inputs, labels=target).logits for m in (ours, stock))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     for (name, x), y in zip(ours.named_parameters(), stock.parameters(), strict=True):
@@ -397,8 +400,10 @@ def test_patch_of_a_composite_model():
     expected = model(**inputs).logits
     parts = (model, model.encoder, model.decoder)
     before = [m.config._attn_implementation for m in parts]
-    fastattn.patch(model)
-    assert {m.config._attn_implementation for m in parts} == {"fastattn"}
+    report = fastattn.patch(model)
+    assert [m.config._attn_implementation for m in parts] == ["sdpa", "fastattn", "eager"]
+    assert [e.name for e in report.swapped] == ["encoder"]
+    assert [e.name for e in report.skipped if "output_attentions" in e.reason] == ["decoder.bert"]
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
     fastattn.unpatch(model)
     assert [m.config._attn_implementation for m in parts] == before
