@@ -282,7 +282,7 @@ def test_a_process_that_only_unpickles_a_hugging_face_model():
     assert fastattn.patch(model).swapped
     ids, mask = torch.randint(0, 64, (2, 7)), torch.ones(2, 7, dtype=torch.long)
     mask[1, 4:] = 0
-    assert "_fastattn_former_attn_implementation" in in_a_fresh_process(model, ids, mask)
+    assert "_fastattn_former_attention" in in_a_fresh_process(model, ids, mask)
     twin = copy.deepcopy(model)
     fastattn.unpatch(twin)
     assert twin.config._attn_implementation == "sdpa"
