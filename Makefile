@@ -23,8 +23,8 @@ $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 setup: $(VENV)/.built ## Environment in .venv, native library built in place
 
 test: setup ## The tests; the Triton kernels a second time, in the interpreter
-	OMP_NUM_THREADS=1 FASTATTN_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n 2 tests
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -W ignore tests/ops/triton
+	OMP_NUM_THREADS=1 FASTATTN_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -W ignore tests/ops/triton
 
 demo: setup ## Train real models on real data, stock torch beside fastattn
 	$(BIN)/python -m fastattn demo
