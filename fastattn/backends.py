@@ -23,7 +23,8 @@ from fastattn.ops import triton
 from fastattn.ops.triton.config import fused_product, why_not
 from fastattn.verification import first_use
 
-BACKENDS = ("cpu", "cuda", "triton", "reference")
+KERNELS = ("cpu", "cuda", "triton")
+BACKENDS = (*KERNELS, "reference")
 OPS = ("attention", "varlen_attn", "linear_relu", "mlp")
 
 # The families of CUDA kernels (attention_forward, attention_backward, linear_relu, mlp) that are
@@ -227,6 +228,26 @@ def default_reasons(problem: Problem, backend: str) -> list[str]:
     return _unproven(problem, backend) or _failures(problem, backend, run=False)
 
 
+def serves(problem: Problem) -> bool:
+    """Whether a kernel, not the reference, serves a call that names no backend."""
+    return any(not default_reasons(problem, name) for name in _kernels_for(problem.device))
+
+
+def why_no_kernel(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no kernel serves ``op`` for modules on ``device``; None where one does. A module on the
+    meta device will be on another one when it is called: it is judged as on a CPU."""
+    problem = Problem(op, "cpu" if device.type == "meta" else device.type, dtype)
+    if serves(problem):
+        return None
+    against = (f"{name}: {', '.join(default_reasons(problem, name))}" for name in KERNELS)
+    return f"no kernel serves {dtype} on {device.type} ({'; '.join(against)})"
+
+
+def _kernels_for(device: str) -> tuple[str, ...]:
+    """The backends with kernels that a call on ``device`` may go to by itself, the first first."""
+    return ("cpu",) if device == "cpu" else ("cuda", "triton")
+
+
 def select(problem: Problem, backend: str | None = None, *, run_self_check: bool = True) -> str:
     """The backend for ``problem``: ``backend``, or ``FASTATTN_BACKEND``, or the first without a
     reason against it. Without ``run_self_check`` nothing is computed.
@@ -249,7 +270,7 @@ def select(problem: Problem, backend: str | None = None, *, run_self_check: bool
         _failures(problem, explicit, run_self_check)  # warns
         return explicit
     against = []
-    for name in ("cpu",) if problem.device == "cpu" else ("cuda", "triton"):
+    for name in _kernels_for(problem.device):
         against = (
             reasons(problem, name)
             or _unproven(problem, name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
+import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,10 +72,12 @@ class Evidence:
         columns = TABLES[table]
         row = {column: str(values.get(column, "")) for column in columns}
         self.rows.append((stage, row))
-        line = ",".join(_quoted(row[column]) for column in columns) + "\n"
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, columns, lineterminator="\n")
         if table not in self._written:
-            line = ",".join(_quoted(column) for column in columns) + "\n" + line
-        self._append(table, line)
+            writer.writeheader()
+        writer.writerow(row)
+        self._append(table, lines.getvalue())
 
     def text(self, name: str, text: str) -> None:
         self._append(name, text if text.endswith("\n") else text + "\n")
@@ -104,7 +108,3 @@ class Evidence:
         except OSError as error:
             self.found("output", name, f"cannot be written: {error.strerror or error}")
         self._written[name] = size + len(text)
-
-
-def _quoted(value: str) -> str:
-    return '"' + value.replace('"', '""') + '"' if any(c in value for c in ',"\n') else value

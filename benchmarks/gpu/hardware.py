@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 import fastattn
 from fastattn import _extension, backends
 from fastattn.ops import triton
+from gpu import context
 from gpu.cases import Case
 from gpu.clock import Clock
 from gpu.results import Results
@@ -50,13 +51,7 @@ class Bench:
         return facts
 
     def lost(self, error: Exception) -> bool:
-        if not self.clock.on_gpu:
-            return False
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            return True
-        return False
+        return context.is_lost()
 
     def prepare(self, implementation: str, cases: list[Case]) -> None:
         """Makes the context, with a product in float64, as references have. Triton compiles its

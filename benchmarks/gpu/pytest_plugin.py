@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
 import pytest
+
+from gpu import context
 
 LOST = 3
 # A copy of stdout, which pytest captures later.
@@ -50,17 +51,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
-    if _lost_by_text or _context_is_lost():
+    if _lost_by_text or context.is_lost():
         _tell("lost", what=nodeid)
         pytest.exit(f"the GPU's context was lost by {nodeid}", returncode=LOST)
-
-
-def _context_is_lost() -> bool:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False

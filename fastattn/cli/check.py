@@ -15,8 +15,6 @@ from fastattn.verification import children, families, first_use
 from fastattn.verification.children import Result
 from fastattn.verification.problems import Device
 
-KERNELS = ("cpu", "cuda", "triton")  # the reference is what they are compared with
-
 
 def check(console: Console, backend: str | None = None) -> int:
     """Prints a row for each family of kernels of ``backend``, or of all; 1 where one failed.
@@ -26,7 +24,7 @@ def check(console: Console, backend: str | None = None) -> int:
         table.add_column(column, overflow="fold")
     table.add_column("time", justify="right")
     failed = 0
-    for name in KERNELS if backend is None else (backend,):
+    for name in backends.KERNELS if backend is None else (backend,):
         why = backends.unavailable(name)
         if why is not None:
             table.add_row(name, "all", f"[yellow]not available[/]: {why}", "")

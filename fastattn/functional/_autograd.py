@@ -57,17 +57,22 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on for the device of the first; float64 is
     left alone, as in torch. It comes before the checks: code that autocast runs gives tensors of
     several dtypes, rotary embeddings float32 queries and keys beside 16-bit values."""
-    device = tensors[0].device.type
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
+        return tensors
+    return tuple(t.to(dtype) if follows_autocast(t) else t for t in tensors)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Autocast's dtype where it is on for the device, else None."""
     # Asking whether it exists costs more than the rest for the two that have it.
     if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
-        return tensors
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if _follows_autocast(t) else t for t in tensors)
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _follows_autocast(x: object) -> bool:
+def follows_autocast(x: object) -> bool:
+    """Whether autocast changes its dtype."""
     return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
 

@@ -6,7 +6,7 @@ and torch's errors. Nothing here raises and nothing is computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._device import DeviceContext
 
 from fastattn import backends
+from fastattn.functional._autograd import autocast_dtype, follows_autocast
 
 
 def unobserved() -> bool:
@@ -46,6 +47,26 @@ def ordinary(*tensors: object, exported: bool = False) -> bool:
     return True
 
 
+# Multiply-adds of a Sequential's Linears below which torch's own modules are faster on a CPU.
+# Torch's time over the kernels', float32, Zen 4 with AVX-512, one and two threads, forward and
+# training step: at 0.6 million 0.65 to 0.78, at 6.5 0.88 to 0.95, at 26 0.89 to 1.03, at 34 0.97 to
+# 1.12, at 104 0.97 to 1.07, at 604 1.05 to 1.19.
+LEAST_WORK = 1 << 25
+
+
+def is_small(input: object, modules: Iterable[torch.nn.Module]) -> bool:
+    """Whether the Linears among ``modules`` have so little to do on a CPU that checks and a kernel
+    call take longer than they save. It reads few attributes, as it runs before each small call."""
+    if type(input) is not Tensor or not input.is_cpu or input.dtype in _LACKING:
+        return False
+    width = weights = 0  # of the input's rows, and of all layers
+    for module in modules:
+        if type(module) is torch.nn.Linear:
+            width = width or module.in_features
+            weights += module.in_features * module.out_features
+    return input.numel() * weights < LEAST_WORK * width
+
+
 def serves_layers(
     input: Tensor,
     weights: Sequence[Tensor],
@@ -54,29 +75,38 @@ def serves_layers(
 ) -> bool:
     """Whether a kernel takes ``linear_relu`` or ``mlp`` with these. Shapes, dtypes and devices that
     do not fit together are torch's to refuse, or to broadcast."""
-    tensors = [input, *weights, *(b for b in biases if b is not None)]
-    if (
-        input is None
-        or not ordinary(*tensors, exported=exported)
-        or input.dim() == 0
-        or not _together(tensors)
-    ):
+    if input is None or not ordinary(input, *weights, *biases, exported=exported):
         return False
-    width = input.shape[-1]
+    shape = input.shape
+    if not shape:
+        return False
+    width, device, dtype, one_dtype = shape[-1], input.device, input.dtype, True
     for weight, bias in zip(weights, biases, strict=True):
-        if weight.dim() != 2 or weight.shape[1] != width:
+        shape = weight.shape
+        if len(shape) != 2 or shape[1] != width or weight.device != device:
             return False
-        width = weight.shape[0]
-        if bias is not None and (bias.dim() != 1 or bias.shape[0] != width):
+        width = shape[0]
+        one_dtype = one_dtype and weight.dtype == dtype
+        if bias is not None:
+            if bias.shape != (width,) or bias.device != device:
+                return False
+            one_dtype = one_dtype and bias.dtype == dtype
+    computed = autocast_dtype(device.type)
+    if computed is not None and follows_autocast(input):
+        dtype = computed
+    if not one_dtype:
+        tensors = (x for x in (input, *weights, *biases) if x is not None)
+        if computed is None or not all(map(follows_autocast, tensors)):
             return False
     problem = backends.linear_problem("linear_relu", input, weights)
-    return _has_kernel(problem._replace(dtype=_dtype(input)))
+    return backends.serves(problem._replace(dtype=dtype) if computed is not None else problem)
 
 
 def product_wins(input: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels' product of a Linear is faster than torch's. Measured in pairs, forward
-    and backward: 2 to 17 times where torch has no product in the dtype, from 8 rows on; torch's is
-    as fast or faster with fewer rows and in the other dtypes."""
+    """Whether the kernels' product of a Linear is faster than torch's. Measured in pairs for
+    float16 on a Zen 4, which torch has no product for: 2.9 to 4.7 times forward, 2.2 to 17 with
+    backward, from 16 rows on. With a single row and in the other dtypes torch's is as fast or
+    faster."""
     rows = input.numel() // max(1, input.shape[-1])
     return rows >= 16 and min(weight.shape) >= 32 and lacks_product(_dtype(input), input.device)
 
@@ -102,33 +132,10 @@ _LACKING = _lacking()
 
 def serves_attention(like: Tensor, head_dim: int) -> bool:
     """Whether a kernel takes attention of tensors on ``like``'s device, of its dtype."""
-    return _has_kernel(backends.Problem("attention", like.device.type, _dtype(like), head_dim))
-
-
-def _together(tensors: Sequence[Tensor]) -> bool:
-    """Whether they are on one device and of one dtype, or of dtypes that autocast makes one."""
-    first = tensors[0]
-    if any(x.device != first.device for x in tensors):
-        return False
-    if all(x.dtype == first.dtype for x in tensors):
-        return True
-    return _autocasts(first) and all(
-        x.is_floating_point() and x.dtype != torch.float64 for x in tensors
-    )
-
-
-def _autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return backends.serves(backends.Problem("attention", like.device.type, _dtype(like), head_dim))
 
 
 def _dtype(x: Tensor) -> torch.dtype:
     """The dtype in which the call is computed."""
-    if x.is_floating_point() and x.dtype != torch.float64 and _autocasts(x):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def _has_kernel(problem: backends.Problem) -> bool:
-    names = ("cpu",) if problem.device == "cpu" else ("cuda", "triton")
-    return any(not backends.default_reasons(problem, name) for name in names)
+    computed = autocast_dtype(x.device.type)
+    return computed if computed is not None and follows_autocast(x) else x.dtype

@@ -189,7 +189,7 @@ def _plan_sequential(name: str, module: nn.Sequential, made: Plan) -> None:
         else:
             made.left.add(f"{name}.{key}" if name else key, layer, None, reason)
     if fused:
-        why = f"Linear, ReLU as one kernel call: {', '.join(fused)}"
+        why = f"Linear, ReLU as one kernel call where that is faster: {', '.join(fused)}"
         made.swaps.append(ClassSwap(name, module, nn.Sequential, FusedSequential, why))
 
 
@@ -234,21 +234,7 @@ def _why_not(module: nn.Module, op: str) -> str | None:
         if type(p) is not nn.Parameter:
             return f"its parameters are of type {type(p).__name__}"
     p = next(module.parameters(), None)
-    return None if p is None else _no_kernel(op, p.device, p.dtype)
-
-
-def _no_kernel(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reasons of all backends with kernels, where none serves ``op``. A module on the meta
-    device will be on another one when it is called."""
-    kind = "cpu" if device.type == "meta" else device.type
-    problem = backends.Problem(op, kind, dtype)
-    against = {
-        b: backends.default_reasons(problem, b) for b in backends.BACKENDS if b != "reference"
-    }
-    if not all(against.values()):
-        return None
-    why = (f"{b}: {', '.join(reasons)}" for b, reasons in against.items())
-    return f"no kernel serves {dtype} on {device.type} ({'; '.join(why)})"
+    return None if p is None else backends.why_no_kernel(op, p.device, p.dtype)
 
 
 def _report_own_forwards(model: nn.Module, scripted: set[nn.Module], left: PatchReport) -> None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from fastattn import backends
@@ -193,7 +192,7 @@ def _why_not_part(part: Part) -> str | None:
         return f"it is set to {config._attn_implementation}, and patch takes over sdpa alone"
     if any(getattr(c, "attn_logit_softcapping", None) for c in part.configs):
         return "sdpa leaves out its softcap (attn_logit_softcapping), fastattn would apply it"
-    return _no_kernel(model.device, model.dtype)
+    return backends.why_no_kernel("attention", model.device, model.dtype)
 
 
 def _why_not_shared(part: Part, parts: list[Part]) -> str | None:
@@ -204,16 +203,6 @@ def _why_not_shared(part: Part, parts: list[Part]) -> str | None:
         if shared and must_stay and other.reason is not None:
             return f"it shares its config with {other.name or '(root)'}: {other.reason}"
     return None
-
-
-def _no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type == "meta":
-        return None  # it will be somewhere else when it runs
-    problem = backends.Problem("attention", device.type, dtype)
-    kernels = (b for b in backends.BACKENDS if b != "reference")
-    if any(not backends.default_reasons(problem, b) for b in kernels):
-        return None
-    return f"no kernel serves {dtype} on {device.type}"
 
 
 def undo(module: nn.Module) -> tuple[str, str | None, str] | None:

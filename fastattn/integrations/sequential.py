@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastattn import functional
-from fastattn.functional._served import ordinary, serves_layers, unobserved
+from fastattn.functional._served import is_small, ordinary, serves_layers, unobserved
 from fastattn.nn._plain import as_written, is_plain, no_global_hooks, to_torch
 from fastattn.nn.linear import is_plain_linear
 
@@ -18,8 +18,8 @@ class FusedSequential(nn.Sequential):
 
     What is fused is decided at each call, from the children as they are then, and the children stay
     what they are: called alone, sliced out, hooked, replaced or reparametrized later, each means
-    what it meant before. Where a kernel may not stand in for a stretch, its layers are called one
-    by one, as ``nn.Sequential`` calls them.
+    what it meant before. Where a kernel may not stand in for a stretch, or would not be faster, its
+    layers are called one by one, as ``nn.Sequential`` calls them.
     """
 
     __prepare_scriptable__ = to_torch
@@ -31,6 +31,8 @@ class FusedSequential(nn.Sequential):
         return super().__getitem__(idx)
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_small(input, self._modules.values()):
+            return super().forward(input)
         if not (as_written(nn.Sequential) and no_global_hooks() and unobserved()):
             return super().forward(input)
         layers = list(self)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import functional
+from fastattn.functional._autograd import autocast_dtype
 from fastattn.functional._served import ordinary, serves_attention, unobserved
 from fastattn.nn._plain import as_written, run_torchs, to_torch, was_swapped
 
@@ -190,10 +191,6 @@ def _softmax_scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> 
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
 
 
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _check(
     module: nn.MultiheadAttention,
     query: Tensor,
@@ -216,7 +213,7 @@ def _check(
         ("key", key, module.kdim),
         ("value", value, module.vdim),
     ):
-        if x.dtype != dtype and not _autocasts(x.device.type):
+        if x.dtype != dtype and autocast_dtype(x.device.type) is None:
             bad(name, f"the parameters' dtype {dtype}", x.dtype, TypeError)
         if x.dim() != query.dim():
             bad(name, f"query's rank {query.dim()}", tuple(x.shape))

@@ -41,7 +41,7 @@ def test_doctor_says_why_the_library_is_missing(monkeypatch, capsys):
 
 @pytest.mark.native
 def test_the_check_prints_every_family(monkeypatch, capsys):
-    monkeypatch.setattr(check, "KERNELS", ("cpu", "cuda"))
+    monkeypatch.setattr(backends, "KERNELS", ("cpu", "cuda"))
     monkeypatch.setattr(backends, "unavailable", {"cpu": None, "cuda": "torch sees no GPU"}.get)
     assert doctor.doctor(Console(width=200), check=True) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "│ cpu " in line]

@@ -5,12 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import fastattn
 
+# Tracers and compilers of torch warn of what they are about to lose.
+MARKS = [
+    pytest.mark.native,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
 Make = Callable[[], nn.Module]
 Run = Callable[[nn.Module], object]
 

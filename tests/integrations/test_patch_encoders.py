@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import side_by_side
 import torch
 import torch.nn.functional as F
 from side_by_side import Make, Run, assert_same, globally_hooked, operations, pair, twice_the_output
@@ -13,13 +14,7 @@ from torch import fx, nn
 import fastattn
 from fastattn import nn as fnn
 
-pytestmark = [
-    pytest.mark.native,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
-]
+pytestmark = side_by_side.MARKS
 
 # --- encoders -------------------------------------------------------------------------------------
 

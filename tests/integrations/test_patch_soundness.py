@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
+import side_by_side
 import torch
 import torch.nn.functional as F
 from side_by_side import Run, assert_same, globally_hooked, operations, twice_the_output
@@ -23,13 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 
-pytestmark = [
-    pytest.mark.native,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
-]
+pytestmark = side_by_side.MARKS
 
 
 def stack() -> nn.Sequential:

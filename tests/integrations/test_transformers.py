@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tokens
 from torch import Tensor, nn
 
 import fastattn
@@ -70,18 +71,6 @@ def pair(name: str, config) -> tuple[nn.Module, nn.Module]:
     ours.set_attn_implementation("fastattn")
     assert ours.config._attn_implementation == "fastattn"
     return stock, ours
-
-
-def tokens(batch: int, seq: int, padded: str | None) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, 99, (batch, seq), generator=generator)
-    mask = torch.ones_like(ids)
-    for row in range(1, batch):
-        if padded == "left":
-            mask[row, : 2 * row] = 0
-        elif padded == "right":
-            mask[row, seq - 2 * row :] = 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def close_where(mask: Tensor, a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
