@@ -20,7 +20,8 @@ ALLOWED = {
     "reference": {"reference"},
     "testing": {"testing"},
     "verification": {"_extension", "ops", "reference", "verification", ""},  # "" is the version
-    "backends": {"_extension", "ops", "verification"},
+    "_problem": set(),
+    "backends": {"_extension", "_problem", "ops", "verification"},
     "ops": {"_extension", "ops"},
     "functional": {"ops", "reference", "backends", "functional"},
     "nn": {"functional", "nn"},

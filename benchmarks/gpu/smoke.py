@@ -69,8 +69,8 @@ _LINEAR = (
     Case("784-128", LinearSize(1024, 784, 128), "float16"),
 )
 _WIDE = (
-    Case("many tiles", LinearSize(2304, 2304, 2304)),
-    Case("ragged", LinearSize(2310, 2200, 2500)),
+    Case("many wide tiles", LinearSize(2304, 2304, 2304)),
+    Case("many wide tiles, ragged", LinearSize(2310, 2200, 2500)),
     Case("8192x4096->4096", LinearSize(8192, 4096, 4096), "float16"),
 )
 # A product whose sum is split over blocks: of the forward, of dX, of dW.
