@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import functional
+from fastattn.functional.drop_in import attention_by_size
 from fastattn.integrations.pretrained import NAME, KnowsTheName, why_not
 
 __all__ = ["NAME", "attention_forward", "attention_mask", "register"]
@@ -188,17 +189,11 @@ def attention_forward(
         _check_packed(kwargs.get("cu_seq_lens_q"))
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias, key)
-    out = functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scaling,
-        enable_gqa=True,
-        softcap=softcap or 0.0,
-    )
+    call = (query, key, value, attention_mask, dropout, causal, scaling, True)
+    if softcap:
+        out = functional.scaled_dot_product_attention(*call, softcap=softcap)
+    else:
+        out = attention_by_size(*call)
     return out.transpose(1, 2).contiguous(), None
 
 
