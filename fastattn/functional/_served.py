@@ -164,7 +164,7 @@ def serves_sdpa(query: object, key: object, value: object, attn_mask: object) ->
         return False
     if not (query.dim() and value.dim()):
         return False
-    return serves_attention(query, max(query.shape[-1], value.shape[-1])) and unobserved()
+    return serves_attention(query, max(query.shape[-1], value.shape[-1]))
 
 
 def serves_attention(like: Tensor, head_dim: int) -> bool:

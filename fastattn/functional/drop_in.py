@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn import functional
 from fastattn.functional import _served
-from fastattn.functional.attention import scaled_dot_product_attention as kernels_attention
-from fastattn.functional.linear import linear_relu as kernels_linear_relu
-from fastattn.functional.linear import mlp as kernels_mlp
 
 _torchs_attention = F.scaled_dot_product_attention  # override_sdpa puts ours in its place
 
@@ -23,7 +21,7 @@ _torchs_attention = F.scaled_dot_product_attention  # override_sdpa puts ours in
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``: ``[..., in_features]`` -> ``[..., out_features]``."""
     if _served.product_wins(input, weight) and _served.unobserved():
-        return kernels_mlp(input, [weight], [bias])
+        return functional.mlp(input, [weight], [bias])
     return F.linear(input, weight, bias)
 
 
@@ -31,7 +29,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """relu(``torch.nn.functional.linear``)."""
     if _served.is_small_product(input, weight.numel()) or not _served.unobserved():
         return F.relu(F.linear(input, weight, bias))
-    return kernels_linear_relu(input, weight, bias)
+    return functional.linear_relu(input, weight, bias)
 
 
 def mlp(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
@@ -41,7 +39,7 @@ def mlp(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             input = F.relu(F.linear(input, weight, bias))
         return F.linear(input, weights[-1], biases[-1])
-    return kernels_mlp(input, weights, biases)
+    return functional.mlp(input, weights, biases)
 
 
 def attention_by_size(
@@ -56,11 +54,21 @@ def attention_by_size(
 ) -> Tensor:
     """``fastattn.scaled_dot_product_attention`` of tensors that a kernel serves; torch's where the
     problem is so small that torch's is faster."""
-    call = (query, key, value, attn_mask, dropout_p, is_causal)
     small = _served.is_small_attention(query, key, value, dropout_p)
     if small and (attn_mask is None or not is_causal):  # torch takes only one of the two
-        return _torchs_attention(*call, scale=scale, enable_gqa=enable_gqa)
-    return kernels_attention(*call, scale, enable_gqa)
+        attention = _torchs_attention
+    else:
+        attention = functional.scaled_dot_product_attention
+    return attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
 
 
 def scaled_dot_product_attention(
@@ -107,8 +115,8 @@ def transformer_encoder_layer(
     ffn_weight_2: Tensor,
     ffn_bias_2: Tensor,
 ) -> Tensor:
-    """``torch._transformer_encoder_layer_fwd``, by which torch.nn's layer runs at inference, without
-    a mask: ``[B, S, E]`` -> ``[B, S, E]``."""
+    """``torch._transformer_encoder_layer_fwd`` without a mask, by which torch.nn's layer runs at
+    inference: ``[B, S, E]`` -> ``[B, S, E]``."""
 
     def attended(x: Tensor) -> Tensor:
         heads = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))

@@ -18,6 +18,8 @@ from fastattn.backends import FastAttnWarning
 from fastattn.integrations.graph import with_kernels
 from fastattn.integrations.report import CompileReport
 
+NAME = "fastattn"
+
 _lock = threading.Lock()
 _report = CompileReport()
 
@@ -30,6 +32,10 @@ def backend(
 
     It is found by its name ``"fastattn"`` where the package is installed. In a checkout that is not
     installed, give the function itself: ``torch.compile(model, backend=compiler.backend)``.
+
+    Hooks that are put on a module after it was compiled are not seen, with this backend as with any
+    other, unless ``torch._dynamo.config.skip_nnmodule_hook_guards`` is False: torch guards hooks
+    only then.
 
     Raises ValueError for ``mode`` and ``options``: the backend has none.
 
@@ -70,6 +76,24 @@ def compile_report() -> CompileReport:
     """
     with _lock:
         return CompileReport(list(_report.entries), _report.graphs)
+
+
+def register_with_accelerate() -> None:
+    """Makes the backend's name one that accelerate lets pass, and with it the Trainer's
+    ``TrainingArguments(torch_compile_backend="fastattn")``: accelerate knows the backends of an
+    enum of its own and asks Dynamo for no other. Without accelerate nothing is done. Idempotent.
+    """
+    try:
+        from accelerate.utils import DynamoBackend
+    except ImportError:
+        return
+    value = NAME.upper()
+    if value in DynamoBackend:
+        return
+    member = str.__new__(DynamoBackend, value)
+    member._name_ = member._value_ = value
+    DynamoBackend._member_map_[value] = DynamoBackend._value2member_map_[value] = member
+    DynamoBackend._member_names_.append(value)
 
 
 def _reset() -> None:

@@ -12,7 +12,7 @@ import inspect
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import FunctionType
 
 import torch
@@ -32,16 +32,17 @@ _MULTI_HEAD = F.multi_head_attention_forward
 _ENCODER_LAYER = torch._transformer_encoder_layer_fwd  # by which torch's layer runs at inference
 _GETITEM = operator.getitem
 _RELUS = (torch.relu, torch.relu_, F.relu, F.relu_)
-_ACTIVATIONS = frozenset(
-    "celu elu gelu hardswish leaky_relu mish prelu relu6 selu sigmoid silu softmax softplus "
-    "tanh".split()
-)
+_ACTIVATIONS = ("celu", "elu", "gelu", "hardswish", "leaky_relu", "mish", "prelu", "relu6", "selu",
+                "sigmoid", "silu", "softmax", "softplus", "tanh")  # fmt: skip
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 # torch's multi-head attention, its own code and checks, on our scaled_dot_product_attention
 _fused_multi_head = FunctionType(
     _MULTI_HEAD.__code__,
-    {**_MULTI_HEAD.__globals__, "scaled_dot_product_attention": drop_in.scaled_dot_product_attention},
+    {
+        **_MULTI_HEAD.__globals__,
+        "scaled_dot_product_attention": drop_in.scaled_dot_product_attention,
+    },
     "multi_head_attention_forward",
     _MULTI_HEAD.__defaults__,
 )
@@ -264,9 +265,7 @@ def _replace(graph: fx.Graph, fused: fx.Node, nodes: Sequence[fx.Node]) -> None:
         graph.erase_node(node)
 
 
-def _why_not_linear(
-    linear: fx.Node, input: object, weight: object, bias: object
-) -> str | None:
+def _why_not_linear(linear: fx.Node, input: object, weight: object, bias: object) -> str | None:
     """Why no kernel may take the layer, or None."""
     reason = _why_not("linear_relu", linear, input, weight, bias)
     if reason is None:
@@ -376,7 +375,7 @@ def _name(node: fx.Node) -> str:
     path = re.sub(r"^(self|fn)(\.|$)", "", path)
     if path and (node.target is not _LINEAR or issubclass(kind, nn.Linear)):
         return path
-    places = re.findall(r'File "(.*)", line (\d+), in (\w+)', node.meta.get("stack_trace") or "")
+    places = re.findall(r'File "(.*)", line (\d+), in (.+)', node.meta.get("stack_trace") or "")
     if not places:
         return node.name
     file, line, function = places[-1]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastattn import functional
 from fastattn.functional.drop_in import attention_by_size
+from fastattn.integrations.compiler import register_with_accelerate
 from fastattn.integrations.pretrained import NAME, KnowsTheName, why_not
 
 __all__ = ["NAME", "attention_forward", "attention_mask", "register"]
@@ -47,7 +48,8 @@ _HARMLESS = frozenset(
 
 
 def register() -> None:
-    """Makes ``attn_implementation="fastattn"`` known to transformers, for attention and for masks.
+    """Makes ``attn_implementation="fastattn"`` known to transformers, for attention and for masks,
+    and ``TrainingArguments(torch_compile_backend="fastattn")`` to the library behind its Trainer.
     Idempotent.
 
     A model that does not take its attention from the interface refuses the name from then on, by
@@ -69,6 +71,7 @@ def register() -> None:
     # Without an entry of the same name here transformers would drop every mask, padding included.
     AttentionMaskInterface.register(NAME, attention_mask)
     _refuse_unfit_models(PreTrainedModel)
+    register_with_accelerate()
 
 
 def _refuse_unfit_models(pretrained: type[nn.Module]) -> None:
