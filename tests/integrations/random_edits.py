@@ -21,11 +21,9 @@ from random_models import (
     more_a_half,
     twice_the_gradient,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as all_modules
 from torch.nn.utils import parametrizations, parametrize, prune
-
-import fastattn
 
 
 class DoesNotApply(Exception):
@@ -168,7 +166,10 @@ def pruned(net: Net, rng: random.Random) -> None:
 def copied(net: Net, copy_of: Callable[[Net], Net]) -> Net:
     try:
         return copy_of(net)
-    except RuntimeError as error:  # parametrized modules are not pickled, pruned ones not copied
+    except (
+        RuntimeError,
+        AttributeError,
+    ) as error:  # parametrized modules are not pickled, pruned ones not copied
         raise DoesNotApply from error  # which the test lets pass for the stock model alone
 
 
@@ -212,10 +213,6 @@ def edit(net: Net, name: str, seed: int) -> Net:
     torch.default_generator.manual_seed(seed)
     made = EDITS[name](net, random.Random(seed))
     return made if isinstance(made, Net) else net
-
-
-def patch_again(net: Net) -> None:
-    fastattn.patch(net)
 
 
 # --- the calls ------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def random_model(draw: Draw) -> tuple[Net, torch.dtype]:
     draw.width = WIDTHS[dtype]
     shared = nn.Linear(draw.width, draw.width)
     parts = [
-        PARTS[draw.one_of("part", PARTS, {"stretch": 10, "encoder": 1})](draw, shared)
+        PARTS[draw.one_of("part", PARTS, {"stretch": 7})](draw, shared)
         for _ in range(draw.rng.randint(1, 3))
     ]
     taps = {i for i in range(len(parts)) if draw.chance("a side output", 0.3)}
