@@ -21,14 +21,18 @@ _LAZY = {
     "Plan": "fastattn.integrations.torch_nn",
     "PatchReport": "fastattn.integrations.torch_nn",
     "override_sdpa": "fastattn.integrations.sdpa",
+    "compile_report": "fastattn.integrations.compiler",
+    "CompileReport": "fastattn.integrations.compiler",
 }
 
 __all__ = [
+    "CompileReport",
     "FastAttnWarning",
     "PatchReport",
     "Plan",
     "__version__",
     "backends",
+    "compile_report",
     "functional",
     "integrations",
     "linear_relu",

@@ -39,9 +39,10 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _small_stacks_run_the_kernels(monkeypatch):
-    """Tests use small models; on a CPU these would run torch's own modules, which are faster."""
+def _small_problems_run_the_kernels(monkeypatch):
+    """Tests use small models; on a CPU these would run torch's own code, which is faster."""
     monkeypatch.setattr(_served, "LEAST_WORK", 0)
+    monkeypatch.setattr(_served, "LEAST_ATTENTION", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,11 @@ ALLOWED = {
     "__init__": {"backends", "functional"},
 }
 # Other packages: torch, Triton for its kernels, any in the command line.
-THIRD_PARTY = {"ops": {"triton"}, "integrations": {"transformers", "rich"}, "cli": None}
+THIRD_PARTY = {
+    "ops": {"triton"},
+    "integrations": {"accelerate", "transformers", "rich"},
+    "cli": None,
+}
 
 # csrc layer -> the layers whose headers it may include
 INCLUDES = {

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_MODULES = ("sdpa", "torch_nn", "transformers")
+_MODULES = ("compiler", "sdpa", "torch_nn", "transformers")
 
 
 def __getattr__(name: str) -> ModuleType:

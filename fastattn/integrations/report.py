@@ -1,4 +1,4 @@
-"""What ``patch`` and ``unpatch`` tell about their work."""
+"""What ``patch``, ``unpatch`` and the compiler backend tell about their work."""
 
 from __future__ import annotations
 
@@ -19,13 +19,10 @@ class Entry:
 
 
 @dataclass
-class PatchReport:
-    """What was swapped, what was left alone, and why. ``print`` gives lines, ``rich.print`` a
-    table."""
+class Report:
+    """What became of parts of a model, and why. ``print`` gives lines, ``rich.print`` a table."""
 
     entries: list[Entry] = field(default_factory=list)
-    dry_run: bool = False  # nothing was changed: the entries say what would be
-    nothing: str = "nothing to swap"  # what it says without entries
 
     def add(self, name: str, before: object, after: object | None, reason: str) -> None:
         """before, after: a module or its class, named by the class, or a string."""
@@ -43,15 +40,15 @@ class PatchReport:
 
     @property
     def counts(self) -> Counter[tuple[str, str]]:
-        """How many modules went from what to what."""
+        """How many parts went from what to what."""
         return Counter((e.before, e.after) for e in self.swapped)
 
     def summary(self) -> str:
-        who = "fastattn (dry run)" if self.dry_run else "fastattn"
-        if not self.entries:
-            return f"{who}: {self.nothing}"
+        raise NotImplementedError
+
+    def _counted(self, nothing: str) -> str:
         swaps = ", ".join(f"{n} {before} -> {after}" for (before, after), n in self.counts.items())
-        return f"{who}: {swaps or 'nothing swapped'}; {len(self.skipped)} left alone"
+        return f"{swaps or nothing}; {len(self.skipped)} left alone"
 
     def __str__(self) -> str:
         lines = [self.summary()]
@@ -64,6 +61,30 @@ class PatchReport:
         for e in (*self.swapped, *self.skipped):
             table.add_row(e.name, e.before, e.after or "(left alone)", e.reason)
         return table
+
+
+@dataclass
+class PatchReport(Report):
+    """What ``patch`` or ``unpatch`` swapped, what it left alone, and why."""
+
+    dry_run: bool = False  # nothing was changed: the entries say what would be
+    nothing: str = "nothing to swap"  # what it says without entries
+
+    def summary(self) -> str:
+        who = "fastattn (dry run)" if self.dry_run else "fastattn"
+        return f"{who}: {self._counted('nothing swapped') if self.entries else self.nothing}"
+
+
+@dataclass
+class CompileReport(Report):
+    """What ``torch.compile(backend="fastattn")`` fused in the graphs that it was given, what it
+    left alone, and why."""
+
+    graphs: int = 0
+
+    def summary(self) -> str:
+        graphs = f"{self.graphs} graph{'s' * (self.graphs != 1)}"
+        return f"fastattn: {graphs}; {self._counted('nothing fused')}"
 
 
 def _kind(x: object) -> str:

@@ -6,12 +6,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 
-from fastattn import backends, functional
+from fastattn.functional import drop_in
 
 _lock = threading.Lock()
 _depth = 0
@@ -54,23 +52,14 @@ def _sdpa(
     enable_gqa: bool = False,
 ) -> Tensor:
     """torch's signature and meaning."""
-    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-    if _served(query, key, value, attn_mask):
-        try:
-            return functional.scaled_dot_product_attention(*arguments, scale, enable_gqa)
-        except (TypeError, ValueError):
-            pass  # refused before anything was computed
-    return _former(*arguments, scale=scale, enable_gqa=enable_gqa)
-
-
-def _served(query: object, key: object, value: object, attn_mask: object) -> bool:
-    plain = (Tensor, torch.nn.Parameter)
-    if not all(type(x) in plain and x.layout == torch.strided for x in (query, key, value)):
-        return False
-    if attn_mask is not None and type(attn_mask) not in (*plain, CausalBias):
-        return False
-    if not (query.dim() and value.dim()):
-        return False
-    head_dim = max(query.shape[-1], value.shape[-1])
-    problem = backends.Problem("attention", query.device.type, query.dtype, head_dim)
-    return backends.serves(problem)
+    return drop_in.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        otherwise=_former,
+    )

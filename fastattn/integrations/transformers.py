@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import functional
+from fastattn.functional.drop_in import attention_by_size
+from fastattn.integrations.compiler import register_with_accelerate
 from fastattn.integrations.pretrained import NAME, why_not
 
 __all__ = ["NAME", "attention_forward", "attention_mask", "register"]
@@ -46,7 +48,8 @@ _HARMLESS = frozenset(
 
 
 def register() -> None:
-    """Makes ``attn_implementation="fastattn"`` known to transformers, for attention and for masks.
+    """Makes ``attn_implementation="fastattn"`` known to transformers, for attention and for masks,
+    and ``TrainingArguments(torch_compile_backend="fastattn")`` to the library behind its Trainer.
     Idempotent.
 
     A model that does not take its attention from the interface refuses the name from then on, by
@@ -68,6 +71,7 @@ def register() -> None:
     # Without an entry of the same name here transformers would drop every mask, padding included.
     AttentionMaskInterface.register(str(NAME), attention_mask)
     _refuse_unfit_models(PreTrainedModel)
+    register_with_accelerate()
 
 
 def _refuse_unfit_models(pretrained: type[nn.Module]) -> None:
@@ -188,17 +192,11 @@ def attention_forward(
         _check_packed(kwargs.get("cu_seq_lens_q"))
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias, key)
-    out = functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scaling,
-        enable_gqa=True,
-        softcap=softcap or 0.0,
-    )
+    call = (query, key, value, attention_mask, dropout, causal, scaling, True)
+    if softcap:
+        out = functional.scaled_dot_product_attention(*call, softcap=softcap)
+    else:
+        out = attention_by_size(*call)
     return out.transpose(1, 2).contiguous(), None
 
 

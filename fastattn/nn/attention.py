@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn import functional
 from fastattn.functional._autograd import autocast_dtype
 from fastattn.functional._served import ordinary, serves_attention, unobserved
+from fastattn.functional.drop_in import attention_by_size
 from fastattn.nn._plain import as_written, run_torchs, to_torch, was_swapped
 
 
@@ -84,7 +84,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             if need_weights:
                 weights = _softmax_scores(q, k, mask, causal)
-            out = functional.scaled_dot_product_attention(q, k, v, mask, p, causal)
+            out = attention_by_size(q, k, v, mask, p, causal)
         # In training torch's result lies sequence first: a dropout behind it draws in that order.
         lies_batch_first = batch_first and not (batched and self.training)
         out = out.transpose(1, 2) if lies_batch_first else out.permute(2, 0, 1, 3)

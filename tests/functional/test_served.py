@@ -8,10 +8,11 @@ from torch import nn
 
 import fastattn
 from fastattn import functional
-from fastattn.functional import _served
+from fastattn.functional import _served, drop_in
 
 pytestmark = pytest.mark.native
 LEAST_WORK = 1 << 25  # what conftest.py sets to 0
+LEAST_ATTENTION = 1 << 22
 
 
 def stack() -> nn.Sequential:
@@ -46,3 +47,46 @@ def test_other_inputs_than_tensors_on_a_cpu_are_not_judged(monkeypatch):
     x = torch.randn(4, 64)
     for given in (None, x.to("meta"), nn.Parameter(x)):
         assert not _served.is_small(given, stack())
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "kernels"),
+    [
+        (16, {}, False),
+        (16, {"attn_mask": (torch.arange(16) > 3).expand(16, 16)}, False),
+        (
+            16,
+            {"attn_mask": (torch.arange(16) > 3).expand(16, 16), "is_causal": True},
+            True,
+        ),  # torch takes one
+        (16, {"dropout_p": 0.3}, True),
+        (400, {}, True),
+    ],
+    ids=["small", "mask", "mask and causal", "dropout", "large"],
+)
+def test_small_attentions_are_torchs(monkeypatch, length, options, kernels):
+    monkeypatch.setattr(_served, "LEAST_ATTENTION", LEAST_ATTENTION)
+    calls = []
+    kernel = functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        functional,
+        "scaled_dot_product_attention",
+        lambda *a, **o: calls.append(a) or kernel(*a, **o),
+    )
+    q, k, v = torch.randn(3, 1, 2, length, 16)
+    out = drop_in.attention_by_size(q, k, v, **options)
+    assert bool(calls) == kernels
+    if not options.get("dropout_p"):
+        torch.testing.assert_close(out, kernel(q, k, v, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_with_nothing_to_attend_to_is_0_at_any_size(monkeypatch, dtype):
+    monkeypatch.setattr(_served, "LEAST_ATTENTION", LEAST_ATTENTION)
+    q, k, v = torch.randn(3, 2, 4, 6, 8, dtype=dtype).requires_grad_()
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[2] = False
+    out = drop_in.attention_by_size(q, k, v, mask)
+    assert not out[:, :, 2].any()
+    (grad,) = torch.autograd.grad(out.sum(), q)
+    assert grad.isfinite().all() and not grad[:, :, 2].any()

@@ -19,8 +19,8 @@ def served(monkeypatch):
     calls = []
     function = fastattn.functional.scaled_dot_product_attention
 
-    def spy(*args):
-        out = function(*args)
+    def spy(*args, **options):
+        out = function(*args, **options)
         calls.append(args)
         return out
 

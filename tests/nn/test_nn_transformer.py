@@ -165,9 +165,9 @@ def test_a_causal_mask_takes_the_causal_kernel(monkeypatch, mask, hint, causal):
     seen = []
     whole = fastattn.functional.scaled_dot_product_attention
 
-    def spy(q, k, v, mask, p, is_causal):
-        seen.append((is_causal, mask is None))
-        return whole(q, k, v, mask, p, is_causal)
+    def spy(q, k, v, mask, **options):
+        seen.append((options["is_causal"], mask is None))
+        return whole(q, k, v, mask, **options)
 
     monkeypatch.setattr(fastattn.functional, "scaled_dot_product_attention", spy)
     TransformerEncoder(TransformerEncoderLayer(E, H, FF, batch_first=True), 2)(

@@ -1,0 +1,106 @@
+"""``torch.compile(model, backend="fastattn")``: kernels in models whose forward is their own.
+
+Dynamo captures what a model calls and guards what the capture depends on: arguments, flags, hooks,
+modes. The backend puts kernels into that graph (``fastattn.integrations.graph``) and runs it with
+torch's eager operations: it generates no code, it compiles in seconds, autograd sees each call, and
+a graph for dynamic shapes serves all lengths.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+
+from torch import fx
+
+from fastattn.backends import FastAttnWarning
+from fastattn.integrations.graph import with_kernels
+from fastattn.integrations.report import CompileReport
+
+NAME = "fastattn"
+
+_lock = threading.Lock()
+_report = CompileReport()
+
+
+def backend(
+    gm: fx.GraphModule, example_inputs: Sequence[object], **options: object
+) -> Callable[..., object]:
+    """The compiler backend, as ``torch.compile`` calls it: a graph of torch's functions to the
+    callable that runs it.
+
+    It is found by its name ``"fastattn"`` where the package is installed. In a checkout that is not
+    installed, give the function itself: ``torch.compile(model, backend=compiler.backend)``.
+
+    Hooks that are put on a module after it was compiled are not seen, with this backend as with any
+    other, unless ``torch._dynamo.config.skip_nnmodule_hook_guards`` is False: torch guards hooks
+    only then.
+
+    Raises ValueError for ``mode`` and ``options``: the backend has none.
+
+    Example::
+
+        model = torch.compile(model, backend="fastattn")
+        model(x).sum().backward()
+        print(fastattn.compile_report())
+    """
+    given = {name: x for name, x in options.items() if x and x != "default"}
+    if given:
+        names = " and ".join(given)
+        raise ValueError(f"{names}: the backend fastattn has none, got {given}")
+    report = CompileReport(graphs=1)
+    try:
+        fused = with_kernels(gm, report)
+    except Exception as error:  # of a graph that nobody thought of: the model itself runs
+        warnings.warn(
+            f"torch.compile(backend='fastattn') leaves a graph as it is: {error!r}. Please report "
+            "it to the project's issue tracker",
+            FastAttnWarning,
+            stacklevel=2,
+        )
+        fused, report = gm, CompileReport(graphs=1)
+    with _lock:
+        _report.graphs += 1
+        known = set(_report.entries)
+        _report.entries += [e for e in report.entries if e not in known]
+    return fused.forward
+
+
+def compile_report() -> CompileReport:
+    """What the backend ``"fastattn"`` fused in this process, what it left alone, and why.
+
+    Of all graphs since the start, or since ``torch.compiler.reset()``. A graph that Dynamo captures
+    again (for another mode, or shapes that became dynamic) counts again; what is said of it twice
+    is listed once.
+    """
+    with _lock:
+        return CompileReport(list(_report.entries), _report.graphs)
+
+
+def register_with_accelerate() -> None:
+    """Makes the backend's name one that accelerate lets pass, and with it the Trainer's
+    ``TrainingArguments(torch_compile_backend="fastattn")``: accelerate knows the backends of an
+    enum of its own and asks Dynamo for no other. Without accelerate nothing is done. Idempotent.
+    """
+    try:
+        from accelerate.utils import DynamoBackend
+    except ImportError:
+        return
+    value = NAME.upper()
+    if value in DynamoBackend:
+        return
+    member = str.__new__(DynamoBackend, value)
+    member._name_ = member._value_ = value
+    DynamoBackend._member_map_[value] = DynamoBackend._value2member_map_[value] = member
+    DynamoBackend._member_names_.append(value)
+
+
+def _reset() -> None:
+    """Dynamo calls it in ``torch.compiler.reset()``."""
+    with _lock:
+        _report.entries.clear()
+        _report.graphs = 0
+
+
+backend.reset = _reset

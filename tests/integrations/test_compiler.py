@@ -1,0 +1,449 @@
+"""torch.compile(backend="fastattn"): what is fused, what is not, and that results stay."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastattn
+from fastattn.functional import _served
+from fastattn.integrations import graph
+
+pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("error::fastattn.FastAttnWarning")]
+
+
+@pytest.fixture(autouse=True)
+def _no_graph_of_another_test():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def fused() -> list[str]:
+    """What the backend put in, in the order of the graphs."""
+    return [entry.after.removeprefix("fastattn ") for entry in fastattn.compile_report().swapped]
+
+
+def why_not() -> str:
+    return "\n".join(entry.reason for entry in fastattn.compile_report().skipped)
+
+
+def assert_same(
+    call: Callable[..., Tensor], *inputs: Tensor, parameters: list[Tensor] | None = None
+) -> None:
+    """The compiled call gives the call's result and gradients."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    expected = call(*leaves)
+    actual = torch.compile(call, backend="fastattn")(*leaves)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    if not expected.requires_grad:
+        assert not actual.requires_grad
+        return
+    wanted = [*leaves, *(parameters or [])]
+    cotangent = torch.randn_like(expected)
+    found = [torch.autograd.grad(out, wanted, cotangent, allow_unused=True)
+             for out in (actual, expected)]  # fmt: skip
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+class Net(nn.Module):
+    """The digit classifier with a forward of its own."""
+
+    def __init__(self, relu: Callable[[Tensor], Tensor] = torch.relu) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(20, 16), nn.Linear(16, 10)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.relu(self.fc1(x)))
+
+
+@pytest.mark.parametrize(
+    "relu",
+    [torch.relu, F.relu, Tensor.relu, torch.relu_, Tensor.relu_, nn.ReLU(), nn.ReLU(inplace=True),
+     lambda x: F.relu(x, inplace=True), lambda x: F.dropout(torch.relu(x), 0.5, training=False)],
+    ids=["torch.relu", "F.relu", "method", "torch.relu_", "method_", "module", "inplace",
+         "F.inplace", "dropout off"],
+)  # fmt: skip
+def test_a_network_with_a_forward_of_its_own_is_one_call(relu):
+    net = Net(relu)
+    assert_same(net, torch.randn(5, 20), parameters=list(net.parameters()))
+    assert fused() == ["mlp"]
+    assert not fastattn.compile_report().skipped
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_training_gives_the_same_losses(optimizer):
+    stock = Net()
+    ours = copy.deepcopy(stock)
+    losses = []
+    for net, call in ((stock, stock), (ours, torch.compile(ours, backend="fastattn"))):
+        torch.manual_seed(0)
+        steps = optimizer(net.parameters(), lr=0.01)
+        for _ in range(5):
+            x, y = torch.randn(8, 20), torch.randint(10, (8,))
+            loss = F.cross_entropy(call(x), y)
+            losses.append(loss.item())
+            steps.zero_grad()
+            loss.backward()
+            steps.step()
+    assert losses[:5] == pytest.approx(losses[5:], rel=1e-5)
+    assert losses[0] != losses[1]
+    assert fused() == ["mlp"]
+
+
+def _taken_twice(net, x):
+    hidden = net.fc1(x)
+    return net.fc2(torch.relu(hidden)) + hidden.sum()
+
+
+def _changed_in_place(net, x):
+    hidden = net.fc1(x)
+    hidden.add_(1.0)
+    return net.fc2(torch.relu(hidden))
+
+
+def _activated_in_place(net, x):
+    hidden = net.fc1(x)
+    torch.relu_(hidden)
+    return net.fc2(hidden)
+
+
+def _kept(net, x):
+    net.hidden = net.fc1(x)
+    return torch.relu(net.hidden)
+
+
+def _viewed(net, x):
+    hidden = net.fc1(x)
+    view = hidden[0]
+    return torch.relu(hidden) + view
+
+
+def _relu_without_gradient(net, x):
+    hidden = net.fc1(x)
+    with torch.no_grad():
+        return torch.relu(hidden)
+
+
+def _relu_in_another_dtype(net, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = net.fc1(x)
+    return torch.relu(hidden)
+
+
+def _weight_changed_between(net, x):
+    with torch.no_grad():
+        hidden = torch.relu(net.fc1(x))
+        net.fc2.weight.mul_(1.0)
+        return net.fc2(hidden)
+
+
+def _as_a_weight(net, x):
+    return F.linear(x[:, :16], torch.relu(net.fc1(x)))
+
+
+@pytest.mark.parametrize(
+    ("call", "expected", "reason"),
+    [
+        (_taken_twice, [], "sum reads it as well as the ReLU"),
+        (_changed_in_place, [], "no ReLU behind it"),
+        (_activated_in_place, [], "linear reads it as well as the ReLU"),
+        (_kept, [], "the caller reads it as well as the ReLU"),
+        (_viewed, [], "getitem reads it as well as the ReLU"),
+        (_relu_without_gradient, [], "the mode (grad, autocast) may change"),
+        (_relu_in_another_dtype, [], "the mode (grad, autocast) may change"),
+        (_weight_changed_between, ["linear_relu"], "no ReLU behind it"),
+        (_as_a_weight, ["linear_relu"], "no ReLU behind it"),
+        (lambda net, x: net.fc2(F.gelu(net.fc1(x))), [], "no kernel for gelu behind it"),
+        (lambda net, x: net.fc1(x).clamp(min=0), [], "no ReLU behind it"),
+        (lambda net, x: F.linear(x, net.fc1.weight[0]), [], "broadcast"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_what_somebody_else_may_see_is_not_fused(call, expected, reason):
+    net = Net()
+    assert_same(lambda x: call(net, x), torch.randn(5, 20), parameters=list(net.parameters()))
+    assert fused() == expected
+    assert reason in why_not()
+
+
+def test_what_the_report_says_of_the_layers():
+    net = nn.ModuleDict({"a": Net(), "b": Net(F.gelu)})
+    torch.compile(lambda x: net["a"](x) + net["b"](x), backend="fastattn")(torch.randn(5, 20))
+    report = fastattn.compile_report()
+    assert [e.name for e in report.swapped] == ["net.a.fc1, net.a.fc2"]
+    assert [e.name for e in report.skipped] == ["net.b.fc1", "net.b.fc2"]
+    assert report.summary() == (
+        "fastattn: 1 graph; 1 linear, relu, ..., linear -> fastattn mlp; 2 left alone"
+    )
+    assert "net.b.fc1: linear left alone: no kernel for gelu behind it" in str(report)
+    torch.compiler.reset()
+    assert str(fastattn.compile_report()) == "fastattn: 0 graphs; nothing fused; 0 left alone"
+
+
+def test_code_without_modules_is_named_by_its_line():
+    w = torch.randn(4, 3)
+    torch.compile(lambda x: F.linear(x, w).relu(), backend="fastattn")(torch.randn(2, 3))
+    (entry,) = fastattn.compile_report().swapped
+    assert entry.name.startswith("test_compiler.py:")
+
+
+def _replaced(net):
+    net.fc1 = nn.Linear(20, 16)
+
+
+def _hooked(net):
+    net.fc1.register_forward_hook(lambda m, args, out: 2 * out)
+
+
+def _hooked_before(net):
+    net.fc2.register_forward_pre_hook(lambda m, args: (args[0] + 1,))
+
+
+def _other_activation(net):
+    net.relu = torch.tanh
+
+
+def _other_forward(net):
+    net.fc1.forward = lambda x: F.linear(x, net.fc1.weight) + 1
+
+
+def _parametrized(net):
+    nn.utils.parametrizations.weight_norm(net.fc1)
+
+
+def _frozen(net):
+    net.fc1.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [_replaced, _hooked, _hooked_before, _other_activation, _other_forward, _parametrized, _frozen],
+)
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)  # else torch looks at no new hooks
+def test_an_edit_after_compilation_is_seen(edit):
+    stock, x = Net(), torch.randn(5, 20)
+    ours = copy.deepcopy(stock)
+    call = torch.compile(ours, backend="fastattn")
+    torch.testing.assert_close(call(x), stock(x))
+    for net in (stock, ours):
+        torch.manual_seed(3)
+        edit(net)
+    actual, expected = call(x), stock(x)
+    torch.testing.assert_close(actual, expected)
+    actual.sum().backward()
+    expected.sum().backward()
+    for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_all_lengths_have_two_graphs():
+    net = Net()
+    call = torch.compile(net, backend="fastattn")
+    for rows in (5, 7, 11, 13, 1):
+        x = torch.randn(rows, 20)
+        torch.testing.assert_close(call(x), net(x))
+    assert fastattn.compile_report().graphs <= 3  # a single row has one of its own
+
+
+def test_small_problems_are_torchs(monkeypatch):
+    monkeypatch.setattr(_served, "LEAST_WORK", 5 * (20 * 16 + 16 * 10) + 1)
+    net, calls = Net(), []
+    kernel = fastattn.functional.mlp
+    monkeypatch.setattr(
+        fastattn.functional, "mlp", lambda *args: calls.append(args) or kernel(*args)
+    )
+    call = torch.compile(net, backend="fastattn")
+    call(torch.randn(5, 20))
+    assert not fused()
+    assert "2,400 multiply-adds in all: below 2,401 torch's own code is faster" in why_not()
+    call(torch.randn(6, 20))
+    call(torch.randn(4, 20))
+    assert fused() == ["mlp"]
+    assert [args[0].shape[0] for args in calls] == [6]
+
+
+ATTENTION = {
+    "plain": lambda: {},
+    "causal": lambda: {"is_causal": True},
+    "scale": lambda: {"scale": 0.3},
+    "bool mask": lambda: {"attn_mask": torch.rand(2, 1, 6, 9) > 0.3},
+    "float mask": lambda: {"attn_mask": torch.randn(6, 9)},
+}
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention(case):
+    options = ATTENTION[case]()
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 5)
+    assert_same(lambda *qkv: F.scaled_dot_product_attention(*qkv, **options), q, k, v)
+    assert fused() == ["scaled_dot_product_attention"]
+
+
+def test_grouped_queries():
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    assert_same(lambda *qkv: F.scaled_dot_product_attention(*qkv, enable_gqa=True), q, k, v)
+    assert fused() == ["scaled_dot_product_attention"]
+
+
+@pytest.mark.parametrize("weights", ["not asked for", "not read", "read"])
+@pytest.mark.parametrize("masks", ["none", "padding", "causal", "wrong hint"])
+def test_multi_head_attention(weights, masks, monkeypatch):
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    options = {"need_weights": weights != "not asked for"}
+    if masks == "padding":
+        options["key_padding_mask"] = torch.arange(6) >= torch.tensor([[4], [6]])
+    elif masks != "none":
+        above = torch.ones(6, 6, dtype=torch.bool).triu(1 if masks == "causal" else 3)
+        options |= {"attn_mask": above, "is_causal": True}
+
+    def call(x: Tensor) -> Tensor:
+        out = layer(x, x, x, **options)
+        return out[0] + out[1].sum() if weights == "read" else out[0]
+
+    assert_same(call, torch.randn(2, 6, 8), parameters=list(layer.parameters()))
+    if weights == "read":
+        assert not fused()
+        assert "its attention weights are read" in why_not()
+    else:
+        assert fused() == ["torch's on fastattn scaled_dot_product_attention"]
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_encoder_layers(norm_first, activation, grad):
+    layer = nn.TransformerEncoderLayer(
+        8, 2, 16, activation=activation, norm_first=norm_first, batch_first=True
+    ).eval()
+    with torch.set_grad_enabled(grad):
+        assert_same(layer, torch.randn(2, 6, 8))
+    kinds = ["torch's on fastattn scaled_dot_product_attention"] + ["mlp"] * (activation == "relu")
+    assert fused() == (kinds if grad else ["scaled_dot_product_attention, mlp"])
+
+
+def test_encoder_layer_with_a_mask_at_inference_is_torchs():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    padding = torch.arange(6) >= torch.tensor([[4], [6]])
+    with torch.no_grad():
+        assert_same(lambda x: layer(x, src_key_padding_mask=padding), torch.randn(2, 6, 8))
+    assert not fused()
+    assert "it has a mask" in why_not()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    net = Net().to(dtype)
+    x = torch.randn(5, 20, dtype=dtype)
+    actual, expected = torch.compile(net, backend="fastattn")(x), net(x)
+    assert actual.dtype == dtype
+    tolerance = {torch.float64: 1e-12}.get(dtype, 4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    assert fused() == ["mlp"]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast(inside):
+    net, x = Net(), torch.randn(5, 20)
+
+    def cast(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x)
+
+    call = torch.compile(cast if inside else net, backend="fastattn")
+    with contextlib.nullcontext() if inside else torch.autocast("cpu", torch.bfloat16):
+        actual = call(x)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, cast(x), rtol=0.02, atol=0.01)
+    assert fused() == ["mlp"]
+
+
+def test_second_derivatives():
+    net = Net().double()
+    x = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
+    call = torch.compile(net, backend="fastattn")
+    torch.autograd.gradcheck(call, x)
+    torch.autograd.gradgradcheck(call, x)
+    assert fused() == ["mlp"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_run_again_in_the_backward(reentrant, monkeypatch):
+    net, calls = Net(), []
+    kernel = fastattn.functional.mlp
+    monkeypatch.setattr(fastattn.functional, "mlp", lambda *args: calls.append(1) or kernel(*args))
+
+    def call(x: Tensor) -> Tensor:
+        return checkpoint(net, x, use_reentrant=reentrant)
+
+    x = torch.randn(5, 20, requires_grad=True)
+    out = torch.compile(call, backend="fastattn")(x)
+    assert len(calls) == 1
+    out.sum().backward()
+    assert len(calls) == 2
+    torch.testing.assert_close(x.grad, torch.autograd.grad(net(x).sum(), x)[0])
+
+
+def test_a_transform_inside_the_model():
+    net = Net()
+    assert_same(lambda x: torch.func.vmap(net)(x), torch.randn(5, 20))
+    assert_same(lambda x: torch.func.grad(lambda x: net(x).sum())(x), torch.randn(5, 20))
+
+
+def test_a_patched_model_is_compiled_too():
+    model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10))
+    stock = copy.deepcopy(model)
+    assert fastattn.patch(model).swapped
+    x = torch.randn(5, 20)
+    torch.testing.assert_close(torch.compile(model, backend="fastattn")(x), stock(x))
+
+
+def test_tensors_of_another_kind_are_left_to_torch():
+    class Marked(Tensor):
+        pass
+
+    net, x = Net(), torch.randn(5, 20).as_subclass(Marked)
+    actual, expected = torch.compile(net, backend="fastattn")(x), net(x)
+    assert type(actual) is type(expected)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_watched_call_shows_torchs_operations():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net, x = Net(), torch.randn(5, 20)
+    call = torch.compile(net, backend="fastattn")
+    call(x)
+    with FlopCounterMode(display=False) as counter:
+        call(x)
+    assert counter.get_total_flops() == 2 * 5 * (20 * 16 + 16 * 10)
+
+
+@pytest.mark.parametrize("options", [{"mode": "max-autotune"}, {"options": {"x": 1}}])
+def test_options_are_refused(options):
+    call = torch.compile(Net(), backend="fastattn", **options)
+    with pytest.raises(Exception, match="the backend fastattn has none, got"):
+        call(torch.randn(5, 20))
+
+
+def test_a_graph_that_cannot_be_rewritten_runs_as_it_is(monkeypatch):
+    def broken(*_: object) -> None:
+        raise KeyError("nobody thought of it")
+
+    monkeypatch.setattr(graph, "_put_layers", broken)
+    net, x = Net(), torch.randn(5, 20)
+    with pytest.warns(fastattn.FastAttnWarning, match="nobody thought of it"):
+        actual = torch.compile(net, backend="fastattn")(x)
+    torch.testing.assert_close(actual, net(x))
+
+
+def test_the_backend_is_found_by_its_name():
+    assert "fastattn" in torch._dynamo.list_backends()
