@@ -12,10 +12,10 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -24,7 +24,25 @@ from fastattn import backends
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-NAME = "fastattn"
+
+class _Name(str):
+    """A string that a process learns to serve when it unpickles it: whatever holds the name, a
+    model, a layer or a config, can be sent anywhere, as with the names of transformers' own."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Callable[[], _Name], tuple[()]]:
+        return _learned, ()
+
+
+def _learned() -> _Name:
+    from fastattn.integrations.transformers import register
+
+    register()
+    return NAME
+
+
+NAME = _Name("fastattn")
 _TAKEN_OVER = "sdpa"
 _FORMER = "_fastattn_former_attention"
 
@@ -95,25 +113,11 @@ class Part:
         _set(changed, NAME)
 
 
-class KnowsTheName:
-    """What a model carries whose configs hold fastattn's name: a process that unpickles the model
-    learns the name by it."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        from fastattn.integrations.transformers import register
-
-        register()
-        vars(self).update(state)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-class Former(KnowsTheName):
+@dataclass
+class Former:
     """The configs whose implementation ``patch`` changed. A copy of the model has copies here."""
 
-    def __init__(self, configs: list[PreTrainedConfig]) -> None:
-        self.configs = configs
+    configs: list[PreTrainedConfig]
 
 
 def _set(configs: Iterable[PreTrainedConfig], name: str) -> None:

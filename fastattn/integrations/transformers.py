@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastattn import functional
 from fastattn.functional.drop_in import attention_by_size
 from fastattn.integrations.compiler import register_with_accelerate
-from fastattn.integrations.pretrained import NAME, KnowsTheName, why_not
+from fastattn.integrations.pretrained import NAME, why_not
 
 __all__ = ["NAME", "attention_forward", "attention_mask", "register"]
 
@@ -67,9 +67,9 @@ def register() -> None:
             f'attn_implementation="{NAME}" needs Hugging Face transformers ({error}): '
             "pip install 'transformers>=5'"
         ) from error
-    AttentionInterface.register(NAME, attention_forward)
+    AttentionInterface.register(str(NAME), attention_forward)
     # Without an entry of the same name here transformers would drop every mask, padding included.
-    AttentionMaskInterface.register(NAME, attention_mask)
+    AttentionMaskInterface.register(str(NAME), attention_mask)
     _refuse_unfit_models(PreTrainedModel)
     register_with_accelerate()
 
@@ -86,7 +86,7 @@ def _refuse_unfit_models(pretrained: type[nn.Module]) -> None:
     ) -> str:
         if requested_attention == NAME:
             check_model(self)
-            vars(self)["_fastattn_name"] = KnowsTheName()
+            requested_attention = NAME  # the one that pickles, which stock returns
         return stock(self, requested_attention, *args, **kwargs)
 
     get_correct_attn_implementation._fastattn = True

@@ -265,19 +265,3 @@ def test_a_process_that_only_unpickles():
     assert fastattn.patch(model).swapped
     found = in_a_fresh_process(model, torch.randn(2, 5, 8))
     assert found == "fastattn.integrations.sequential ['_fastattn_former_class']"
-
-
-def test_a_process_that_only_unpickles_a_hugging_face_model():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-        intermediate_size=48,
-    )  # fmt: skip
-    model = transformers.BertModel(config)
-    assert fastattn.patch(model).swapped
-    ids, mask = torch.randint(0, 64, (2, 7)), torch.ones(2, 7, dtype=torch.long)
-    mask[1, 4:] = 0
-    assert "_fastattn_former_attention" in in_a_fresh_process(model, ids, mask)
-    twin = copy.deepcopy(model)
-    fastattn.unpatch(twin)
-    assert twin.config._attn_implementation == "sdpa"

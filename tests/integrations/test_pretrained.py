@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -290,30 +287,6 @@ def test_a_part_that_the_user_had_set_stays_set():
     fastattn.unpatch(model)
     assert model.encoder.config._attn_implementation == "fastattn"
     assert model.decoder.config._attn_implementation == "sdpa"
-
-
-def test_pickled_models_run_in_a_process_that_only_unpickles_them(tmp_path):
-    ids = tokens(2, 9, None)["input_ids"]
-    patched, named = (build("BertModel", SERVED["BertModel"], a) for a in ("sdpa", "fastattn"))
-    fastattn.patch(patched)
-    expected = patched(ids).last_hidden_state
-    paths = [tmp_path / "patched", tmp_path / "named"]
-    for path, model in zip(paths, (patched, named), strict=True):
-        path.write_bytes(pickle.dumps((model, ids, expected)))
-    code = """
-import os, pickle, sys, torch
-from transformers import BertModel  # once for both, which then run in processes of their own
-for path in sys.argv[1:]:
-    if os.fork() == 0:
-        with open(path, "rb") as file:
-            model, ids, expected = pickle.load(file)
-        assert model.config._attn_implementation == "fastattn"
-        torch.testing.assert_close(model(ids).last_hidden_state, expected)
-        os._exit(0)
-    assert os.wait()[1] == 0
-"""
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, paths)]
-    subprocess.run(command, check=True)
 
 
 def test_register_guards_the_name_once():
