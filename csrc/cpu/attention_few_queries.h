@@ -10,6 +10,7 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 
 constexpr int64_t kFewQueries = 2 * kRows;  // rows of a unit: more would repay packing its keys
+constexpr int64_t kTasks = 128;             // at least, where the keys allow
 constexpr int64_t kChunkKeys = 32;          // keys at a time whose rows stay in L1
 
 template <class T>
@@ -29,14 +30,20 @@ class AttentionFewQueries {
     sharing_ = p_.heads_q / p_.heads_k;
     dim_v_padded_ = round_up(p_.head_dim_v, kWidth<A>);
     const int64_t units = p_.batch * p_.heads_k, steps = max64(1, ceil_div(p_.seq_k, kStepKeys));
-    int64_t ranges = 1;
-    if (units < 4 * parallel_.threads)
-      ranges = min64(steps, ceil_div(4 * parallel_.threads, max64(1, units)));
-    if (parallel_.threads == 1) ranges = 1;
+    // The ranges follow from the problem alone, so that the result does not depend on the threads.
+    int64_t ranges = min64(steps, ceil_div(kTasks, max64(1, units)));
     const int64_t range_keys = ceil_div(steps, ranges) * kStepKeys;
     ranges = max64(1, ceil_div(p_.seq_k, range_keys));
-    // [units, ranges] of m [kFewQueries], l [kFewQueries], O [kFewQueries, Dv padded]
+    // m [kFewQueries], l [kFewQueries], O [kFewQueries, Dv padded]
     const int64_t part_elements = kFewQueries * (dim_v_padded_ + 2);
+    if (ranges == 1) {  // any number of units: the memory is a thread's
+      parallel_tasks(parallel_, units, [&](int64_t unit) {
+        A* part = thread_scratch<A>(0, part_elements);
+        keys_of_one_head(unit, 0, range_keys, part);
+        write(unit, part);
+      });
+      return;
+    }
     A* parts = thread_scratch<A>(0, units * ranges * part_elements);
     parallel_tasks(parallel_, units * ranges, [&](int64_t task) {
       keys_of_one_head(task / ranges, task % ranges * range_keys, range_keys,
@@ -44,17 +51,22 @@ class AttentionFewQueries {
     });
     for (int64_t unit = 0; unit < units; ++unit) {
       A* part = parts + unit * ranges * part_elements;
-      const int64_t batch = unit / p_.heads_k, rows = Band(p_, batch).seq_q;
-      for (int64_t r = 0; r < sharing_ * rows; ++r) merge(part, ranges, part_elements, r);
-      for (int64_t h = 0; h < sharing_; ++h) {
-        softmax_.write(batch, unit % p_.heads_k * sharing_ + h, 0, rows,
-                       part + 2 * kFewQueries + h * rows * dim_v_padded_, dim_v_padded_,
-                       part + h * rows, part + kFewQueries + h * rows);
-      }
+      const int64_t rows = sharing_ * Band(p_, unit / p_.heads_k).seq_q;
+      for (int64_t r = 0; r < rows; ++r) merge(part, ranges, part_elements, r);
+      write(unit, part);
     }
   }
 
  private:
+  void write(int64_t unit, A* part) const {
+    const int64_t batch = unit / p_.heads_k, rows = Band(p_, batch).seq_q;
+    for (int64_t h = 0; h < sharing_; ++h) {
+      softmax_.write(batch, unit % p_.heads_k * sharing_ + h, 0, rows,
+                     part + 2 * kFewQueries + h * rows * dim_v_padded_, dim_v_padded_,
+                     part + h * rows, part + kFewQueries + h * rows);
+    }
+  }
+
   // Row r of the first part takes in those of the others.
   void merge(A* part, int64_t ranges, int64_t part_elements, int64_t r) const {
     A most = -kInf<A>;
@@ -62,7 +74,7 @@ class AttentionFewQueries {
       const A m = part[i * part_elements + r];
       most = m > most || m != m ? m : most;
     }
-    if (ranges == 1 || most == -kInf<A>) return;
+    if (most == -kInf<A>) return;
     A* o = part + 2 * kFewQueries + r * dim_v_padded_;
     for (int64_t i = 0; i < ranges; ++i) {
       const A* other = part + i * part_elements;

@@ -12,7 +12,7 @@ constexpr int64_t kStepKeys = 256;  // keys per online-softmax step
 // The running state of some rows.
 template <class A>
 struct SoftmaxState {
-  A* m;        // [rows] running maximum, in the exponent's base
+  A* m;        // [rows] running maximum, in OnlineSoftmax's unit
   A* l;        // [rows] running sum
   A* rescale;  // [rows] of the current step
 };
@@ -46,23 +46,25 @@ struct OnlineSoftmax {
   using A = Acc<T>;
   const AttentionProblem& p;
   Dropout dropout;
-  bool base_2;
+  bool only_scale;  // the scores are products times a positive factor
+  double unit;      // of the running maximum and of what a step exponentiates
 
-  // Exponents are kept in base 2, one multiplication less a score, unless a float mask may hold
-  // numbers so large that the change of base would overflow or cost digits (finfo.min, -1e9), or
-  // the scores need more than a factor.
   explicit OnlineSoftmax(const AttentionProblem& problem)
       : p(problem),
         dropout(problem),
-        base_2(problem.mask_kind != MaskKind::kFloat && problem.scale > 0 && problem.softcap == 0 &&
-               problem.slopes == nullptr) {}
+        only_scale(problem.mask_kind == MaskKind::kNone && problem.scale > 0 &&
+                   problem.softcap == 0 && problem.slopes == nullptr),
+        unit(only_scale ? problem.scale : 1.0) {}
 
-  FASTATTN_INLINE A power(A x) const { return base_2 ? power_of_2(x) : exponential(x); }
+  FASTATTN_INLINE A factor() const { return static_cast<A>(unit * kLog2E); }
+
+  // e to the difference of two maxima.
+  FASTATTN_INLINE A power(A difference) const { return power_of_2(difference * factor()); }
 
   // What a step needs to know of a row between its two passes.
   struct Row {
     int64_t begin, end;  // whole vectors around what the row sees
-    A factor, shift;
+    A most;
   };
 
   // Products of row i -> scores, and its new maximum.
@@ -71,20 +73,15 @@ struct OnlineSoftmax {
     // `to`, in whole words, may be one past the keys.
     const int64_t seen_from = min64(min64(to, step.keys), max64(from, step.from(i)));
     const int64_t seen_to = max64(seen_from, step.to(i));
-    Row row{seen_from / kWidth<A> * kWidth<A>, round_up(seen_to, kWidth<A>), A(0), A(0)};
-    row.factor = static_cast<A>(base_2 ? p.scale * kLog2E : p.scale);
-    if (!base_2 || step.terms.mask.kind != MaskKind::kNone) {
+    Row row{seen_from / kWidth<A> * kWidth<A>, round_up(seen_to, kWidth<A>), A(0)};
+    if (!only_scale)
       step.terms.apply(s + row.begin, i, step.j0 + row.begin, seen_to - row.begin, nullptr);
-      row.factor = static_cast<A>(base_2 ? kLog2E : 1.0);
-    }
     for (int64_t j = row.begin; j < seen_from; ++j) s[j] = -kInf<A>;
     for (int64_t j = seen_to; j < row.end; ++j) s[j] = -kInf<A>;
-    const A step_max = row_max(s + row.begin, row.end - row.begin) * row.factor;
+    const A step_max = row_max(s + row.begin, row.end - row.begin);
     const A previous = m, updated = previous > step_max ? previous : step_max;  // E2
-    row.shift = updated == -kInf<A> ? A(0) : updated;  // nothing seen yet: every power is 0
-    rescale = updated == previous    ? A(1)
-              : previous == -kInf<A> ? A(0)
-                                     : power(previous - row.shift);
+    row.most = updated == -kInf<A> ? A(0) : updated;  // nothing seen yet: every power is 0
+    rescale = updated == previous ? A(1) : previous == -kInf<A> ? A(0) : power(previous - row.most);
     m = updated;
     return row;
   }
@@ -93,9 +90,7 @@ struct OnlineSoftmax {
   FASTATTN_INLINE void probabilities(const KeyStep<T>& step, const Row& row, int64_t i,
                                      int64_t from, int64_t to, A* s, A& l, A rescale, A* z) const {
     const int64_t n = row.end - row.begin;
-    const A sum = base_2 ? row_exp2(s + row.begin, n, row.factor, row.shift)
-                         : row_exp(s + row.begin, n, row.factor, row.shift);
-    l = l * rescale + sum;  // E3
+    l = l * rescale + row_exp2(s + row.begin, n, row.most, factor());  // E3
     for (int64_t j = from; j < row.begin; ++j) s[j] = A(0);
     for (int64_t j = row.end; j < to; ++j) s[j] = A(0);
     if (dropout.active) {
@@ -118,21 +113,30 @@ struct OnlineSoftmax {
   }
 
   // E5 for rows [i0, i0 + rows) of a head: o [rows, o_stride] is divided in place and written. A
-  // row with nothing to attend to: output 0, LSE -inf.
+  // row with nothing to attend to: output 0, LSE -inf. A row that attends to scores of -inf alone,
+  // which are products that overflowed: NaN, as a softmax of them is.
   void write(int64_t batch, int64_t head, int64_t i0, int64_t rows, A* o, int64_t o_stride,
              const A* m, const A* l) const {
     T* out = query_rows<T>(p, p.out, batch, head) + i0 * p.out.row_stride;
     A* lse = static_cast<A*>(p.lse) + lse_offset(p, batch, head) + i0;
-    const double unit = base_2 ? kLn2 : 1.0;
     for (int64_t i = 0; i < rows; ++i) {
       A* o_row = o + i * o_stride;
-      const bool empty = l[i] == A(0);
-      const A inverse = empty ? A(0) : A(1) / l[i];
+      const bool none = l[i] == A(0), overflow = none && attends(batch, head, i0 + i);
+      const A inverse = overflow ? kNaN<A> : none ? A(0) : A(1) / l[i];
       for (int64_t d = 0; d < p.head_dim_v; ++d) o_row[d] *= inverse;
       convert(out + i * p.out.row_stride, o_row, p.head_dim_v);
-      lse[i] =
-          empty ? -kInf<A> : static_cast<A>(m[i] * unit + static_cast<double>(natural_log(l[i])));
+      lse[i] = overflow ? kNaN<A>
+               : none   ? -kInf<A>
+                        : static_cast<A>(m[i] * unit + static_cast<double>(natural_log(l[i])));
     }
+  }
+
+ private:
+  // Whether query i of a head sees a key that the mask does not hide.
+  bool attends(int64_t batch, int64_t head, int64_t i) const {
+    const Band band(p, batch);
+    const int64_t from = band.first_key(i), to = band.end_key(i);
+    return from < to && any_attends(head_mask<T>(p, batch, head), i, i + 1, from, to);
   }
 };
 

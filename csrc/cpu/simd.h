@@ -76,6 +76,8 @@ FASTATTN_INLINE Words broadcast_word(uint32_t x) { return x + Words{}; }
 
 template <class T>
 constexpr T kInf = static_cast<T>(__builtin_inf());
+template <class T>
+constexpr T kNaN = static_cast<T>(__builtin_nan(""));
 
 FASTATTN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTATTN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -27,13 +27,14 @@ FASTATTN_INLINE A row_max(const A* s, int64_t n) {
   return reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
-// s = 2^{scale_log2 * s - shift_log2}; returns the sum.  // E3
+// s = 2^{(s - most) * factor}; returns the sum.  // E3
+// The difference first: the power of the largest score is then exactly 1, however large it is.
 template <class A>
-FASTATTN_INLINE A row_exp2(A* s, int64_t n, A scale_log2, A shift_log2) {
-  const Vec<A> scales = broadcast(scale_log2), shifts = broadcast(shift_log2);
+FASTATTN_INLINE A row_exp2(A* s, int64_t n, A most, A factor) {
+  const Vec<A> shifts = broadcast(most), factors = broadcast(factor);
   Vec<A> sum{};
   for (int64_t j = 0; j < n; j += kWidth<A>) {
-    const Vec<A> p = exp2(load(s + j) * scales - shifts);
+    const Vec<A> p = exp2((load(s + j) - shifts) * factors);
     sum += p;
     store(s + j, p);
   }

@@ -19,6 +19,7 @@ FILES = (
     "test_linear_kernels.py",
     "test_second_order_kernels.py",
     "test_error_policy.py",
+    "test_extreme_scores.py",
 )
 SLOW_SHAPES = ("130x513", "400x270", "257x300")
 
