@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -89,10 +90,88 @@ def scaled_dot_product_attention(
     call = (query, key, value, attn_mask, dropout_p, is_causal)
     if _served.serves_sdpa(query, key, value, attn_mask):
         try:
-            return attention_by_size(*call, scale, enable_gqa)
+            out = attention_by_size(*call, scale, enable_gqa)
         except (TypeError, ValueError):
             pass  # refused before anything was computed
+        else:
+            learned = attn_mask is not None and attn_mask.requires_grad
+            return out if dropout_p > 0.0 or learned else _laid_out_as(query, out)
     return otherwise(*call, scale=scale, enable_gqa=enable_gqa)
+
+
+def _laid_out_as(query: Tensor, out: Tensor) -> Tensor:
+    """``out`` in query's order of memory, as torch's fused attention gives it: a caller may
+    ``view`` it."""
+    if query.is_contiguous() or query.shape != out.shape or query.dim() != 4:
+        return out
+    strides = query.stride()
+    order = sorted(range(4), key=lambda d: -strides[d])
+    if order[3] != 3 or not out.is_contiguous():
+        return out
+    there = out.permute(order).contiguous()
+    return there.permute(sorted(range(4), key=order.__getitem__))
+
+
+# Added to a score, less than this takes its key out, which is for masks alone to do.
+_LEAST_BIAS = -1000.0
+
+
+def written_attention(
+    query: Tensor,
+    key_transposed: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    fill: float | None = None,
+    dropout_p: float = 0.0,
+    softmax_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """softmax(scale · QKᵀ + mask) V as a model writes it out, with torch's operations or ours.
+
+    Args:
+        query: ``[..., Sq, D]``; key_transposed: ``[..., D, Sk]``; value: ``[..., Sk, Dv]``.
+        mask: broadcasts to ``[..., Sq, Sk]``. Float and added to the scores; or bool, and a score
+            is ``fill`` where it is True.
+        softmax_dtype: of torch's softmax, whose result becomes value's dtype again.
+    """
+    key = key_transposed.transpose(-2, -1)
+    if _fits_kernels(query, key, value) and (mask is None or _hides_no_row(mask, fill, query, key)):
+        mask = ~mask if fill is not None else mask
+        return attention_by_size(query, key, value, mask, dropout_p, scale=scale)
+    scores = torch.matmul(query, key_transposed)
+    scores = scores * scale if scale != 1.0 else scores
+    if fill is not None:
+        scores = scores.masked_fill(mask, fill)
+    elif mask is not None:
+        scores = scores + mask
+    probs = torch.softmax(scores, -1, dtype=softmax_dtype)
+    if softmax_dtype is not None:
+        probs = probs.to(value.dtype)
+    if dropout_p > 0.0:
+        probs = F.dropout(probs, dropout_p)
+    return torch.matmul(probs, value)
+
+
+def _fits_kernels(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return (
+        _served.serves_sdpa(query, key, value, None)
+        and query.dim() == key.dim() == value.dim() >= 3
+        and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+        and min(query.numel(), key.numel(), value.numel()) > 0
+    )
+
+
+def _hides_no_row(mask: Tensor, fill: float | None, query: Tensor, key: Tensor) -> bool:
+    """Whether every query sees a key. What a row is whose keys are all masked depends on the value
+    that stands for masked: NaN, or a mean of all values."""
+    shape = (*query.shape[:-1], key.shape[-2])
+    if not _served.ordinary(mask) or not 2 <= mask.dim() <= len(shape):
+        return False
+    if any(m not in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1], strict=False)):
+        return False
+    if fill is None:
+        return bool((mask.detach().amax(-1) > _LEAST_BIAS).all())
+    return fill < _LEAST_BIAS and not bool(mask.all(-1).any())
 
 
 def transformer_encoder_layer(

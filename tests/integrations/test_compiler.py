@@ -448,7 +448,7 @@ def test_a_graph_that_cannot_be_rewritten_runs_as_it_is(monkeypatch):
     def broken(*_: object) -> None:
         raise KeyError("nobody thought of it")
 
-    monkeypatch.setattr(graph, "_put_layers", broken)
+    monkeypatch.setattr(graph, "put_layers", broken)
     net, x = Net(), torch.randn(5, 20)
     with pytest.warns(fastattn.FastAttnWarning, match="nobody thought of it"):
         actual = torch.compile(net, backend="fastattn")(x)

@@ -15,7 +15,7 @@ from random_models import ROWS, Draw, Net, random_model
 from test_patch_random import compare, kernel_calls, results  # noqa: F401
 
 import fastattn
-from fastattn.integrations import graph
+from fastattn.integrations.graph import layers, nodes
 
 pytestmark = side_by_side.MARKS
 
@@ -85,11 +85,11 @@ def test_random_models(seed, kernel_calls):  # noqa: F811
 
 @torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
 def test_a_defect_turns_it_red(monkeypatch, kernel_calls):  # noqa: F811
-    def of_any_user(layer: graph._Layer) -> None:
-        relus = [user for user in layer.linear.users if graph._is_relu(user, layer.linear)]
+    def of_any_user(layer: layers._Layer) -> None:
+        relus = [user for user in layer.linear.users if nodes.is_relu(user, layer.linear)]
         layer.relu = next(iter(relus), None)
         layer.linear.users = dict.fromkeys(relus[:1])
 
-    monkeypatch.setattr(graph._Layer, "_find_relu", of_any_user)
+    monkeypatch.setattr(layers._Layer, "_find_relu", of_any_user)
     with pytest.raises(AssertionError):
         run_models(0, MODELS)

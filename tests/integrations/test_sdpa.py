@@ -58,6 +58,38 @@ def test_same_results(case, served):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+LAYOUTS = {
+    "contiguous": lambda: torch.randn(2, 3, 5, 8),
+    "heads inside": lambda: torch.randn(2, 5, 3, 8).transpose(1, 2),
+    "a chunk": lambda: torch.randn(2, 5, 72).chunk(3, -1)[1].view(2, 5, 3, 8).transpose(1, 2),
+    "sequence first": lambda: torch.randn(5, 2, 3, 8).permute(1, 2, 0, 3),
+    "reversed": lambda: torch.randn(8, 5, 3, 2).permute(3, 2, 1, 0),
+    "expanded": lambda: torch.randn(1, 3, 5, 8).expand(2, 3, 5, 8),
+    "one query": lambda: torch.randn(2, 1, 3, 8).transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", ["none", "bool", "learned", "dropout"])
+def test_the_result_lies_as_torchs(layout, mask, served):
+    """Code may ``view`` it, which depends on its strides."""
+    query, key, value = LAYOUTS[layout](), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    options = {
+        "none": {},
+        "bool": {"attn_mask": torch.ones(5, dtype=torch.bool).expand(query.shape[2], 5)},
+        "learned": {"attn_mask": torch.zeros(query.shape[2], 5, requires_grad=True)},
+        "dropout": {"dropout_p": 0.1},
+    }[mask]
+    expected = TORCH(query, key, value, **options)
+    with fastattn.override_sdpa():
+        out = F.scaled_dot_product_attention(query, key, value, **options)
+    assert served
+    there = [d for d in range(4) if out.shape[d] > 1]
+    assert [out.stride(d) for d in there] == [expected.stride(d) for d in there]
+    if mask != "dropout":
+        torch.testing.assert_close(out, expected)
+
+
 def test_gqa_and_dropout(served):
     q, k, v = qkv(2)
     with fastattn.override_sdpa():

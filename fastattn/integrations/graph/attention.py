@@ -1,0 +1,230 @@
+"""Attention in a graph: torch's own functions, and softmax(QKᵀ/√d)V written out."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from dataclasses import dataclass, field
+from numbers import Real
+from types import FunctionType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fastattn.functional import drop_in
+from fastattn.integrations.graph.nodes import (
+    GETITEM,
+    Rewriting,
+    arguments,
+    between,
+    is_pure,
+    name_of,
+    value_of,
+    why_not,
+)
+from fastattn.nn._plain import as_written
+
+_MULTI_HEAD = F.multi_head_attention_forward
+_SDPA = "scaled_dot_product_attention"
+
+
+def put_attention(rewriting: Rewriting, node: fx.Node) -> None:
+    reason = why_not("attention", node, *arguments(node, "query", "key", "value", "attn_mask"))
+    if reason is not None:
+        return rewriting.leave(node, _SDPA, reason)
+    rewriting.fuse(name_of(node), _SDPA, f"fastattn {_SDPA}")
+    node.target = drop_in.scaled_dot_product_attention
+
+
+def put_multi_head(rewriting: Rewriting, node: fx.Node) -> None:
+    """multi_head_attention_forward, where nobody reads the attention weights."""
+    call = inspect.signature(_MULTI_HEAD).bind(*node.args, **node.kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    reason = why_not("attention", node, given["query"], given["key"], given["value"])
+    if reason is None and not as_written(nn.MultiheadAttention):
+        reason = "torch's function is replaced"
+    if reason is None and given["need_weights"]:
+        if any(user.target is not GETITEM or (user.args[1] != 0 and user.users)
+               for user in node.users):  # fmt: skip
+            reason = "its attention weights are read"
+        # Without weights torch would trust the hint; with them it reads the mask.
+        given["need_weights"] = given["is_causal"] = False
+    if reason is not None:
+        return rewriting.leave(node, "multi_head_attention_forward", reason)
+    after = f"torch's on fastattn {_SDPA}"
+    rewriting.fuse(name_of(node), "multi_head_attention_forward", after)
+    node.target, node.args, node.kwargs = multi_head_attention_forward, call.args, {}
+
+
+_multi_head_on_ours = FunctionType(
+    _MULTI_HEAD.__code__,
+    {**vars(F), _SDPA: drop_in.scaled_dot_product_attention},
+    argdefs=_MULTI_HEAD.__defaults__,
+)
+
+
+def multi_head_attention_forward(*args: object) -> tuple[Tensor, Tensor | None]:
+    """``torch.nn.functional.multi_head_attention_forward``, torch's own code and checks, on our
+    scaled_dot_product_attention."""
+    return _multi_head_on_ours(*args)
+
+
+def put_encoder_layer(rewriting: Rewriting, node: fx.Node) -> None:
+    reason = why_not("attention", node, *(x for x in node.args if isinstance(x, fx.Node)))
+    if reason is None and any(x is not None for x in (*node.args[18:], *node.kwargs.values())):
+        reason = "it has a mask"
+    if reason is not None:
+        return rewriting.leave(node, "transformer_encoder_layer", reason)
+    rewriting.fuse(name_of(node), "transformer_encoder_layer", f"fastattn {_SDPA}, mlp")
+    node.target, node.args, node.kwargs = drop_in.transformer_encoder_layer, node.args[:18], {}
+
+
+PUT = {
+    F.scaled_dot_product_attention: put_attention,
+    _MULTI_HEAD: put_multi_head,
+    torch._transformer_encoder_layer_fwd: put_encoder_layer,  # torch's layer at inference
+}
+
+_MATMULS = (torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__")
+_SOFTMAXES = (F.softmax, torch.softmax, "softmax")
+_ADDS = (operator.add, torch.add, "add", "__add__")
+_FACTORS = (operator.mul, torch.mul, "mul", "__mul__")
+_DIVISORS = (operator.truediv, torch.div, "div", "__truediv__")
+_FILLS = (torch.masked_fill, "masked_fill")
+
+
+@dataclass
+class _Written:
+    """Attention written out, read from the last product backwards."""
+
+    out: fx.Node
+    nodes: list[fx.Node] = field(default_factory=list)  # last first
+    value: fx.Node | None = None
+    dropout_p: object = 0.0
+    softmax_dtype: torch.dtype | None = None
+    mask: fx.Node | None = None
+    fill: float | None = None  # of the scores where the mask is True; None: the mask is added
+    scale: float = 1.0
+    query: fx.Node | None = None
+    key_transposed: fx.Node | None = None
+
+    def read(self) -> bool:
+        """Whether it is softmax(scale · QKᵀ + mask) V, with dropout or without."""
+        self.nodes, (probs, self.value) = [self.out], _operands(self.out)
+        node = self._cast(self._dropout(probs))
+        node = self._scaled(self._masked(self._softmax(node)))
+        if node is None or not _is(node, _MATMULS):
+            return False
+        self.nodes.append(node)
+        self.query, self.key_transposed = _operands(node)
+        return isinstance(self.query, fx.Node) and isinstance(self.key_transposed, fx.Node)
+
+    def _dropout(self, node: fx.Node) -> fx.Node:
+        if not isinstance(node, fx.Node) or node.target is not F.dropout:
+            return node
+        x, p, training = arguments(node, "input", "p", "training")
+        if training is not False:
+            self.dropout_p = 0.5 if p is None else p
+        self.nodes.append(node)
+        return x
+
+    def _cast(self, node: fx.Node) -> fx.Node:
+        if _is(node, ("to",)) and len(node.args) == 2 and not node.kwargs:
+            self.nodes.append(node)
+            return node.args[0]
+        return node
+
+    def _softmax(self, node: fx.Node) -> fx.Node | None:
+        if not _is(node, _SOFTMAXES):
+            return None
+        x, dim = arguments(node, "input", "dim")
+        scores = value_of(node)
+        if not isinstance(scores, Tensor) or dim not in (-1, scores.dim() - 1):
+            return None
+        self.softmax_dtype = node.kwargs.get("dtype")
+        self.nodes.append(node)
+        return x
+
+    def _masked(self, node: fx.Node | None) -> fx.Node | None:
+        if _is(node, _FILLS):
+            x, mask, fill = arguments(node, "input", "mask", "value")
+            if not isinstance(mask, fx.Node) or not isinstance(fill, Real):
+                return None
+            self.mask, self.fill = mask, float(fill)
+            self.nodes.append(node)
+            return x
+        if _is(node, _ADDS) and len(node.args) == 2 and not node.kwargs:
+            for x, mask in (node.args, node.args[::-1]):
+                if _is(x, (*_MATMULS, *_FACTORS, *_DIVISORS)) and isinstance(mask, fx.Node):
+                    self.mask = mask
+                    self.nodes.append(node)
+                    return x
+        return node
+
+    def _scaled(self, node: fx.Node | None) -> fx.Node | None:
+        if not _is(node, (*_FACTORS, *_DIVISORS)) or len(node.args) != 2 or node.kwargs:
+            return node
+        x, number = node.args
+        if _is(node, _FACTORS) and isinstance(x, Real):
+            x, number = number, x
+        if not isinstance(x, fx.Node) or not isinstance(number, Real) or not number:
+            return None
+        self.scale = float(number) if _is(node, _FACTORS) else 1.0 / number
+        if not math.isfinite(self.scale):
+            return None
+        self.nodes.append(node)
+        return x
+
+    def why_not(self) -> str | None:
+        """Why no kernel may take it."""
+        if any(len(node.users) > 1 for node in self.nodes[1:]):
+            return "its scores or its attention weights are read"
+        known = set(self.nodes)
+        if not all(x in known or is_pure(x) for x in between(self.nodes[-1], self.out)):
+            return "something else may run between its two products"
+        reason = why_not("attention", self.out, self.query, self.key_transposed, self.value)
+        if reason is None and self.mask is not None:
+            mask, query = value_of(self.mask), value_of(self.query)
+            if not isinstance(mask, Tensor):
+                reason = "its mask is no tensor"
+            elif mask.dtype is not (query.dtype if self.fill is None else torch.bool):
+                reason = f"its mask is {mask.dtype} beside {query.dtype}"
+            elif mask.device.type != "cpu":
+                reason = "whether a row is masked whole is looked up on CPUs alone"
+        return reason
+
+
+def put_written_attention(rewriting: Rewriting, node: fx.Node) -> None:
+    """softmax(QKᵀ/√d)V of a forward's own code, where nobody reads the scores or the weights."""
+    if not _is(node, _MATMULS):
+        return
+    written = _Written(node)
+    if not written.read():
+        return
+    reason = written.why_not()
+    if reason is not None:
+        return rewriting.leave(node, "softmax(QKᵀ)V", reason)
+    name = name_of(node)
+    call = (
+        written.query, written.key_transposed, written.value, written.scale, written.mask,
+        written.fill, written.dropout_p, written.softmax_dtype,
+    )  # fmt: skip
+    with rewriting.graph.inserting_before(node):
+        fused = rewriting.graph.call_function(drop_in.written_attention, call)
+    rewriting.replace(written.nodes[::-1], fused)
+    rewriting.fuse(name, "softmax(QKᵀ)V", f"fastattn {_SDPA}")
+
+
+def _is(node: object, targets: tuple[object, ...]) -> bool:
+    if not isinstance(node, fx.Node) or not node.op.startswith("call_"):
+        return False
+    kind = str if node.op == "call_method" else object
+    return any(node.target is t or (kind is str and node.target == t) for t in targets)
+
+
+def _operands(product: fx.Node) -> tuple[object, object]:
+    one, other = arguments(product, "input", "other")
+    return one, product.kwargs.get("mat2", other)
