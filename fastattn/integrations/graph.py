@@ -18,18 +18,19 @@ from types import FunctionType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from fastattn import backends
 from fastattn.functional import _served, drop_in
+from fastattn.functional._torch_internals import FakeTensor
 from fastattn.integrations.report import CompileReport
 from fastattn.nn._plain import as_written
 
 _LINEAR = F.linear
 _ATTENTION = F.scaled_dot_product_attention
 _MULTI_HEAD = F.multi_head_attention_forward
-_ENCODER_LAYER = torch._transformer_encoder_layer_fwd  # by which torch's layer runs at inference
+# By which torch's layer runs at inference; a torch without it has no such node in its graphs.
+_ENCODER_LAYER = getattr(torch, "_transformer_encoder_layer_fwd", None)
 _GETITEM = operator.getitem
 _RELUS = (torch.relu, torch.relu_, F.relu, F.relu_)
 _ACTIVATIONS = ("celu", "elu", "gelu", "hardswish", "leaky_relu", "mish", "prelu", "relu6", "selu",
