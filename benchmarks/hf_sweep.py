@@ -41,7 +41,7 @@ from torch import Tensor, nn
 import fastattn
 from fastattn.integrations.transformers import NAME, register
 
-BATCH, SECONDS_A_BATCH, SECONDS_A_CLASS = 24, 240, 40
+BATCH, SECONDS_A_BATCH, SECONDS_A_CLASS = 24, 600, 90
 PARAMETERS = 40_000_000  # a model above these was not made small
 
 

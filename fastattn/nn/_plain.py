@@ -52,9 +52,9 @@ def to_torch(module: M) -> M:
 
 def run_torchs(module: nn.Module, forward: Callable[..., R], *args: object) -> R:
     """``forward(*args)``, torch's own for ``module``. A symbolic trace records one call of the
-    module instead, as it does where the class is torch's."""
+    module instead, as it does where the class is torch's, unless it is a trace of that module."""
     proxy = next((x for x in args if isinstance(x, fx.Proxy)), None)
-    if proxy is None:
+    if proxy is None or module is proxy.tracer.root:
         return forward(*args)
     path = proxy.tracer.path_of_module(module)
     return proxy.tracer.create_proxy("call_module", path, args, {})
