@@ -37,18 +37,7 @@ _ACTIVATIONS = ("celu", "elu", "gelu", "hardswish", "leaky_relu", "mish", "prelu
                 "sigmoid", "silu", "softmax", "softplus", "tanh")  # fmt: skip
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
-# torch's multi-head attention, its own code and checks, on our scaled_dot_product_attention
-_fused_multi_head = FunctionType(
-    _MULTI_HEAD.__code__,
-    {
-        **_MULTI_HEAD.__globals__,
-        "scaled_dot_product_attention": drop_in.scaled_dot_product_attention,
-    },
-    "multi_head_attention_forward",
-    _MULTI_HEAD.__defaults__,
-)
 _BY_SIZE = "one kernel call, where the problem is large enough to gain by it"
-_fused_multi_head.__kwdefaults__ = _MULTI_HEAD.__kwdefaults__
 
 
 def with_kernels(gm: fx.GraphModule, report: CompileReport) -> fx.GraphModule:
@@ -220,9 +209,22 @@ def _put_multi_head(node: fx.Node, report: CompileReport, left: list) -> None:
     if reason is not None:
         left.append((node, "multi_head_attention_forward", reason))
         return
-    node.target, node.args, node.kwargs = _fused_multi_head, call.args, call.kwargs
+    node.target, node.args, node.kwargs = multi_head_attention_forward, call.args, {}
     after = "torch's on fastattn scaled_dot_product_attention"
     report.add(_name(node), "multi_head_attention_forward", after, _BY_SIZE)
+
+
+_multi_head_on_ours = FunctionType(
+    _MULTI_HEAD.__code__,
+    {**vars(F), "scaled_dot_product_attention": drop_in.scaled_dot_product_attention},
+    argdefs=_MULTI_HEAD.__defaults__,
+)
+
+
+def multi_head_attention_forward(*args: object) -> tuple[Tensor, Tensor | None]:
+    """``torch.nn.functional.multi_head_attention_forward``, torch's own code and checks, on our
+    scaled_dot_product_attention."""
+    return _multi_head_on_ours(*args)
 
 
 def _put_encoder_layer(node: fx.Node, report: CompileReport, left: list) -> None:

@@ -31,6 +31,21 @@ def fused() -> list[str]:
     return [entry.after.removeprefix("fastattn ") for entry in fastattn.compile_report().swapped]
 
 
+@pytest.fixture
+def kernel_calls(monkeypatch) -> list[str]:
+    """The kernels that ran."""
+    calls = []
+    for name in ("linear_relu", "mlp", "scaled_dot_product_attention"):
+        kernel = getattr(fastattn.functional, name)
+
+        def counted(*args, name=name, kernel=kernel, **options):
+            calls.append(name)
+            return kernel(*args, **options)
+
+        monkeypatch.setattr(fastattn.functional, name, counted)
+    return calls
+
+
 def why_not() -> str:
     return "\n".join(entry.reason for entry in fastattn.compile_report().skipped)
 
@@ -72,10 +87,10 @@ class Net(nn.Module):
     ids=["torch.relu", "F.relu", "method", "torch.relu_", "method_", "module", "inplace",
          "F.inplace", "dropout off"],
 )  # fmt: skip
-def test_a_network_with_a_forward_of_its_own_is_one_call(relu):
+def test_a_network_with_a_forward_of_its_own_is_one_call(relu, kernel_calls):
     net = Net(relu)
     assert_same(net, torch.randn(5, 20), parameters=list(net.parameters()))
-    assert fused() == ["mlp"]
+    assert fused() == kernel_calls == ["mlp"]
     assert not fastattn.compile_report().skipped
 
 
@@ -168,10 +183,10 @@ def _as_a_weight(net, x):
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_what_somebody_else_may_see_is_not_fused(call, expected, reason):
+def test_what_somebody_else_may_see_is_not_fused(call, expected, reason, kernel_calls):
     net = Net()
     assert_same(lambda x: call(net, x), torch.randn(5, 20), parameters=list(net.parameters()))
-    assert fused() == expected
+    assert fused() == kernel_calls == expected
     assert reason in why_not()
 
 
@@ -254,21 +269,16 @@ def test_all_lengths_have_two_graphs():
     assert fastattn.compile_report().graphs <= 3  # a single row has one of its own
 
 
-def test_small_problems_are_torchs(monkeypatch):
+def test_small_problems_are_torchs(monkeypatch, kernel_calls):
     monkeypatch.setattr(_served, "LEAST_WORK", 5 * (20 * 16 + 16 * 10) + 1)
-    net, calls = Net(), []
-    kernel = fastattn.functional.mlp
-    monkeypatch.setattr(
-        fastattn.functional, "mlp", lambda *args: calls.append(args) or kernel(*args)
-    )
+    net = Net()
     call = torch.compile(net, backend="fastattn")
     call(torch.randn(5, 20))
     assert not fused()
     assert "2,400 multiply-adds in all: below 2,401 torch's own code is faster" in why_not()
     call(torch.randn(6, 20))
     call(torch.randn(4, 20))
-    assert fused() == ["mlp"]
-    assert [args[0].shape[0] for args in calls] == [6]
+    assert fused() == kernel_calls == ["mlp"]
 
 
 ATTENTION = {
@@ -281,11 +291,11 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize("case", ATTENTION)
-def test_attention(case):
+def test_attention(case, kernel_calls):
     options = ATTENTION[case]()
     q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 5)
     assert_same(lambda *qkv: F.scaled_dot_product_attention(*qkv, **options), q, k, v)
-    assert fused() == ["scaled_dot_product_attention"]
+    assert fused() == kernel_calls == ["scaled_dot_product_attention"]
 
 
 def test_grouped_queries():
@@ -296,7 +306,7 @@ def test_grouped_queries():
 
 @pytest.mark.parametrize("weights", ["not asked for", "not read", "read"])
 @pytest.mark.parametrize("masks", ["none", "padding", "causal", "wrong hint"])
-def test_multi_head_attention(weights, masks, monkeypatch):
+def test_multi_head_attention(weights, masks, kernel_calls):
     layer = nn.MultiheadAttention(8, 2, batch_first=True)
     options = {"need_weights": weights != "not asked for"}
     if masks == "padding":
@@ -310,6 +320,7 @@ def test_multi_head_attention(weights, masks, monkeypatch):
         return out[0] + out[1].sum() if weights == "read" else out[0]
 
     assert_same(call, torch.randn(2, 6, 8), parameters=list(layer.parameters()))
+    assert kernel_calls == ["scaled_dot_product_attention"] * (weights != "read")
     if weights == "read":
         assert not fused()
         assert "its attention weights are read" in why_not()
@@ -320,7 +331,7 @@ def test_multi_head_attention(weights, masks, monkeypatch):
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("grad", [False, True])
-def test_encoder_layers(norm_first, activation, grad):
+def test_encoder_layers(norm_first, activation, grad, kernel_calls):
     layer = nn.TransformerEncoderLayer(
         8, 2, 16, activation=activation, norm_first=norm_first, batch_first=True
     ).eval()
@@ -328,6 +339,7 @@ def test_encoder_layers(norm_first, activation, grad):
         assert_same(layer, torch.randn(2, 6, 8))
     kinds = ["torch's on fastattn scaled_dot_product_attention"] + ["mlp"] * (activation == "relu")
     assert fused() == (kinds if grad else ["scaled_dot_product_attention, mlp"])
+    assert kernel_calls == ["scaled_dot_product_attention"] + ["mlp"] * (activation == "relu")
 
 
 def test_encoder_layer_with_a_mask_at_inference_is_torchs():
@@ -376,19 +388,17 @@ def test_second_derivatives():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_run_again_in_the_backward(reentrant, monkeypatch):
-    net, calls = Net(), []
-    kernel = fastattn.functional.mlp
-    monkeypatch.setattr(fastattn.functional, "mlp", lambda *args: calls.append(1) or kernel(*args))
+def test_checkpoints_run_again_in_the_backward(reentrant, kernel_calls):
+    net = Net()
 
     def call(x: Tensor) -> Tensor:
         return checkpoint(net, x, use_reentrant=reentrant)
 
     x = torch.randn(5, 20, requires_grad=True)
     out = torch.compile(call, backend="fastattn")(x)
-    assert len(calls) == 1
+    assert kernel_calls == ["mlp"]
     out.sum().backward()
-    assert len(calls) == 2
+    assert kernel_calls == ["mlp", "mlp"]
     torch.testing.assert_close(x.grad, torch.autograd.grad(net(x).sum(), x)[0])
 
 

@@ -26,7 +26,7 @@ def _digits_curves(results: Sequence[DigitsResult]) -> str:
 
 def _bert_curves(result: BertResult) -> str:
     figure, ax = plt.subplots(figsize=(8, 3))
-    for run, style in zip(result.runs, ("-", "--"), strict=True):
+    for run, style in zip(result.runs, ("-", "--", ":"), strict=True):
         steps = [5 * (i + 1) for i in range(len(run.losses))]
         ax.plot(steps, run.losses, style, label=run.implementation)
     ax.set(xlabel="step", ylabel="cross-entropy")
@@ -37,8 +37,9 @@ def _bert_curves(result: BertResult) -> str:
 def _speed(digits: Sequence[DigitsResult], bert: BertResult | None) -> str:
     bars = {f"{r.data}\n{r.optimizer}": r.speedup for r in digits}
     if bert is not None:
-        stock, ours = bert.runs
-        bars["BERT\nfine-tuning"] = ours.samples_per_second / stock.samples_per_second
+        names = ("patched", "compiled")
+        for name, run in zip(names, bert.runs[1:], strict=True):
+            bars[f"BERT fine-tuning\n{name}"] = bert.speedup(run)
     figure, ax = plt.subplots(figsize=(8, 3))
     ax.bar(list(bars), list(bars.values()), width=0.5)
     ax.axhline(1.0, color="black", linewidth=1)
@@ -66,7 +67,8 @@ def write_report(
             f"<h2>BERT fine-tuning</h2><p>{bert.sizes[0]} sentences to learn from, "
             f"{bert.sizes[1]} from other modules to be judged by; "
             f"the most frequent class is {bert.majority:.1%} of them.</p>"
-            f"{_bert_curves(bert)}<pre>{html.escape(bert.patched)}</pre>"
+            f"{_bert_curves(bert)}"
+            + "".join(f"<pre>{html.escape(run.report)}</pre>" for run in bert.runs[1:])
         )
     parts.append(f"<h2>Speed</h2>{_speed(digits, bert)}")
     folder.mkdir(parents=True, exist_ok=True)

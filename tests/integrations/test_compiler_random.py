@@ -1,0 +1,95 @@
+"""Random small models through torch.compile(backend="fastattn"), beside the models themselves,
+before and after random edits. A compiled model stays compiled when it is edited: what the edit
+changes must be seen by Dynamo's guards, and what the backend fused must not outlive it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import side_by_side
+import torch
+from random_edits import EDITS, DoesNotApply, edit
+from random_models import ROWS, Draw, Net, random_model
+from test_patch_random import compare, kernel_calls, results  # noqa: F401
+
+import fastattn
+from fastattn.integrations import graph
+
+pytestmark = side_by_side.MARKS
+
+SEEDS, MODELS, EDITS_EACH = 4, 25, 2
+# Ways of calling that Dynamo follows; it knows nothing of functions that are replaced under it.
+CALLS = ("plainly", "without gradients", "in inference mode", "under autocast")
+WAYS = ("the whole", "the whole, with more")
+
+
+def compiled(net: Net) -> Net:
+    return torch.compile(net, backend="fastattn")
+
+
+def run_models(seed: int, models: int) -> Counter[str]:
+    """How often each kind of edit and call occurred, and what was fused."""
+    draw = Draw(random.Random(seed))
+    for _ in range(models):
+        torch.compiler.reset()  # else the next model meets the limit of compilations of a method
+        again = draw.rng.getstate()
+        stock, dtype = random_model(draw)
+        draw.rng.setstate(again)
+        ours, _ = random_model(Draw(draw.rng))
+        run_model(draw, stock, ours, dtype)
+        for entry in fastattn.compile_report().swapped:
+            draw.seen[f"fused: {entry.after.removeprefix('fastattn ')}"] += 1
+    return draw.seen
+
+
+def run_model(draw: Draw, stock: Net, ours: Net, dtype: torch.dtype) -> None:
+    x = torch.randn(2, ROWS, draw.width, dtype=dtype)
+    history: list[object] = [stock]
+    call = compiled(ours)
+    for step in range(EDITS_EACH + 1):
+        if step > 0:
+            name = draw.one_of("tried", EDITS)
+            seed = draw.rng.randrange(2**31)
+            try:
+                stock = edit(stock, name, seed)
+            except DoesNotApply:
+                continue
+            draw.seen[f"edit: {name}"] += 1
+            history.append(name)
+            edited = edit(ours, name, seed)
+            if edited is not ours:
+                ours, call = edited, compiled(edited)
+        how = draw.one_of("call", CALLS, {"plainly": 3})
+        way = draw.one_of("way", WAYS)
+        history += [how, way]
+        expected = results(stock, x, how, [way], 0)
+        draw.seen["errors"] += isinstance(expected, Exception)
+        low = torch.bfloat16 if how == "under autocast" and dtype != torch.float64 else dtype
+        compare(results(call, x, how, [way], 0), expected, str(low)[6:], history)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)  # else torch looks at no new hooks
+def test_random_models(seed, kernel_calls):  # noqa: F811
+    seen = run_models(seed, MODELS)
+    fused = ("mlp", "linear_relu", "torch's on fastattn scaled_dot_product_attention")
+    assert all(seen[f"fused: {name}"] for name in fused), seen
+    assert kernel_calls["linear_relu"] > MODELS / 2
+    assert kernel_calls["mlp"] > MODELS / 5
+    assert kernel_calls["scaled_dot_product_attention"] > MODELS / 5
+    assert sum(seen[f"edit: {name}"] > 0 for name in EDITS) > len(EDITS) / 2, seen
+    assert seen["errors"] < MODELS / 4
+
+
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+def test_a_defect_turns_it_red(monkeypatch, kernel_calls):  # noqa: F811
+    def of_any_user(layer: graph._Layer) -> None:
+        relus = [user for user in layer.linear.users if graph._is_relu(user, layer.linear)]
+        layer.relu = next(iter(relus), None)
+        layer.linear.users = dict.fromkeys(relus[:1])
+
+    monkeypatch.setattr(graph._Layer, "_find_relu", of_any_user)
+    with pytest.raises(AssertionError):
+        run_models(0, MODELS)
