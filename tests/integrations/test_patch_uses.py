@@ -255,7 +255,25 @@ def loaded_with_assign(model: nn.Module) -> object:
     return empty(X)
 
 
+def hooks_in_order(model: nn.Module) -> object:
+    seen: list[object] = []
+    model.register_forward_pre_hook(lambda m, args: seen.append("before"))
+    model.register_full_backward_pre_hook(lambda m, grads: seen.append("before the backward"))
+    for name, module in model.named_modules():
+        module.register_full_backward_hook(
+            lambda m, grads, outs, name=name: seen.append((name, outs[0].shape))
+        )
+    loss(model(X.clone().requires_grad_())).backward()
+    return seen
+
+
 USES = {
+    "hooks in order": hooks_in_order,
+    "strides": lambda m: [m(x).stride() for x in (X, X.transpose(1, 2).clone().transpose(1, 2))],
+    "no rows": lambda m: (m(X[:0]), m(X[:, :0])),
+    "one NaN": lambda m: m(torch.where(X[0, 0, 0] == X, torch.nan, X)).isnan().sum(),
+    "an array": lambda m: m(X.numpy()),
+    "what needs a gradient": lambda m: [m(X).requires_grad, m.requires_grad_(False)(X).is_leaf],
     "an average of weights": averaged,
     "an ensemble": ensemble,
     "functional_call": lambda m: stateless.functional_call(
