@@ -10,12 +10,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.nn.attention.bias import CausalBias
-from torch.utils._device import DeviceContext
 
 from fastattn import backends
 from fastattn.functional._autograd import autocast_dtype, follows_autocast
+from fastattn.functional._torch_internals import FakeTensor, watched
 
 
 def unobserved() -> bool:
@@ -24,12 +23,7 @@ def unobserved() -> bool:
     that sets the default device."""
     if torch.compiler.is_compiling():
         return True  # Dynamo has guards of its own
-    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
-        return False
-    functions = torch._C._len_torch_function_stack()
-    return not functions or all(
-        type(torch._C._get_function_stack_at(i)) is DeviceContext for i in range(functions)
-    )
+    return not watched()
 
 
 def ordinary(*tensors: object, exported: bool = False) -> bool:

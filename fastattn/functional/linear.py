@@ -28,7 +28,7 @@ from fastattn.functional.linear_derivatives import (
 
 class LinearReLUFunction(torch.autograd.Function):
     """relu(x Wᵀ + b) and its bit-mask, differentiable any number of times in every mode. Saves x, W
-    and one bit an output element."""
+    and one bit an output element; no x where W is frozen."""
 
     @staticmethod
     def forward(input, weight, bias, backend="cpu"):
@@ -40,6 +40,8 @@ class LinearReLUFunction(torch.autograd.Function):
         ctx.backend = backend[0] if backend else "cpu"
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
+        if not transforming() and not ctx.needs_input_grad[1]:
+            input = _shape_of(input)
         ctx.save_for_backward(input, weight, output[1])
         save_for_forward(ctx, input, weight, output[1])
 
@@ -69,8 +71,8 @@ class LinearReLUFunction(torch.autograd.Function):
 
 class MLPFunction(torch.autograd.Function):
     """A whole Linear-ReLU-...-Linear stack as one node: (out, hidden activations...). Saves x, the
-    weights and the hidden activations, from which the ReLUs are read. Its second derivative and
-    forward mode are its layers'."""
+    weights and the hidden activations, from which the ReLUs are read; no x where all weights are
+    frozen. Its second derivative and forward mode are its layers'."""
 
     @staticmethod
     def forward(input, layers, *parameters):
@@ -85,6 +87,9 @@ class MLPFunction(torch.autograd.Function):
         input, ctx.layers, *parameters = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
+        ctx.frozen = not any(ctx.needs_input_grad[2 : 2 + ctx.layers])
+        if ctx.frozen:
+            input = _shape_of(input)
         ctx.save_for_backward(input, *parameters, *output[1:])
 
     @staticmethod
@@ -96,7 +101,10 @@ class MLPFunction(torch.autograd.Function):
         parameters, hidden = rest[: 2 * layers], rest[2 * layers :]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
         if may_be_differentiated() or is_batched_gradient(grad_out):
-            grads = _gradients_by_layer(grad_out, input, layers, parameters, needs)
+            if ctx.frozen:
+                grads = _gradients_of_frozen(grad_out, parameters[:layers], hidden, needs)
+            else:
+                grads = _gradients_by_layer(grad_out, input, layers, parameters, needs)
         else:
             grads = kernel(ops.mlp_backward, grad_out, input, parameters[:layers], hidden, needs)
         grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
@@ -120,6 +128,27 @@ def _gradients_by_layer(
         wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
         grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
     return [next(grads) if need else None for need in needs]
+
+
+def _gradients_of_frozen(
+    grad_out: Tensor, weights: Sequence[Tensor], hidden: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same where no weight needs one: bilinear in grad_out and the weights, by torch."""
+    layers, grads = len(weights), [None] * len(needs)
+    with without_autocast(grad_out):
+        for i in reversed(range(layers)):
+            if needs[1 + layers + i]:
+                grads[1 + layers + i] = grad_out.reshape(-1, grad_out.shape[-1]).sum(0)
+            grad_out = grad_out @ weights[i]
+            if i > 0:
+                grad_out = torch.where(hidden[i - 1] <= 0, 0.0, grad_out)
+    return [grad_out, *grads[1:]]
+
+
+def _shape_of(x: Tensor) -> Tensor:
+    """A stand-in of one element for a tensor whose values no derivative reads: the tensor itself
+    may then be freed, or changed in place, as with torch's Linear."""
+    return x.new_zeros(()).expand(x.shape)
 
 
 def layer_by_layer(

@@ -109,8 +109,8 @@ class Part:
     def apply(self) -> None:
         """Sets fastattn's attention and notes what ``undo`` needs. The name must be registered."""
         changed = [c for c in self.configs if c._attn_implementation == _TAKEN_OVER]
-        vars(self.model)[_FORMER] = Former(changed)
         _set(changed, NAME)
+        vars(self.model)[_FORMER] = Former(changed)
 
 
 @dataclass
@@ -124,6 +124,8 @@ def _set(configs: Iterable[PreTrainedConfig], name: str) -> None:
     for config in configs:
         # The public attribute would set the configs inside as well, checked or not.
         config._attn_implementation_internal = name
+        if config._attn_implementation != name:
+            raise RuntimeError("this transformers keeps the name of the attention elsewhere")
 
 
 def plan(model: nn.Module) -> list[Part]:

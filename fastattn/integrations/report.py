@@ -92,4 +92,4 @@ def _kind(x: object) -> str:
         return x
     kind = x if isinstance(x, type) else type(x)
     ours = kind.__module__.startswith("fastattn.")
-    return f"fastattn {kind.__name__}" if ours else kind.__name__
+    return f"fastattn {kind.__qualname__}" if ours else kind.__name__

@@ -31,9 +31,10 @@ class FusedSequential(nn.Sequential):
         return super().__getitem__(idx)
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_small(input, self._modules.values()):
+        # Who watches torch's functions would see the input's attributes read as well.
+        if not unobserved() or is_small(input, self._modules.values()):
             return super().forward(input)
-        if not (as_written(nn.Sequential) and no_global_hooks() and unobserved()):
+        if not (as_written(nn.Sequential) and no_global_hooks()):
             return super().forward(input)
         layers = list(self)
         x, i = input, 0
@@ -52,6 +53,11 @@ class FusedSequential(nn.Sequential):
                     x = functional.linear_relu(x, weight, bias)
             i += len(linears) + relus
         return x
+
+
+# What prints a model, or counts by classes, shows what it showed before. A pickle goes by the
+# qualified name.
+FusedSequential.__name__ = "Sequential"
 
 
 def linear_relu_stretch(layers: Sequence[nn.Module], start: int) -> tuple[Sequence[nn.Linear], int]:

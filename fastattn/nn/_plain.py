@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from fastattn.functional._torch_internals import any_global_hook, has_hooks
 
 M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
@@ -23,21 +24,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not has_hooks(module) and as_written(kind)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or module._compiled_call_impl is not None
-    )
-
-
 def no_global_hooks() -> bool:
     """Whether no hook is registered for all modules, which must see every child called."""
-    return not _has_any_global_hook()
+    return not any_global_hook()
 
 
 def as_written(kind: type[nn.Module]) -> bool:
@@ -63,9 +52,9 @@ def to_torch(module: M) -> M:
 
 def run_torchs(module: nn.Module, forward: Callable[..., R], *args: object) -> R:
     """``forward(*args)``, torch's own for ``module``. A symbolic trace records one call of the
-    module instead, as it does where the class is torch's."""
+    module instead, as it does where the class is torch's, unless it is a trace of that module."""
     proxy = next((x for x in args if isinstance(x, fx.Proxy)), None)
-    if proxy is None:
+    if proxy is None or module is proxy.tracer.root:
         return forward(*args)
     path = proxy.tracer.path_of_module(module)
     return proxy.tracer.create_proxy("call_module", path, args, {})

@@ -130,6 +130,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         """q ``[B, H, Sq, D]``, k and v ``[B, H, Sk, D]`` with the appended keys; views, no copies,
         where none is appended."""
         bias = self.in_proj_bias
+        if batched and batch_first and torch.is_grad_enabled():
+            # As in torch, whose product takes a copy here, what was given may change in place
+            # before the backward.
+            own = {id(x): x.clone() for x in (query, key, value)}
+            query, key, value = (own[id(x)] for x in (query, key, value))
         if self._qkv_same_embed_dim and query is key and key is value:
             projected = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
         else:

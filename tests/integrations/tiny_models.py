@@ -69,3 +69,47 @@ def results(model: nn.Module, padded: str | None) -> Iterator[Tensor]:
         if isinstance(result, Tensor) and result.is_floating_point():
             whole = result.shape[:2] != (3, 11) or "attention_mask" not in given
             yield result if whole else result[given["attention_mask"].bool()]
+
+
+def tiny(kind: str, **options):
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, **options
+        )
+    if kind == "bert":
+        return transformers.BertConfig(**sizes, intermediate_size=48, **options)
+    if kind == "opt":
+        return transformers.OPTConfig(
+            **sizes, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32, **options
+        )
+    if kind == "t5":
+        return transformers.T5Config(
+            vocab_size=99,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            **options,
+        )
+    config = {"llama": transformers.LlamaConfig, "gemma2": transformers.Gemma2Config}[kind]
+    sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+    return config(**sizes, **options)
+
+
+def pair(name: str, config) -> tuple[nn.Module, nn.Module]:
+    """The same model with sdpa and with fastattn."""
+    torch.manual_seed(0)
+    config._attn_implementation = "sdpa"
+    stock = getattr(transformers, name)(config).eval()
+    ours = copy.deepcopy(stock)
+    ours.set_attn_implementation("fastattn")
+    assert ours.config._attn_implementation == "fastattn"
+    return stock, ours
+
+
+def close_where(mask: Tensor, a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    kept = mask.bool()
+    torch.testing.assert_close(a[kept], b[kept], rtol=tolerance, atol=tolerance)

@@ -85,7 +85,8 @@ def put_encoder_layer(rewriting: Rewriting, node: fx.Node) -> None:
 PUT = {
     F.scaled_dot_product_attention: put_attention,
     _MULTI_HEAD: put_multi_head,
-    torch._transformer_encoder_layer_fwd: put_encoder_layer,  # torch's layer at inference
+    # By which torch's layer runs at inference; a torch without it has no such node in its graphs.
+    getattr(torch, "_transformer_encoder_layer_fwd", None): put_encoder_layer,
 }
 
 _MATMULS = (torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__")

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensor
 
 from fastattn import backends
+from fastattn.functional._torch_internals import FakeTensor
 from fastattn.integrations.report import CompileReport
 
 LINEAR = F.linear
