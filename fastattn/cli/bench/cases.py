@@ -8,7 +8,6 @@ every input and result once.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastattn.functional import linear_relu, mlp, scaled_dot_product_attention
+from fastattn.integrations import compiler
 from fastattn.integrations.torch_nn import patch
 
 Run = Callable[[], Sequence[Tensor]]
@@ -272,9 +272,14 @@ def mlp_cases(peers: str) -> Iterator[Case]:
 
 
 def training_steps(
-    model: nn.Module, loss: Callable[[nn.Module], Tensor], peers: str, lr: float
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    peers: str,
+    lr: float,
+    compiled: bool = False,
 ) -> dict[str, Run]:
-    """Whole SGD steps of ``model``, ours on a patched copy. They return the parameters."""
+    """Whole SGD steps of ``model``, ours on a copy that is patched, or ``compiled`` with our
+    backend. They return the parameters."""
 
     def step(model: nn.Module, call: Callable | None = None) -> Run:
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
@@ -288,77 +293,16 @@ def training_steps(
         return run
 
     stock, ours = copy.deepcopy(model), copy.deepcopy(model)
-    patch(ours)
-    found = {OURS: step(ours), "eager": step(stock)}
-    if peers == "all":
-        compiled = copy.deepcopy(model)
-        found["torch.compile"] = step(compiled, torch.compile(compiled, dynamic=False))
-    return found
-
-
-def encoder_cases(peers: str) -> Iterator[Case]:
-    batch, seq, dim, heads, hidden = 8, 128, 768, 12, 3072
-    flops = 2.0 * batch * seq * (4 * dim * dim + 2 * dim * hidden) + 4.0 * batch * seq * seq * dim
-    moved = 4.0 * (4 * dim * dim + 2 * dim * hidden + 10 * batch * seq * dim)
-    for dropout, training in ((0.1, True), (0.1, False)):
-
-        def build(dropout=dropout, training=training) -> dict[str, Run]:
-            layer = nn.TransformerEncoderLayer(dim, heads, hidden, dropout, batch_first=True)
-            x = torch.randn(batch, seq, dim)
-            if training:
-                return training_steps(layer, lambda m: m(x).square().mean(), peers, lr=1e-4)
-            layer.eval()
-            ours = copy.deepcopy(layer)
-            patch(ours)
-            modules = {OURS: ours, "eager": layer}
-            return both_directions(modules, [x], "forward")
-
-        kind = "step" if training else "forward"
-        yield Case(
-            "encoder", f"BERT-base layer {batch}x{seq}, dropout {dropout if training else 0}",
-            torch.float32, kind, flops * (3 if training else 1), moved * (3 if training else 1),
-            build, random=training,
-        )  # fmt: skip
-
-
-def bert_cases() -> Iterator[Case]:
-    """A whole BERT of MiniLM's size, half of its rows half padded, beside Hugging Face's sdpa."""
-    if importlib.util.find_spec("transformers") is None:
-        return
-    batch, seq, dim, hidden, layers, heads = 8, 512, 384, 1536, 6, 12
-
-    def build() -> dict[str, Run]:
-        from transformers import BertConfig, BertModel
-
-        config = BertConfig(
-            hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
-            intermediate_size=hidden, attn_implementation="sdpa",
-        )  # fmt: skip
-        stock = BertModel(config, add_pooling_layer=False).eval()
-        ours = copy.deepcopy(stock)
+    if compiled:
+        call = torch.compile(ours, backend=compiler.backend)
+    else:
         patch(ours)
-        ids = torch.randint(0, config.vocab_size, (batch, seq))
-        mask = torch.ones(batch, seq, dtype=torch.long)
-        mask[1::2, seq // 2 :] = 0
-
-        def run(model: nn.Module) -> Run:
-            @torch.no_grad()
-            def forward() -> Sequence[Tensor]:
-                # Padded positions hold what the implementation leaves there.
-                return [model(ids, attention_mask=mask).last_hidden_state[mask.bool()]]
-
-            return forward
-
-        return {OURS: run(ours), "eager": run(stock)}
-
-    tokens = batch * seq
-    dense = 2.0 * tokens * (4 * dim * dim + 2 * dim * hidden)
-    attention = 4.0 * batch * seq * seq * dim
-    moved = 4.0 * layers * (4 * dim * dim + 2 * dim * hidden + 10 * tokens * dim)
-    yield Case(
-        "encoder", f"MiniLM {batch}x{seq}, half padded", torch.float32, "forward",
-        layers * (dense + attention), moved, build,
-    )  # fmt: skip
+        call = None
+    found = {OURS: step(ours, call), "eager": step(stock)}
+    if peers == "all":
+        inductor = copy.deepcopy(model)
+        found["torch.compile"] = step(inductor, torch.compile(inductor, dynamic=False))
+    return found
 
 
 def cases(ops: Sequence[str], peers: str, grid: bool) -> Iterator[Case]:
@@ -374,5 +318,6 @@ def cases(ops: Sequence[str], peers: str, grid: bool) -> Iterator[Case]:
 
             yield from second_order_cases()
         else:
-            yield from encoder_cases(peers)
-            yield from bert_cases()
+            from fastattn.cli.bench.models import model_cases
+
+            yield from model_cases(peers)
