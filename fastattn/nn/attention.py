@@ -247,5 +247,5 @@ def _check(
             bad("key_padding_mask", f"shape {expected}", tuple(key_padding_mask.shape))
     if attn_mask is not None:
         flat, full = (seq_q, seq_k), (batch * module.num_heads, seq_q, seq_k)
-        if tuple(attn_mask.shape) not in (flat, full):
+        if attn_mask.shape != flat and attn_mask.shape != full:  # sizes may be symbols
             bad("attn_mask", f"shape {flat} or {full}", tuple(attn_mask.shape))
