@@ -83,9 +83,10 @@ class Net(nn.Module):
 @pytest.mark.parametrize(
     "relu",
     [torch.relu, F.relu, Tensor.relu, torch.relu_, Tensor.relu_, nn.ReLU(), nn.ReLU(inplace=True),
-     lambda x: F.relu(x, inplace=True), lambda x: F.dropout(torch.relu(x), 0.5, training=False)],
+     lambda x: F.relu(x, inplace=True), lambda x: F.dropout(torch.relu(x), 0.5, training=False),
+     lambda x: F.dropout(torch.relu(x), 0.0)],
     ids=["torch.relu", "F.relu", "method", "torch.relu_", "method_", "module", "inplace",
-         "F.inplace", "dropout off"],
+         "F.inplace", "dropout off", "dropout of 0"],
 )  # fmt: skip
 def test_a_network_with_a_forward_of_its_own_is_one_call(relu, kernel_calls):
     net = Net(relu)

@@ -74,6 +74,9 @@ WRITTEN = {
     "divided": lambda q, k, v: F.softmax(q.matmul(k.mT) / 2.0, dim=-1).matmul(v),
     "the query scaled": lambda q, k, v: F.softmax((q * 0.3) @ k.mT, -1) @ v,
     "permuted": lambda q, k, v: F.softmax(q @ k.permute(0, 1, 3, 2), -1) @ v,
+    "a projection between": lambda q, k, v: (
+        F.softmax(q @ k.mT, -1) @ F.linear(v, torch.eye(5)).transpose(1, 2).transpose(1, 2)
+    ),
     "dropout off": lambda q, k, v: F.dropout(F.softmax(q @ k.mT, -1), 0.3, False) @ v,
     "softmax in float32": lambda q, k, v: (
         F.softmax(q @ k.mT, -1, dtype=torch.float32).to(q.dtype) @ v

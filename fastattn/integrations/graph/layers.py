@@ -140,9 +140,7 @@ def _why_not_linear(linear: fx.Node, input: object, weight: object, bias: object
     """Why no kernel may take the layer, or None."""
     reason = why_not("linear_relu", linear, input, weight, bias)
     if reason is None:
-        out_features = value_of(weight).shape[:1]
-        if value_of(weight).dim() != 2 or (
-            bias is not None and value_of(bias).shape != out_features
-        ):
+        shape = value_of(weight).shape
+        if len(shape) != 2 or (bias is not None and value_of(bias).shape != shape[:1]):
             reason = "its weight or its bias is broadcast"
     return reason

@@ -122,12 +122,10 @@ def is_pure(node: fx.Node) -> bool:
     nor, but for dropout, random numbers."""
     if is_input(node):
         return True
-    if (
-        value_of(node) is None
-        or "out" in node.kwargs
-        or True in (*node.args, *node.kwargs.values())
-    ):
+    if value_of(node) is None or "out" in node.kwargs:
         return False
+    if any(x is True for x in (*node.args, *node.kwargs.values())):
+        return False  # it may be in place, or dropout
     if node.op == "call_method":
         return not node.target.endswith("_")
     if node.op != "call_function" or node.target in (*_IN_PLACE, operator.setitem):
@@ -154,7 +152,7 @@ def is_off(node: fx.Node, operand: fx.Node) -> bool:
         return False
     call = inspect.signature(F.dropout).bind(*node.args, **node.kwargs)
     call.apply_defaults()
-    return call.arguments["training"] is False
+    return call.arguments["training"] is False or call.arguments["p"] == 0
 
 
 def label(node: fx.Node) -> str:
