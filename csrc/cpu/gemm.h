@@ -43,10 +43,10 @@ struct Panels {
   int64_t stride;
 };
 
-// C itself, where the products are its elements.
-template <class A>
+// C itself, where the products are its elements, rounded or not.
+template <class C>
 struct PlainC {
-  A* data;  // may be absent
+  C* data;  // may be absent
   int64_t stride;
 };
 
@@ -99,9 +99,9 @@ Cut cut_into_tasks(int64_t m, int64_t n, int64_t most_rows, int64_t threads) {
   return best;
 }
 
-template <class E, class LoadA, class LoadB, class StoreC>
+template <class E, class LoadA, class LoadB, class StoreC, class C = Acc<E>>
 void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& load_b,
-          const StoreC& store_c, const Parallel& threads, PlainC<Acc<E>> plain_c = {nullptr, 0}) {
+          const StoreC& store_c, const Parallel& threads, PlainC<C> plain_c = {nullptr, 0}) {
   using A = Acc<E>;
   if (m == 0 || n == 0) return;
   // Equal blocks of depth: a short last one would read and write C for little.
@@ -149,20 +149,22 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
             const int vecs = static_cast<int>(ceil_div(panel_cols, kWidth<A>));
             const Strided<E> a_strip{a.data + strip / kRows * a.strip, a.row, a.depth};
             const int strip_rows = static_cast<int>(min64(kRows, block_rows - strip));
-            const bool plain = plain_c.data != nullptr && panel_cols == kPanelCols;
-            const int64_t c_stride = plain ? plain_c.stride : kPanelCols;
-            A* c_strip = plain ? plain_c.data + (i0 + i + strip) * c_stride + j0 + j
-                               : c_block + (panel * kept_rows + strip) * kPanelCols;
             const Panels<E>& columns = b[block - first];
             const E* b_panel = columns.data + panel * columns.panel;
+            if (plain_c.data != nullptr && panel_cols == kPanelCols) {
+              C* c_strip = plain_c.data + (i0 + i + strip) * plain_c.stride + j0 + j;
+              return micro_kernel<Start::kZero>(strip_rows, vecs, words<E>(depth), a_strip, b_panel,
+                                                columns.stride, c_strip, plain_c.stride);
+            }
+            A* c_strip = c_block + (panel * kept_rows + strip) * kPanelCols;
             if (block == 0) {
               micro_kernel<Start::kZero>(strip_rows, vecs, words<E>(depth), a_strip, b_panel,
-                                         columns.stride, c_strip, c_stride);
+                                         columns.stride, c_strip, kPanelCols);
             } else {
               micro_kernel<Start::kAdd>(strip_rows, vecs, words<E>(depth), a_strip, b_panel,
-                                        columns.stride, c_strip, c_stride);
+                                        columns.stride, c_strip, kPanelCols);
             }
-            if (plain || block + 1 < depth_blocks) return;
+            if (block + 1 < depth_blocks) return;
             for (int r = 0; r < strip_rows; ++r)
               store_c(i0 + i + strip + r, j0 + j, panel_cols, c_strip + r * kPanelCols);
           };
