@@ -156,16 +156,27 @@ FASTATTN_INLINE Vec<float> load_acc(const fp16* p) {
 #endif
 }
 template <class T>
-FASTATTN_INLINE void store_acc(T* p, Vec<T> v) {
-  store(p, v);
+FASTATTN_INLINE auto rounded(Vec<Acc<T>> v) {
+  return v;
 }
-FASTATTN_INLINE void store_acc(bf16* p, Vec<float> v) {
-  const HalfWords halves = round_to_bf16(v);
-  __builtin_memcpy(p, &halves, sizeof(halves));
+template <>
+FASTATTN_INLINE auto rounded<bf16>(Vec<float> v) {
+  return round_to_bf16(v);
 }
-FASTATTN_INLINE void store_acc(fp16* p, Vec<float> v) {
-  const HalfWords halves = round_to_fp16(v);
-  __builtin_memcpy(p, &halves, sizeof(halves));
+template <>
+FASTATTN_INLINE auto rounded<fp16>(Vec<float> v) {
+  return round_to_fp16(v);
+}
+template <class T>
+FASTATTN_INLINE void store_acc(T* p, Vec<Acc<T>> v) {
+  const auto numbers = rounded<T>(v);
+  __builtin_memcpy(p, &numbers, sizeof(numbers));
+}
+// The same past the caches; p is a multiple of a vector's size. Before another thread reads what
+// was written, a fence: streamed().
+template <class T>
+FASTATTN_INLINE void stream_acc(T* p, Vec<Acc<T>> v) {
+  stream(p, rounded<T>(v));
 }
 
 // dst[i] = src[i], where either's type is the accumulator's.

@@ -29,11 +29,10 @@ bool unpacked_pays(int64_t m, int64_t k) {
   return 2 * m <= k && m * k <= int64_t{1} << 17;
 }
 
-// Whether dY's rows are so few that W, whose rows are `stride` apart, is better read once, row by
-// row. Pairs of bf16 multiply four times as fast as what is converted, if they are packed.
+// Whether dY's rows are so few that W is better read once, row by row, as it lies in memory. Pairs
+// of bf16 multiply four times as fast as what is converted, if they are packed.
 template <class T>
-bool passing_pays(int64_t m, int64_t stride, int64_t depth) {
-  if (sizeof(T) == sizeof(Acc<T>) && in_place_pays<T>(m, stride, depth)) return false;
+bool passing_pays(int64_t m) {
   return m <= (kPaired<Operand<T>> ? 3 : kPanelVecs == 4 ? 32 : 15);
 }
 
@@ -193,7 +192,7 @@ void linear_input_gradient(const LinearBackwardProblem& p, const Parallel& paral
       convert(static_cast<T*>(p.grad_x) + i * p.k + j0, row, cols);
     }
   };
-  if (passing_pays<T>(p.m, p.w_stride, p.n)) {
+  if (passing_pays<T>(p.m)) {
     const auto load_row = [&](int64_t i, int64_t d, int64_t depth, A* dst) {
       load_masked_gradient<T>(p, i, d, depth, dst);
     };

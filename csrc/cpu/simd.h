@@ -96,6 +96,25 @@ FASTATTN_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
+// A store that leaves the caches as they are; p is a multiple of v's size.
+template <class V>
+FASTATTN_INLINE void stream(void* p, V v) {
+#if defined(FASTATTN_AVX512)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if defined(FASTATTN_AVX2)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#endif
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+// What was streamed comes before what is stored from here on.
+FASTATTN_INLINE void streamed() {
+#if defined(FASTATTN_AVX2)
+  _mm_sfence();
+#endif
+}
+
 #if defined(FASTATTN_AVX512)
 FASTATTN_INLINE Vec<float> broadcast(float x) { return (Vec<float>)_mm512_set1_ps(x); }
 FASTATTN_INLINE Vec<double> broadcast(double x) { return (Vec<double>)_mm512_set1_pd(x); }
