@@ -4,10 +4,11 @@ It was measured in pairs, one thread, by ``benchmarks/linear_table.py``; the tab
 ``benchmarks/results/*/linear.csv``. Torch's time over the kernels', forward and training step:
 
 - a 16-bit dtype that torch has no product for here (float16 without avx512_fp16, bfloat16 too
-  without avx512_bf16): above 1 from 65 thousand multiply-adds on, 2 to 60 from 16 rows on;
-- bfloat16 with torch's product: 1.3 to 2.2 with up to 4 rows, about 1 with more;
+  without avx512_bf16): 1 to 2 with one row, 1.5 to 16 with 16 and 4 to 38 from 64 rows on;
+- bfloat16 with torch's product: 1.2 to 1.9 with up to 4 rows, about 1 with more;
 - float32 on processors with avx512_bf16 and without AMX (Zen 4 and later), where torch's is MKL's:
-  1.1 to 2 from 8 million multiply-adds and 2 rows on. On AVX2 MKL's is as fast.
+  1.1 to 1.9 with 2 to 16 rows from 2 million multiply-adds on, 1.05 to 1.7 with more rows from 67
+  million on. On AVX2 MKL's is as fast.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import torch
 
 from fastattn import _extension
 
-LEAST_ALONE = 1 << 16  # multiply-adds, where torch has no product
-LEAST_BESIDE_TORCHS = 1 << 17
-LEAST_FLOAT32 = 1 << 23
+LEAST_HALF = 1 << 17  # multiply-adds, of a 16-bit dtype
+LEAST_FEW, LEAST_MANY = 1 << 21, 1 << 26  # of float32
+FEW_ROWS = 16
+MOST_ROWS = 4  # of bfloat16, beside torch's product
 LEAST_WIDTH = 32
-MOST_ROWS_BESIDE_TORCHS = 4
 # Elements of a float32 weight whose module is worth a swap. A call that stays torch's takes 1 us
 # longer then (6.4 us are 7.4 for 64 -> 64), of 16 rows of 384 -> 384 1 %.
 LEAST_WEIGHT = 1 << 17
@@ -59,11 +60,9 @@ def lacks_product(dtype: torch.dtype, device: torch.device) -> bool:
 def least_work(dtype: torch.dtype) -> float:
     """The multiply-adds from which the kernels may take a Linear that is computed in the dtype on a
     CPU; infinite where they never do."""
-    if dtype in _LACKING:
-        return LEAST_ALONE
     if dtype == torch.float32:
-        return LEAST_FLOAT32 if _OUTRUNS_MKL else math.inf
-    return LEAST_BESIDE_TORCHS if dtype == torch.bfloat16 else math.inf
+        return LEAST_FEW if _OUTRUNS_MKL else math.inf
+    return LEAST_HALF if dtype in _LACKING or dtype == torch.bfloat16 else math.inf
 
 
 def why_torchs(
@@ -73,9 +72,11 @@ def why_torchs(
     product; None where the kernels' is faster. Nothing is computed."""
     if device.type != "cpu":
         return "torch's own product is taken on this device"
-    least, most = least_work(dtype), MOST_ROWS_BESIDE_TORCHS
+    least = least_work(dtype)
     if least == math.inf:
         return why_always_torchs(dtype)
+    if dtype == torch.float32 and rows > FEW_ROWS:
+        least = LEAST_MANY
     if rows * n_out * n_in < least or min(n_out, n_in) < LEAST_WIDTH:
         return (
             f"it is small: the kernels take {dtype} from {least} multiply-adds and "
@@ -83,8 +84,8 @@ def why_torchs(
         )
     if dtype == torch.float32 and rows < 2:
         return f"torch's product of one row is as fast in {dtype}"
-    if dtype == torch.bfloat16 and dtype not in _LACKING and rows > most:
-        return f"torch's product is as fast in {dtype} with more than {most} rows"
+    if dtype not in _LACKING and dtype == torch.bfloat16 and rows > MOST_ROWS:
+        return f"torch's product is as fast in {dtype} with more than {MOST_ROWS} rows"
     return None
 
 
@@ -94,9 +95,7 @@ def why_kernels(dtype: torch.dtype) -> str:
         return f"torch has no product in {dtype} for this processor"
     if dtype == torch.float32:
         return "the kernels' product was measured to be faster than MKL's on such processors"
-    return (
-        f"with up to {MOST_ROWS_BESIDE_TORCHS} rows the kernels' product was measured to be faster"
-    )
+    return f"with up to {MOST_ROWS} rows the kernels' product was measured to be faster"
 
 
 def why_always_torchs(dtype: torch.dtype) -> str:
@@ -109,10 +108,7 @@ def why_swap(n_out: int, n_in: int, dtype: torch.dtype, device: torch.device) ->
     autocast; None where it never does."""
     if dtype == torch.float32 and n_out * n_in < LEAST_WEIGHT:
         return None
-    if any(
-        why_torchs(rows, n_out, n_in, dtype, device) is None
-        for rows in (MOST_ROWS_BESIDE_TORCHS, 1 << 12)
-    ):
+    if any(why_torchs(rows, n_out, n_in, dtype, device) is None for rows in (MOST_ROWS, 1 << 12)):
         return why_kernels(dtype)
     for computed in _LACKING if dtype == torch.float32 else ():
         if why_torchs(1 << 12, n_out, n_in, computed, device) is None:

@@ -14,6 +14,8 @@ pytestmark = pytest.mark.native
 CASES = [
     (torch.float32, 512, 384, 1536, "torch", "cpu"),
     (torch.float32, 4, 384, 384, "torch", "torch"),
+    (torch.float32, 4, 384, 1536, "torch", "cpu"),
+    (torch.float32, 64, 384, 1536, "torch", "torch"),
     (torch.float32, 1, 3072, 3072, "torch", "torch"),
     (torch.float64, 512, 384, 1536, "torch", "torch"),
     (torch.bfloat16, 1, 384, 384, "cpu", "cpu"),

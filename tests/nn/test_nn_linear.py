@@ -240,8 +240,8 @@ def compare_to_float64(ours: Linear, dtype: torch.dtype, rows: tuple[int, ...]) 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_linear_takes_the_kernels_where_torch_has_no_product(products, dtype, bias):
-    compare_to_float64(Linear(64, 48, bias=bias, dtype=dtype), dtype, (4, 8))
-    assert products == [32]
+    compare_to_float64(Linear(64, 48, bias=bias, dtype=dtype), dtype, (8, 8))
+    assert products == [64]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -251,25 +251,27 @@ def test_the_dtype_of_autocast_decides(products, dtype):
         for p in ours.parameters():
             p.copy_(p.to(dtype))
     with torch.autocast("cpu", dtype=dtype):
-        compare_to_float64(ours, dtype, (4, 8))
-    assert products == [32]
+        compare_to_float64(ours, dtype, (8, 8))
+    assert products == [64]
     assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
     double = Linear(64, 48, dtype=torch.float64)
     with torch.autocast("cpu", dtype=dtype):  # float64 is left alone
-        assert double(torch.randn(32, 64, dtype=torch.float64)).dtype == torch.float64
-    assert products == [32]
+        assert double(torch.randn(64, 64, dtype=torch.float64)).dtype == torch.float64
+    assert products == [64]
 
 
 def test_float32_takes_the_kernels_where_they_outrun_mkl(products, monkeypatch):
-    ours, x = Linear(64, 48), torch.randn(2800, 64)
-    theirs = nn.Linear(64, 48)
+    ours, x = Linear(512, 384), torch.randn(100, 512)
+    theirs = nn.Linear(512, 384)
     theirs.load_state_dict(ours.state_dict())
     assert torch.equal(ours(x), theirs(x))
     assert products == []
     monkeypatch.setattr(_products, "_OUTRUNS_MKL", True)
-    torch.testing.assert_close(ours(x), theirs(x))
-    assert torch.equal(ours(x[:100]), theirs(x[:100]))
-    assert products == [2800]
+    torch.testing.assert_close(ours(x[:16]), theirs(x[:16]))
+    torch.testing.assert_close(ours(x.repeat(4, 1)), theirs(x.repeat(4, 1)))
+    for rows in (1, 100):
+        assert torch.equal(ours(x[:rows]), theirs(x[:rows]))
+    assert products == [16, 400]
 
 
 def test_linear_is_torchs_elsewhere(products):
