@@ -4,11 +4,12 @@ It was measured in pairs, one thread, by ``benchmarks/linear_table.py``; the tab
 ``benchmarks/results/*/linear.csv``. Torch's time over the kernels', forward and training step:
 
 - a 16-bit dtype that torch has no product for here (float16 without avx512_fp16, bfloat16 too
-  without avx512_bf16): 1 to 2 with one row, 1.5 to 16 with 16 and 4 to 38 from 64 rows on;
+  without avx512_bf16), from 262 thousand multiply-adds on: 1.3 to 12 with one row, 1.9 to 28 with
+  4, 2.2 to 39 with more;
 - bfloat16 with torch's product: 1.2 to 1.9 with up to 4 rows, about 1 with more;
 - float32 on processors with avx512_bf16 and without AMX (Zen 4 and later), where torch's is MKL's:
   1.1 to 1.9 with 2 to 16 rows from 2 million multiply-adds on, 1.05 to 1.7 with more rows from 67
-  million on. On AVX2 MKL's is as fast.
+  million on. On AVX2 MKL's is as fast, 0.7 to 1.4.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 from fastattn import _extension
 
-LEAST_HALF = 1 << 17  # multiply-adds, of a 16-bit dtype
+LEAST_HALF = 1 << 18  # multiply-adds, of a 16-bit dtype
 LEAST_FEW, LEAST_MANY = 1 << 21, 1 << 26  # of float32
 FEW_ROWS = 16
 MOST_ROWS = 4  # of bfloat16, beside torch's product

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _default = os.environ.get("FASTATTN_BACKEND") or None
 _warned: set[str] = set()
 _served_by_cpu: set[Problem] = set()
+_layers_on_cpu: set[tuple[str, torch.dtype]] = set()  # ops and dtypes of those
 _verdicts: dict[tuple[str, Problem], list[str]] = {}  # of the self-check, where it is done
 
 
@@ -277,6 +279,21 @@ def select(problem: Problem, backend: str | None = None, *, run_self_check: bool
             against = [*against, *(f"cuda: {reason}" for reason in _unproven(problem, "cuda"))]
         _warn(f"{problem.op} runs on the O(S²) reference backend: {'; '.join(against)}", 4)
     return "reference"
+
+
+def select_layers(
+    op: str, input: Tensor, weights: Sequence[Tensor], backend: str | None = None
+) -> str:
+    """``select`` for a call of ``linear_relu`` or ``mlp``. On a CPU the dtype decides: there a call
+    like an earlier one is known at a glance, which a small layer's time consists of."""
+    if torch.compiler.is_compiling() or backend is not None or not input.is_cpu:
+        return select(linear_problem(op, input, weights), backend)
+    if (op, input.dtype) in _layers_on_cpu and _default is None:
+        return "cpu"
+    chosen = select(linear_problem(op, input, weights))
+    if chosen == "cpu":
+        _layers_on_cpu.add((op, input.dtype))
+    return chosen
 
 
 def _warn(message: str, stacklevel: int) -> None:

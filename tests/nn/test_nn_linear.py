@@ -240,8 +240,8 @@ def compare_to_float64(ours: Linear, dtype: torch.dtype, rows: tuple[int, ...]) 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_linear_takes_the_kernels_where_torch_has_no_product(products, dtype, bias):
-    compare_to_float64(Linear(64, 48, bias=bias, dtype=dtype), dtype, (8, 8))
-    assert products == [64]
+    compare_to_float64(Linear(64, 48, bias=bias, dtype=dtype), dtype, (16, 8))
+    assert products == [128]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -251,13 +251,13 @@ def test_the_dtype_of_autocast_decides(products, dtype):
         for p in ours.parameters():
             p.copy_(p.to(dtype))
     with torch.autocast("cpu", dtype=dtype):
-        compare_to_float64(ours, dtype, (8, 8))
-    assert products == [64]
+        compare_to_float64(ours, dtype, (16, 8))
+    assert products == [128]
     assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
     double = Linear(64, 48, dtype=torch.float64)
     with torch.autocast("cpu", dtype=dtype):  # float64 is left alone
-        assert double(torch.randn(64, 64, dtype=torch.float64)).dtype == torch.float64
-    assert products == [64]
+        assert double(torch.randn(128, 64, dtype=torch.float64)).dtype == torch.float64
+    assert products == [128]
 
 
 def test_float32_takes_the_kernels_where_they_outrun_mkl(products, monkeypatch):
