@@ -29,6 +29,9 @@ SHAPES = [
     (2, 70, 1037),
     (5, 2100, 66),
     (13, 300, 131),
+    # the weight's gradient of one row: in the caches, and past them
+    (1, 128, 300),
+    (1, 1024, 1040),
 ]
 
 
