@@ -78,6 +78,25 @@ def linear_problem(op: str, input: Tensor, weights: Sequence[Tensor]) -> Problem
     return Problem(op, device, input.dtype, extras=against, gpu=input.device.index)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Autocast's dtype where it is on for the device, else None."""
+    # Asking whether it exists costs more than the rest for the two that have it.
+    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def follows_autocast(x: object) -> bool:
+    """Whether autocast changes its dtype."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a call with x is computed."""
+    computed = autocast_dtype(x.device.type)
+    return computed if computed is not None and follows_autocast(x) else x.dtype
+
+
 def fused_mlp(weights: Sequence[Tensor]) -> bool:
     """Whether cuda takes all layers of an MLP in one kernel; else it takes one at a time."""
     return len(weights) <= 8 and all(w.shape[0] <= 256 for w in weights)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastattn import _extension
+from fastattn import _extension, _products
 from fastattn._problem import (
     Problem,
     attention_problem,
+    computed_dtype,
     fused_mlp,
     linear_problem,
 )
@@ -27,7 +29,7 @@ from fastattn.verification import first_use
 
 KERNELS = ("cpu", "cuda", "triton")
 BACKENDS = (*KERNELS, "reference")
-OPS = ("attention", "varlen_attn", "linear_relu", "mlp")
+OPS = ("attention", "varlen_attn", "linear", "linear_relu", "mlp")
 
 # The families of CUDA kernels (attention_forward, attention_backward, linear_relu, mlp) that are
 # taken by default, before Triton's, where they serve the call. A family belongs here when
@@ -51,6 +53,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _default = os.environ.get("FASTATTN_BACKEND") or None
 _warned: set[str] = set()
 _served_by_cpu: set[Problem] = set()
+_layers_on_cpu: set[tuple[str, torch.dtype]] = set()  # ops and dtypes of those
 _verdicts: dict[tuple[str, Problem], list[str]] = {}  # of the self-check, where it is done
 
 
@@ -149,6 +152,8 @@ def families(problem: Problem, backend: str) -> tuple[str, ...]:
     """The families of kernels that compute the call and its gradient on ``backend``."""
     if problem.op == "attention":
         return ("attention_forward", "attention_backward")[: 1 + problem.gradient]
+    if problem.op == "linear":
+        return ("linear_relu",)
     if problem.op == "mlp":  # on cuda one kernel, or a layer at a time; elsewhere the latter
         return ("linear_relu", "mlp") if backend == "cuda" else ("linear_relu",)
     return (problem.op,)
@@ -276,6 +281,21 @@ def select(problem: Problem, backend: str | None = None, *, run_self_check: bool
     return "reference"
 
 
+def select_layers(
+    op: str, input: Tensor, weights: Sequence[Tensor], backend: str | None = None
+) -> str:
+    """``select`` for a call of ``linear_relu`` or ``mlp``. On a CPU the dtype decides: there a call
+    like an earlier one is known at a glance, which a small layer's time consists of."""
+    if torch.compiler.is_compiling() or backend is not None or not input.is_cpu:
+        return select(linear_problem(op, input, weights), backend)
+    if (op, input.dtype) in _layers_on_cpu and _default is None:
+        return "cpu"
+    chosen = select(linear_problem(op, input, weights))
+    if chosen == "cpu":
+        _layers_on_cpu.add((op, input.dtype))
+    return chosen
+
+
 def _warn(message: str, stacklevel: int) -> None:
     """Once for each message, at the line that calls a function of the user's level."""
     if message not in _warned:
@@ -301,13 +321,18 @@ def unavailable(backend: str) -> str | None:
 
 
 def explain(op: str, *args: Tensor, backend: str | None = None, **options: object) -> Explanation:
-    """Which backend serves ``op`` (one of ``attention``, ``varlen_attn``, ``linear_relu``,
-    ``mlp``) with these arguments, and why not the others. Nothing is computed."""
+    """Which backend serves ``op`` (one of ``attention``, ``varlen_attn``, ``linear``,
+    ``linear_relu``, ``mlp``) with these arguments, and why not the others. Nothing is computed.
+
+    ``linear`` (input, weight) is the product of ``fastattn.nn.Linear``, under the autocast that is
+    on: its backend is ``cpu`` or ``torch``, whose own product is then faster."""
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
     tensors = [a for a in args if isinstance(a, Tensor)]
     if not tensors:
         raise TypeError("args: expected the op's tensors, got none")
+    if op == "linear":
+        return _explain_linear(*tensors[:2])
     if op in ("attention", "varlen_attn"):
         if len(tensors) < 3:
             raise TypeError(f"args: expected query, key, value, got {len(tensors)} tensors")
@@ -331,3 +356,19 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
         fused = fused_product(rows, *weight.shape, input.element_size())
         detail = "one fused kernel" if fused else "cuBLAS and a kernel for the ReLU and its bits"
     return Explanation(op, chosen, against, detail)
+
+
+def _explain_linear(input: Tensor, weight: Tensor | None = None) -> Explanation:
+    """What ``fastattn.nn.Linear`` does with an ordinary call."""
+    if weight is None or weight.dim() != 2 or input.dim() < 1:
+        raise TypeError("args: expected input [..., in_features], weight [out_features, ...]")
+    dtype = computed_dtype(input)
+    problem = linear_problem("linear", input, (weight,))._replace(dtype=dtype)
+    against = {name: default_reasons(problem, name) for name in BACKENDS}
+    rows = input.numel() // max(1, input.shape[-1])
+    slower = _products.why_torchs(rows, *weight.shape, dtype, input.device)
+    if slower is None and not against["cpu"]:
+        return Explanation("linear", "cpu", against, _products.why_kernels(dtype))
+    for name in KERNELS:
+        against[name] = against[name] or [slower]
+    return Explanation("linear", "torch", against, slower or "no kernel serves it")

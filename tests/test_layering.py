@@ -21,11 +21,12 @@ ALLOWED = {
     "testing": {"testing"},
     "verification": {"_extension", "ops", "reference", "verification", ""},  # "" is the version
     "_problem": set(),
-    "backends": {"_extension", "_problem", "ops", "verification"},
+    "_products": {"_extension"},
+    "backends": {"_extension", "_problem", "_products", "ops", "verification"},
     "ops": {"_extension", "ops"},
-    "functional": {"ops", "reference", "backends", "functional"},
+    "functional": {"_problem", "_products", "ops", "reference", "backends", "functional"},
     "nn": {"functional", "nn"},
-    "integrations": {"nn", "functional", "backends", "integrations"},
+    "integrations": {"_products", "nn", "functional", "backends", "integrations"},
     "cli": {
         "integrations",
         "functional",

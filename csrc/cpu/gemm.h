@@ -43,10 +43,10 @@ struct Panels {
   int64_t stride;
 };
 
-// C itself, where the products are its elements.
-template <class A>
+// C itself, where the products are its elements, rounded or not.
+template <class C>
 struct PlainC {
-  A* data;  // may be absent
+  C* data;  // may be absent
   int64_t stride;
 };
 
@@ -58,6 +58,35 @@ constexpr int64_t kMostBlocks = 8;                   // of depth at a time: an a
 constexpr int64_t kFlatPanels = 6144;                // elements of all panels: 24 KB of L1
 constexpr int64_t kKeptRows = 960;  // of a task whose C is kept from round to round of B
 constexpr int64_t kTaskVecs = 96;   // of a task's columns: 768 floats on AVX2, 1536 on AVX-512
+
+// c [panels * kPanel] = the word `a` times one row of B: it takes longer to write than to multiply.
+template <bool kStream, class E, class C>
+FASTATTN_INLINE void single_products(const E* a, const Panels<E>& b, int64_t panels, C* c) {
+  using A = Acc<E>;
+  const auto word = Multiply<E>::word(a);
+  for (int64_t panel = 0; panel < panels; ++panel) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kPanelVecs; ++v) {
+      Vec<A> product{};
+      Multiply<E>::add(product, word,
+                       Multiply<E>::load_words(b.data + panel * b.panel + v * kWidth<A>));
+      C* dst = c + panel * kPanel<A> + v * kWidth<A>;
+      if constexpr (kStream) {
+        stream_acc(dst, product);
+      } else {
+        store_acc(dst, product);
+      }
+    }
+  }
+}
+
+// Whether C [m, n] is written past the caches: it is larger than a core's, and its rows are lines.
+template <class C>
+bool streaming_pays(const PlainC<C>& c, int64_t m, int64_t n) {
+  constexpr int64_t kLine = 64, kStreamedBytes = int64_t{1} << 21, kSize = sizeof(C);
+  return m * n * kSize >= kStreamedBytes && c.stride * kSize % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(c.data) % kLine == 0;
+}
 
 // The threads, or one for a product of which a second thread costs more than it saves.
 FASTATTN_INLINE Parallel worthwhile(Parallel threads, int64_t m, int64_t n, int64_t k) {
@@ -99,15 +128,16 @@ Cut cut_into_tasks(int64_t m, int64_t n, int64_t most_rows, int64_t threads) {
   return best;
 }
 
-template <class E, class LoadA, class LoadB, class StoreC>
+template <class E, class LoadA, class LoadB, class StoreC, class C = Acc<E>>
 void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& load_b,
-          const StoreC& store_c, const Parallel& threads, PlainC<Acc<E>> plain_c = {nullptr, 0}) {
+          const StoreC& store_c, const Parallel& threads, PlainC<C> plain_c = {nullptr, 0}) {
   using A = Acc<E>;
   if (m == 0 || n == 0) return;
   // Equal blocks of depth: a short last one would read and write C for little.
   const int64_t depth_blocks = max64(1, ceil_div(words<E>(k), kBlockDepth));
   const int64_t block_depth = max64(1, round_up(ceil_div(k, depth_blocks), kDepthUnit));
   if (depth_blocks > 1) plain_c.data = nullptr;  // a C that is added to lies better in panels
+  const bool stream = streaming_pays(plain_c, m, n);
   const Parallel parallel = worthwhile(threads, m, n, k);
   constexpr int64_t kPanelCols = kPanel<A>;
   const int64_t panel_words = words<E>(block_depth) * kPanelCols;
@@ -149,24 +179,41 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
             const int vecs = static_cast<int>(ceil_div(panel_cols, kWidth<A>));
             const Strided<E> a_strip{a.data + strip / kRows * a.strip, a.row, a.depth};
             const int strip_rows = static_cast<int>(min64(kRows, block_rows - strip));
-            const bool plain = plain_c.data != nullptr && panel_cols == kPanelCols;
-            const int64_t c_stride = plain ? plain_c.stride : kPanelCols;
-            A* c_strip = plain ? plain_c.data + (i0 + i + strip) * c_stride + j0 + j
-                               : c_block + (panel * kept_rows + strip) * kPanelCols;
             const Panels<E>& columns = b[block - first];
             const E* b_panel = columns.data + panel * columns.panel;
+            if (plain_c.data != nullptr && panel_cols == kPanelCols) {
+              C* c_strip = plain_c.data + (i0 + i + strip) * plain_c.stride + j0 + j;
+              for (int64_t r = strip_rows; r < 2 * strip_rows; ++r) {
+                prefetch_bytes(c_strip + r * plain_c.stride,
+                               kPanelCols * static_cast<int64_t>(sizeof(C)));
+              }
+              return micro_kernel<Start::kZero>(strip_rows, vecs, words<E>(depth), a_strip, b_panel,
+                                                columns.stride, c_strip, plain_c.stride);
+            }
+            A* c_strip = c_block + (panel * kept_rows + strip) * kPanelCols;
             if (block == 0) {
               micro_kernel<Start::kZero>(strip_rows, vecs, words<E>(depth), a_strip, b_panel,
-                                         columns.stride, c_strip, c_stride);
+                                         columns.stride, c_strip, kPanelCols);
             } else {
               micro_kernel<Start::kAdd>(strip_rows, vecs, words<E>(depth), a_strip, b_panel,
-                                        columns.stride, c_strip, c_stride);
+                                        columns.stride, c_strip, kPanelCols);
             }
-            if (plain || block + 1 < depth_blocks) return;
+            if (block + 1 < depth_blocks) return;
             for (int r = 0; r < strip_rows; ++r)
               store_c(i0 + i + strip + r, j0 + j, panel_cols, c_strip + r * kPanelCols);
           };
-          if (panels * words<E>(depth) * kPanelCols <= kFlatPanels) {
+          if (plain_c.data != nullptr && words<E>(depth) == 1 && cols % kPanelCols == 0) {
+            for (int64_t r = 0; r < block_rows; ++r) {
+              const E* word = a.data + r / kRows * a.strip + r % kRows * a.row;
+              C* c_row = plain_c.data + (i0 + i + r) * plain_c.stride + j0;
+              if (stream) {
+                single_products<true>(word, b[0], panels, c_row);
+              } else {
+                single_products<false>(word, b[0], panels, c_row);
+              }
+            }
+            if (stream) streamed();
+          } else if (panels * words<E>(depth) * kPanelCols <= kFlatPanels) {
             // C is most of it: whole rows at a time.
             for (int64_t strip = 0; strip < block_rows; strip += kRows) {
               for (int64_t panel = 0; panel < panels; ++panel) product(panel, strip);

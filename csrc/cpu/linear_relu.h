@@ -6,6 +6,7 @@
 #include "common/problem.h"
 #include "cpu/dot_kernel.h"
 #include "cpu/gemm.h"
+#include "cpu/row_kernel.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -22,8 +23,17 @@ bool in_place_pays(int64_t rows, int64_t stride, int64_t depth) {
 
 // Whether x's rows are so few that packing W would cost more than the dot products' foldings, and
 // stay in L2 while W passes by (512 KB of floats).
-FASTATTN_INLINE bool unpacked_pays(int64_t m, int64_t k) {
+template <class T>
+bool unpacked_pays(int64_t m, int64_t k) {
+  if (kConvertsSlowly<T> && m > kDotRows) return false;
   return 2 * m <= k && m * k <= int64_t{1} << 17;
+}
+
+// Whether dY's rows are so few that W is better read once, row by row, as it lies in memory. Pairs
+// of bf16 multiply four times as fast as what is converted, if they are packed.
+template <class T>
+bool passing_pays(int64_t m) {
+  return m <= (kPaired<Operand<T>> ? 3 : kPanelVecs == 4 ? 32 : 15);
 }
 
 // Panels of a row-major B: rows and columns from `src` on.
@@ -105,11 +115,9 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
       store_linear_row<T>(p, i, j0, cols, row);
     }
   };
-  if constexpr (sizeof(T) == sizeof(A)) {
-    if (unpacked_pays(p.m, p.k)) {
-      return dot_product_gemm<A>(p.m, p.n, p.k, x, p.x_stride, w, p.w_stride, store_c,
-                                 worthwhile(parallel, p.m, p.n, p.k));
-    }
+  if (unpacked_pays<T>(p.m, p.k)) {
+    return dot_product_gemm<T>(p.m, p.n, p.k, x, p.x_stride, w, p.w_stride, store_c,
+                               worthwhile(parallel, p.m, p.n, p.k));
   }
   gemm<E>(p.m, p.n, p.k, load_a, load_b, store_c, parallel);
 }
@@ -184,9 +192,18 @@ void linear_input_gradient(const LinearBackwardProblem& p, const Parallel& paral
       convert(static_cast<T*>(p.grad_x) + i * p.k + j0, row, cols);
     }
   };
-  PlainC<A> plain{nullptr, p.k};
-  if (p.grad_x_is_accumulator || sizeof(T) == sizeof(A)) plain.data = static_cast<A*>(p.grad_x);
-  gemm<E>(p.m, p.k, p.n, load_a, load_b, store_c, parallel, plain);
+  if (passing_pays<T>(p.m)) {
+    const auto load_row = [&](int64_t i, int64_t d, int64_t depth, A* dst) {
+      load_masked_gradient<T>(p, i, d, depth, dst);
+    };
+    return passing_rows_gemm<T>(p.m, p.k, p.n, load_row, w, p.w_stride, store_c,
+                                worthwhile(parallel, p.m, p.n, p.k));
+  }
+  const auto product = [&](auto* grad_x) {
+    gemm<E>(p.m, p.k, p.n, load_a, load_b, store_c, parallel, PlainC{grad_x, p.k});
+  };
+  if (p.grad_x_is_accumulator) return product(static_cast<A*>(p.grad_x));
+  product(static_cast<T*>(p.grad_x));
 }
 
 // dW [n, k] = G^T [n, m] X [m, k], db [n] = column sums of G. Without dW only the sums.
@@ -255,9 +272,8 @@ void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& para
     const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
       convert(static_cast<T*>(p.grad_w) + i * p.k + j0, row, cols);
     };
-    PlainC<A> plain{nullptr, p.k};
-    if (sizeof(T) == sizeof(A)) plain.data = static_cast<A*>(p.grad_w);
-    gemm<E>(p.n, p.k, p.m, load_a, load_b, store_c, parallel, plain);
+    gemm<E>(p.n, p.k, p.m, load_a, load_b, store_c, parallel,
+            PlainC<T>{static_cast<T*>(p.grad_w), p.k});
   }
   if (p.grad_bias != nullptr) convert(static_cast<T*>(p.grad_bias), sums, p.n);
 }

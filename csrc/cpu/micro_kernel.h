@@ -1,5 +1,6 @@
 // C [rows, cols] (+)= A [rows, depth] B [depth, cols]: the one inner loop of every product, rows <=
-// 6, cols <= kPanel. Depth is counted in words of the operands, strides in their elements.
+// 6, cols <= kPanel. Depth is counted in words of the operands, strides in their elements. C is of
+// the accumulator's type, or of an io type, to which the sums are then rounded.
 #pragma once
 
 #include "cpu/operand.h"
@@ -23,9 +24,9 @@ FASTATTN_INLINE void one_row_at_a_time(P*& p) {
   __asm__("" : "+r"(p));
 }
 
-template <class E, int kR, int kV, Start kStart>
+template <class E, int kR, int kV, Start kStart, class C>
 void micro_kernel_tile(int64_t depth, const E* a, int64_t a_row, int64_t a_depth, const E* b,
-                       int64_t b_stride, Acc<E>* c, int64_t c_stride, const Acc<E>* row_scale) {
+                       int64_t b_stride, C* c, int64_t c_stride, const Acc<E>* row_scale) {
   using A = Acc<E>;
   Vec<A> acc[kR][kV];
 #pragma GCC unroll 8
@@ -51,19 +52,19 @@ void micro_kernel_tile(int64_t depth, const E* a, int64_t a_row, int64_t a_depth
   for (int i = 0; i < kR; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < kV; ++j) {
-      if constexpr (kStart == Start::kAdd) acc[i][j] += load(c + j * kWidth<A>);
+      if constexpr (kStart == Start::kAdd) acc[i][j] += load_acc(c + j * kWidth<A>);
       if constexpr (kStart == Start::kScale)
-        acc[i][j] += broadcast(row_scale[i]) * load(c + j * kWidth<A>);
-      store(c + j * kWidth<A>, acc[i][j]);
+        acc[i][j] += broadcast(row_scale[i]) * load_acc(c + j * kWidth<A>);
+      store_acc(c + j * kWidth<A>, acc[i][j]);
     }
     c += c_stride;
     one_row_at_a_time(c);
   }
 }
 
-template <class E, int kV, Start kStart>
+template <class E, int kV, Start kStart, class C>
 FASTATTN_INLINE void micro_kernel_rows(int rows, int64_t depth, Strided<E> a, const E* b,
-                                       int64_t b_stride, Acc<E>* c, int64_t c_stride,
+                                       int64_t b_stride, C* c, int64_t c_stride,
                                        const Acc<E>* row_scale) {
   switch (rows) {
     case 1:
@@ -88,9 +89,9 @@ FASTATTN_INLINE void micro_kernel_rows(int rows, int64_t depth, Strided<E> a, co
 }
 
 // `vecs` (1..kPanelVecs) vectors of columns; B's and C's rows must be padded to that width.
-template <Start kStart, class E>
+template <Start kStart, class E, class C>
 FASTATTN_INLINE void micro_kernel(int rows, int vecs, int64_t depth, Strided<E> a, const E* b,
-                                  int64_t b_stride, Acc<E>* c, int64_t c_stride,
+                                  int64_t b_stride, C* c, int64_t c_stride,
                                   const Acc<E>* row_scale = nullptr) {
   if constexpr (kPanelVecs == 4) {
     if (vecs == 4)

@@ -2,7 +2,7 @@
 // multiplies bf16 by twos, words of two bf16 that follow each other in depth.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/convert.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -68,22 +68,19 @@ struct Multiply<Pair> {
   }
 };
 
-// --- float -> bf16, rounded to nearest even
-// -----------------------------------------------------------------------
+// --- factors of dot products: rows of an io type where they lie, kDotStep elements at a time
+// ---------------------------------------------------------------------------------------------
 
-typedef uint16_t HalfWords __attribute__((vector_size(kVecBytes / 2)));
-
-FASTATTN_INLINE HalfWords round_to_bf16(Vec<float> x) {
-#if defined(FASTATTN_AVX512BF16)
-  return (HalfWords)_mm512_cvtneps_pbh((__m512)x);
-#else
-  const Words bits = (Words)x;
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
-  const Words nan = (Words)(x != x);
-  return __builtin_convertvector((quiet & nan) | (rounded & ~nan), HalfWords);
-#endif
+template <class T>
+constexpr int kDotStep = kWidth<Acc<T>> * kDepth<Operand<T>>;
+template <class T>
+FASTATTN_INLINE typename Multiply<Operand<T>>::Vector load_factors(const T* p) {
+  if constexpr (kPaired<Operand<T>>) {
+    return Multiply<Pair>::load_words(reinterpret_cast<const Pair*>(p));
+  } else {
+    return load_acc(p);
+  }
 }
-FASTATTN_INLINE Words widen(HalfWords x) { return __builtin_convertvector(x, Words); }
 
 // --- rows of numbers in the accumulator's type -> operands, n a multiple of the vector width
 // --------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-// The CPU's instructions: vectors of float and double, and rows of the 16-bit types converted from
-// and to them. Compiled once per ISA, inside its namespace. No libstdc++ templates here or in the
+// The CPU's instructions: vectors of float and double, the exponential, the ReLU and its bits.
+// Compiled once per ISA, inside its namespace. No libstdc++ templates here or in the
 // kernels: an inline function compiled with wide instructions must never be the copy that the
 // linker keeps for everybody.
 #pragma once
@@ -96,6 +96,25 @@ FASTATTN_INLINE Vec<T> load(const T* p) {
 template <class T>
 FASTATTN_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// A store that leaves the caches as they are; p is a multiple of v's size.
+template <class V>
+FASTATTN_INLINE void stream(void* p, V v) {
+#if defined(FASTATTN_AVX512)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if defined(FASTATTN_AVX2)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#endif
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+// What was streamed comes before what is stored from here on.
+FASTATTN_INLINE void streamed() {
+#if defined(FASTATTN_AVX2)
+  _mm_sfence();
+#endif
 }
 
 #if defined(FASTATTN_AVX512)
@@ -234,102 +253,6 @@ FASTATTN_INLINE Vec<double> tanh(Vec<double> x) {
   store(lanes, x);
   for (double& lane : lanes) lane = __builtin_tanh(lane);
   return load(lanes);
-}
-
-// --- 16-bit types
-// -----------------------------------------------------------------------------------------------
-
-FASTATTN_INLINE float to_float(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float f;
-  __builtin_memcpy(&f, &bits, 4);
-  return f;
-}
-FASTATTN_INLINE bf16 to_bf16(float f) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &f, 4);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const uint32_t quiet_nan = (bits >> 16) | 0x40;
-  return bf16{static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded)};
-}
-#if defined(FASTATTN_F16C)
-FASTATTN_INLINE float to_float(fp16 x) { return _cvtsh_ss(x.bits); }
-FASTATTN_INLINE fp16 to_fp16(float f) { return fp16{static_cast<uint16_t>(_cvtss_sh(f, 0))}; }
-#else
-FASTATTN_INLINE float to_float(fp16 x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  const uint32_t exponent = (x.bits >> 10) & 0x1f, mantissa = x.bits & 0x3ff;
-  float f;
-  if (exponent == 0) {
-    f = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-    uint32_t bits;
-    __builtin_memcpy(&bits, &f, 4);
-    bits |= sign;
-    __builtin_memcpy(&f, &bits, 4);
-    return f;
-  }
-  const uint32_t bits =
-      sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (mantissa << 13);
-  __builtin_memcpy(&f, &bits, 4);
-  return f;
-}
-FASTATTN_INLINE fp16 to_fp16(float f) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &f, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return fp16{static_cast<uint16_t>(sign | 0x7e00)};
-  if (magnitude >= 0x477ff000)
-    return fp16{static_cast<uint16_t>(sign | 0x7c00)};  // rounds to infinity
-  if (magnitude < 0x38800000) {  // denormal in fp16: let the fp32 adder round at 2^-24
-    float m;
-    __builtin_memcpy(&m, &magnitude, 4);
-    m += 0.5f;
-    uint32_t shifted;
-    __builtin_memcpy(&shifted, &m, 4);
-    return fp16{static_cast<uint16_t>(sign | (shifted - 0x3f000000))};
-  }
-  const uint32_t rounded = magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1);
-  return fp16{static_cast<uint16_t>(sign | (rounded >> 13))};
-}
-#endif
-
-FASTATTN_INLINE float to_acc(float x) { return x; }
-FASTATTN_INLINE double to_acc(double x) { return x; }
-FASTATTN_INLINE float to_acc(bf16 x) { return to_float(x); }
-FASTATTN_INLINE float to_acc(fp16 x) { return to_float(x); }
-
-// dst[i] = src[i], between an io type and its accumulator type.
-template <class T>
-FASTATTN_INLINE void convert(T* dst, const T* src, int64_t n) {
-  int64_t i = 0;
-  for (; i + kWidth<T> <= n; i += kWidth<T>) store(dst + i, load(src + i));
-  for (; i < n; ++i) dst[i] = src[i];
-}
-FASTATTN_INLINE void convert(float* dst, const bf16* src, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = to_float(src[i]);
-}
-FASTATTN_INLINE void convert(bf16* dst, const float* src, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = to_bf16(src[i]);
-}
-FASTATTN_INLINE void convert(float* dst, const fp16* src, int64_t n) {
-  int64_t i = 0;
-#if defined(FASTATTN_F16C)
-  for (; i + 8 <= n; i += 8) {
-    _mm256_storeu_ps(dst + i,
-                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
-  }
-#endif
-  for (; i < n; ++i) dst[i] = to_float(src[i]);
-}
-FASTATTN_INLINE void convert(fp16* dst, const float* src, int64_t n) {
-  int64_t i = 0;
-#if defined(FASTATTN_F16C)
-  for (; i + 8 <= n; i += 8) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(src + i), 0));
-  }
-#endif
-  for (; i < n; ++i) dst[i] = to_fp16(src[i]);
 }
 
 // --- ReLU and its bit-mask

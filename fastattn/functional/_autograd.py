@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastattn._problem import autocast_dtype, follows_autocast
+
 
 def apply(function: type[torch.autograd.Function], *args: object) -> Tensor | tuple[Tensor, ...]:
     """``function.apply(*args)``. Outside of torch.func and torch.compile without ``apply``'s own
@@ -61,19 +63,6 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if dtype is None:
         return tensors
     return tuple(t.to(dtype) if follows_autocast(t) else t for t in tensors)
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """Autocast's dtype where it is on for the device, else None."""
-    # Asking whether it exists costs more than the rest for the two that have it.
-    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
-        return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def follows_autocast(x: object) -> bool:
-    """Whether autocast changes its dtype."""
-    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
 
 def save_for_forward(ctx, *tensors: Tensor | None) -> None:

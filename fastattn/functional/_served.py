@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
-from fastattn import backends
-from fastattn.functional._autograd import autocast_dtype, follows_autocast
+from fastattn import _products, backends
+from fastattn._problem import autocast_dtype, computed_dtype, follows_autocast
 from fastattn.functional._torch_internals import FakeTensor, watched
 
 
@@ -52,7 +52,7 @@ LEAST_WORK = 1 << 25
 def is_small(input: object, modules: Iterable[torch.nn.Module]) -> bool:
     """Whether the Linears among ``modules`` have so little to do on a CPU that checks and a kernel
     call take longer than they save. It reads few attributes, as it runs before each small call."""
-    if type(input) is not Tensor or not input.is_cpu or input.dtype in _LACKING:
+    if type(input) is not Tensor or not input.is_cpu or input.dtype in _products._LACKING:
         return False
     width = weights = 0  # of the input's rows, and of all layers
     for module in modules:
@@ -64,7 +64,7 @@ def is_small(input: object, modules: Iterable[torch.nn.Module]) -> bool:
 
 def is_small_product(input: Tensor, weights: int) -> bool:
     """``is_small`` for layers with so many ``weights`` in all, of an ordinary input."""
-    if not input.is_cpu or input.dtype in _LACKING:
+    if not input.is_cpu or input.dtype in _products._LACKING:
         return False
     return input.numel() * weights < LEAST_WORK * input.shape[-1]
 
@@ -81,7 +81,7 @@ def is_small_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: flo
     Dropout, and dtypes without a product of torch's, are the kernels' at any size."""
     if not query.is_cpu or dropout_p > 0.0 or torch.compiler.is_compiling():
         return False
-    if _dtype(query) in _LACKING:
+    if computed_dtype(query) in _products._LACKING:
         return False
     columns = query.shape[-1] + value.shape[-1]
     return query.numel() * key.shape[-2] * columns < LEAST_ATTENTION * query.shape[-1]
@@ -122,32 +122,24 @@ def serves_layers(
     return backends.serves(problem._replace(dtype=dtype) if computed is not None else problem)
 
 
+def is_torchs_product(input: object, n_out: int) -> bool:
+    """Whether a Linear's product with ``input`` is torch's at the first look: an ordinary tensor on
+    a CPU, no autocast, and too little to do for the kernels. It runs before each call."""
+    return (
+        type(input) is Tensor
+        and input.is_cpu
+        and input.numel() * n_out < _products.least_work(input.dtype)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def product_wins(input: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels' product of a Linear is faster than torch's. Measured in pairs for
-    float16 on a Zen 4, which torch has no product for: 2.9 to 4.7 times forward, 2.2 to 17 with
-    backward, from 16 rows on. With a single row and in the other dtypes torch's is as fast or
-    faster."""
-    rows = input.numel() // max(1, input.shape[-1])
-    return rows >= 16 and min(weight.shape) >= 32 and lacks_product(_dtype(input), input.device)
-
-
-def lacks_product(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch multiplies matrices of the dtype without a library made for this processor."""
-    return device.type == "cpu" and dtype in _LACKING
-
-
-def _lacking() -> frozenset[torch.dtype]:
-    try:
-        has = {
-            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-        }
-    except AttributeError:  # a torch without oneDNN: nothing was measured there
-        return frozenset()
-    return frozenset(dtype for dtype, there in has.items() if not there)
-
-
-_LACKING = _lacking()
+    """Whether the kernels' product of a Linear is faster than torch's."""
+    if weight.dim() != 2:
+        return False
+    rows = input.numel() // max(1, input.shape[-1]) if input.dim() else 0
+    dtype = computed_dtype(input)
+    return _products.why_torchs(rows, *weight.shape, dtype, input.device) is None
 
 
 def serves_sdpa(query: object, key: object, value: object, attn_mask: object) -> bool:
@@ -163,10 +155,5 @@ def serves_sdpa(query: object, key: object, value: object, attn_mask: object) ->
 
 def serves_attention(like: Tensor, head_dim: int) -> bool:
     """Whether a kernel takes attention of tensors on ``like``'s device, of its dtype."""
-    return backends.serves(backends.Problem("attention", like.device.type, _dtype(like), head_dim))
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which the call is computed."""
-    computed = autocast_dtype(x.device.type)
-    return computed if computed is not None and follows_autocast(x) else x.dtype
+    dtype = computed_dtype(like)
+    return backends.serves(backends.Problem("attention", like.device.type, dtype, head_dim))

@@ -191,8 +191,7 @@ def linear_relu(
     """
     _validate.tensor("input", input)
     input, weight, bias = autocast(input, weight, bias)
-    problem = backends.linear_problem("linear_relu", input, (weight,))
-    chosen = backends.select(problem, backend)
+    chosen = backends.select_layers("linear_relu", input, (weight,), backend)
     if _op_validates(chosen):
         try:
             return apply(LinearReLUFunction, input, weight, bias, chosen)[0]
@@ -239,8 +238,7 @@ def mlp(
     _validate.tensor("input", input)
     input, *parameters = autocast(input, *weights, *biases)
     weights, biases = parameters[: len(weights)], parameters[len(weights) :]
-    problem = backends.linear_problem("mlp", input, weights)
-    chosen = backends.select(problem, backend)
+    chosen = backends.select_layers("mlp", input, weights, backend)
     if _op_validates(chosen) and not transforming():
         try:
             return apply(MLPFunction, input, len(weights), *weights, *biases)[0]

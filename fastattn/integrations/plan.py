@@ -10,9 +10,8 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastattn import backends
+from fastattn import _products, backends
 from fastattn import nn as fnn
-from fastattn.functional._served import lacks_product
 from fastattn.integrations import pretrained, transformers
 from fastattn.integrations.report import PatchReport
 from fastattn.integrations.sequential import FusedSequential
@@ -91,14 +90,14 @@ class Plan:
     @property
     def report(self) -> PatchReport:
         """What ``apply`` would report."""
-        report = PatchReport(list(self.left.entries), dry_run=True)
+        report = PatchReport(list(self.left.entries), dry_run=True, notes=list(self.left.notes))
         for swap in self.swaps:
             report.add(swap.name, swap.before, swap.after, swap.reason)
         return report
 
     def apply(self) -> PatchReport:
         """Makes the swaps and says which. An exception leaves the model as it was."""
-        report = PatchReport(list(self.left.entries))
+        report = PatchReport(list(self.left.entries), notes=list(self.left.notes))
         done: list[ClassSwap | AttentionSwap] = []
         try:
             for swap in self.swaps:
@@ -146,6 +145,7 @@ def plan(model: nn.Module) -> Plan:
         elif type(module) is nn.Linear:
             _plan_linear(name, module, made)
     _report_own_forwards(model, scripted, made.left)
+    _note_linears(model, scripted, made)
     return made
 
 
@@ -194,14 +194,37 @@ def _plan_sequential(name: str, module: nn.Sequential, made: Plan) -> None:
 
 
 def _plan_linear(name: str, linear: nn.Linear, made: Plan) -> None:
-    """Swaps a Linear for whose dtype torch has no product; in other dtypes torch's is used."""
+    """Swaps a Linear whose product the kernels may win, in its dtype or in autocast's."""
     weight = linear._parameters.get("weight")
     if weight is None or _why_not_linear(linear) is not None:
         return
-    device = torch.device("cpu") if weight.is_meta else weight.device
-    if lacks_product(weight.dtype, device):
-        why = f"torch has no product in {weight.dtype} for this processor"
+    why = _why_swap(weight)
+    if why is not None:
         made.swaps.append(ClassSwap(name, linear, nn.Linear, fnn.Linear, why))
+
+
+def _why_swap(weight: nn.Parameter) -> str | None:
+    return _products.why_swap(*_facts(weight))
+
+
+def _facts(weight: nn.Parameter) -> tuple[int, int, torch.dtype, torch.device]:
+    """n_out, n_in, dtype and the device that the module will be called on."""
+    return *weight.shape, weight.dtype, torch.device("cpu") if weight.is_meta else weight.device
+
+
+def _note_linears(model: nn.Module, scripted: set[nn.Module], made: Plan) -> None:
+    """One line for each reason for which Linears keep torch's product. Those in a layer that is to
+    be swapped are that layer's."""
+    swapped = {m for s in made.swaps if isinstance(s, ClassSwap) for m in s.module.modules()}
+    apart = scripted | swapped
+    reasons = Counter(
+        _products.why_left(*_facts(m.weight))
+        for m in model.modules()
+        if type(m) is nn.Linear and m not in apart and m._parameters.get("weight") is not None
+        and _why_not_linear(m) is None and _why_swap(m.weight) is None
+    )  # fmt: skip
+    for reason, count in reasons.items():
+        made.left.notes.append(f"{count} Linear left to torch's own product: {reason}")
 
 
 def _why_not_linear(linear: nn.Linear) -> str | None:

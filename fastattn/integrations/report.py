@@ -23,6 +23,7 @@ class Report:
     """What became of parts of a model, and why. ``print`` gives lines, ``rich.print`` a table."""
 
     entries: list[Entry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # on modules that have no entry
 
     def add(self, name: str, before: object, after: object | None, reason: str) -> None:
         """before, after: a module or its class, named by the class, or a string."""
@@ -54,10 +55,13 @@ class Report:
         lines = [self.summary()]
         lines += [f"  {e.name}: {e.before} -> {e.after}: {e.reason}" for e in self.swapped]
         lines += [f"  {e.name}: {e.before} left alone: {e.reason}" for e in self.skipped]
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
     def __rich__(self) -> Table:
         table = Table("module", "was", "is", "why", title=self.summary(), title_justify="left")
+        table.caption = "\n".join(self.notes) or None
+        table.caption_justify = "left"
         for e in (*self.swapped, *self.skipped):
             table.add_row(e.name, e.before, e.after or "(left alone)", e.reason)
         return table

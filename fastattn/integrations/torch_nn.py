@@ -30,7 +30,9 @@ def patch(model: nn.Module, *, dry_run: bool = False) -> PatchReport:
     - ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``, ``nn.TransformerEncoder``: exact
       types only.
     - Linear, ReLU inside an ``nn.Sequential``, which then fuses them as it runs.
-    - ``nn.Linear``, exact type, in a 16-bit dtype that torch has no product in for this processor.
+    - ``nn.Linear``, exact type, whose product the kernels may win at some call, in its dtype or,
+      for a float32 one, in a dtype of autocast that torch has no product in for this processor:
+      ``fastattn.backends.explain("linear", input, weight)``. Lines of the report count the rest.
     - The attention of Hugging Face models that is set to sdpa, see
       ``fastattn.integrations.pretrained``.
 

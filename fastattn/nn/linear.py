@@ -10,25 +10,34 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import functional
-from fastattn.functional._served import ordinary, product_wins, serves_layers, unobserved
+from fastattn.functional._served import (
+    is_torchs_product,
+    ordinary,
+    product_wins,
+    serves_layers,
+    unobserved,
+)
 from fastattn.nn._plain import as_written, is_plain, no_global_hooks, run_torchs, to_torch
 
 
 class Linear(nn.Linear):
     """``torch.nn.Linear``: its arguments, state_dict and values.
 
-    A call takes the kernels where they are faster than torch's own product, which is where torch
-    has no 16-bit product for the processor; else it is torch's.
+    A call takes the kernels where they are faster than torch's own product, in the dtype in which
+    it is computed, autocast's included; ``fastattn.backends.explain("linear", input, weight)`` says
+    where that is. Else it is torch's.
     """
 
     __prepare_scriptable__ = to_torch
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
+        if is_torchs_product(input, self.out_features):
+            return super().forward(input)
         if not (as_written(nn.Linear) and unobserved() and ordinary(input)):
             return run_torchs(self, super().forward, input)
         weight, bias = self.weight, self.bias
-        if not serves_layers(input, [weight], [bias]) or not product_wins(input, weight):
+        if not product_wins(input, weight) or not serves_layers(input, [weight], [bias]):
             return super().forward(input)
         return functional.mlp(input, [weight], [bias])
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastattn
-from fastattn import functional
+from fastattn import _products, functional
 from fastattn.functional import _served, drop_in
 
 pytestmark = pytest.mark.native
@@ -38,7 +38,7 @@ def test_a_dtype_that_torch_has_no_product_for_is_never_too_small(monkeypatch):
     monkeypatch.setattr(_served, "LEAST_WORK", LEAST_WORK)
     x, layers = torch.randn(4, 64), list(stack())
     assert _served.is_small(x, layers)
-    monkeypatch.setattr(_served, "_LACKING", frozenset({torch.float32}))
+    monkeypatch.setattr(_products, "_LACKING", frozenset({torch.float32}))
     assert not _served.is_small(x, layers)
 
 

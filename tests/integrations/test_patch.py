@@ -12,7 +12,7 @@ from small_models import Functional, batch, digits, models, reason, step
 from torch import Tensor, nn
 
 import fastattn
-from fastattn.functional import _served
+from fastattn import _products
 
 pytestmark = pytest.mark.native
 
@@ -170,12 +170,12 @@ def test_linears_of_other_forwards_are_left_apart():
 
 
 def test_linears_in_a_dtype_that_torch_has_no_product_for(monkeypatch):
-    monkeypatch.setattr(_served, "_LACKING", frozenset((torch.float16,)))
+    monkeypatch.setattr(_products, "_LACKING", frozenset((torch.float16,)))
     model = nn.Sequential(digits(), nn.Linear(10, 40), nn.GELU()).half()
     assert fastattn.patch(copy.deepcopy(model).float()).counts["Linear", "fastattn Linear"] == 0
     stock, x = copy.deepcopy(model), torch.randn(32, 8, 8, dtype=torch.float16)
     report = fastattn.patch(model)
-    assert report.counts["Linear", "fastattn Linear"] == 3
+    assert report.counts["Linear", "fastattn Linear"] == 1  # the others have 10 features
     assert "torch has no product in torch.float16" in str(report)
     calls = []
     for name in ("mlp", "linear_relu"):
@@ -189,3 +189,50 @@ def test_linears_in_a_dtype_that_torch_has_no_product_for(monkeypatch):
     torch.testing.assert_close(model(x), F.gelu(stock[:2](x) + 1), rtol=2e-3, atol=2e-3)
     fastattn.unpatch(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+
+
+def wide() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(512, 384), nn.GELU(), nn.Linear(384, 512), nn.GELU())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_float32_linear_follows_autocast(monkeypatch, dtype):
+    monkeypatch.setattr(_products, "_LACKING", frozenset({dtype}))
+    monkeypatch.setattr(_products, "_OUTRUNS_MKL", False)
+    model = wide()
+    stock, x = copy.deepcopy(model), torch.randn(16, 512)
+    report = fastattn.patch(model)
+    assert report.counts == {("Linear", "fastattn Linear"): 2}
+    assert f"torch has no product in {dtype} for this processor, which autocast" in str(report)
+    assert torch.equal(model(x), stock(x))
+    calls, function = [], fastattn.functional.mlp
+    monkeypatch.setattr(fastattn.functional, "mlp", lambda *a: calls.append(1) or function(*a))
+    for m in (model, stock):
+        with torch.autocast("cpu", dtype=dtype):
+            loss = m(x).float().square().mean()
+        loss.backward()
+    assert len(calls) == 2
+    for a, b in zip(model.parameters(), stock.parameters(), strict=True):
+        assert a.grad.dtype == torch.float32
+        scale = float(b.grad.abs().max())
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=4 * torch.finfo(dtype).eps * scale)
+
+
+def test_one_line_for_all_linears_that_keep_torchs_product(monkeypatch):
+    monkeypatch.setattr(_products, "_LACKING", frozenset())
+    monkeypatch.setattr(_products, "_OUTRUNS_MKL", False)
+    model = nn.ModuleList([wide(), wide(), nn.Linear(4, 4), wide().double(), digits()])
+    for report in (fastattn.plan(model), fastattn.patch(model, dry_run=True)):
+        lines = [line for line in str(report).splitlines() if "torch's own product" in line]
+        assert [line.split(":")[0] for line in lines] == [
+            "  4 Linear left to torch's own product",
+            "  1 Linear left to torch's own product",
+            "  2 Linear left to torch's own product",
+        ]
+        assert "as fast in torch.float32" in lines[0]
+        assert "less than 131072 elements" in lines[1]
+        assert "as fast in torch.float64" in lines[2]
+        report = getattr(report, "report", report)
+        assert len(report.entries) == 1  # digits: its Linears are the Sequential's
+    monkeypatch.setattr(_products, "_OUTRUNS_MKL", True)
+    assert fastattn.patch(model).counts["Linear", "fastattn Linear"] == 4

@@ -15,8 +15,7 @@ from random_models import BETWEEN, DTYPES, MASKED, PARTS, ROWS, Draw, Net, rando
 from torch import Tensor, nn
 
 import fastattn
-from fastattn import functional
-from fastattn.functional import _served
+from fastattn import _products, functional
 from fastattn.integrations import sequential
 from fastattn.nn import _plain, attention
 
@@ -135,7 +134,8 @@ def compare_calls(draw: Draw, stock: Net, ours: Net, x: Tensor, history: list[ob
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Linears are swapped in 16 bits on every processor; and which kernels the drop-ins call."""
-    monkeypatch.setattr(_served, "_LACKING", frozenset((torch.float16, torch.bfloat16)))
+    monkeypatch.setattr(_products, "_LACKING", frozenset((torch.float16, torch.bfloat16)))
+    monkeypatch.setattr(_products, "LEAST_HALF", 0)
     calls = Counter()
     for name in ("linear_relu", "mlp", "scaled_dot_product_attention"):
         function = getattr(functional, name)

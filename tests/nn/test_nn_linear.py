@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastattn
-from fastattn.functional import _served
+from fastattn import _products
 from fastattn.nn import MLP, Linear, LinearReLU
 
 
@@ -202,7 +202,8 @@ def test_compile_full_graph():
 
 @pytest.fixture
 def products(monkeypatch) -> list[int]:
-    """The rows of each product in the kernels, on a processor for which torch has no 16-bit one."""
+    """The rows of each product in the kernels, on a processor for which torch has no 16-bit one and
+    a float32 one that is as fast."""
     rows: list[int] = []
     whole = fastattn.functional.mlp
 
@@ -210,26 +211,23 @@ def products(monkeypatch) -> list[int]:
         rows.append(x.numel() // x.shape[-1])
         return whole(x, *layers)
 
-    monkeypatch.setattr(_served, "_LACKING", frozenset((torch.float16, torch.bfloat16)))
+    monkeypatch.setattr(_products, "_LACKING", frozenset((torch.float16, torch.bfloat16)))
+    monkeypatch.setattr(_products, "_OUTRUNS_MKL", False)
     monkeypatch.setattr(fastattn.functional, "mlp", spy)
     return rows
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_linear_takes_the_kernels_where_torch_has_no_product(products, dtype, bias):
-    torch.manual_seed(0)
-    theirs = nn.Linear(64, 48, bias=bias, dtype=torch.float64)
-    ours = Linear(64, 48, bias=bias, dtype=dtype)
-    ours.load_state_dict(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict())  # rounded alike
-    x = torch.randn(4, 8, 64, dtype=dtype, requires_grad=True)
+def compare_to_float64(ours: Linear, dtype: torch.dtype, rows: tuple[int, ...]) -> None:
+    """Values and gradients beside torch's in float64."""
+    theirs = nn.Linear(64, 48, bias=ours.bias is not None, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(*rows, 64).to(dtype).to(ours.weight.dtype).requires_grad_()
     y = x.detach().double().requires_grad_()
-    grad = torch.randn(4, 8, 48, dtype=dtype)
+    grad = torch.randn(*rows, 48).to(dtype)
     out, expected = ours(x), theirs(y)
+    assert out.dtype == dtype
     out.backward(grad)
     expected.backward(grad.double())
-    assert products == [32]
     pairs = [(out, expected), (x.grad, y.grad)]
     pairs += [(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)]
     unit = torch.finfo(dtype).eps  # one rounding of the result; sums are in float32
@@ -237,6 +235,43 @@ def test_linear_takes_the_kernels_where_torch_has_no_product(products, dtype, bi
         torch.testing.assert_close(
             a.double(), b, rtol=unit, atol=unit * float(b.detach().abs().max()) / 16
         )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_linear_takes_the_kernels_where_torch_has_no_product(products, dtype, bias):
+    compare_to_float64(Linear(64, 48, bias=bias, dtype=dtype), dtype, (16, 8))
+    assert products == [128]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dtype_of_autocast_decides(products, dtype):
+    ours = Linear(64, 48)
+    with torch.no_grad():  # what the 16-bit dtype holds
+        for p in ours.parameters():
+            p.copy_(p.to(dtype))
+    with torch.autocast("cpu", dtype=dtype):
+        compare_to_float64(ours, dtype, (16, 8))
+    assert products == [128]
+    assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
+    double = Linear(64, 48, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=dtype):  # float64 is left alone
+        assert double(torch.randn(128, 64, dtype=torch.float64)).dtype == torch.float64
+    assert products == [128]
+
+
+def test_float32_takes_the_kernels_where_they_outrun_mkl(products, monkeypatch):
+    ours, x = Linear(512, 384), torch.randn(100, 512)
+    theirs = nn.Linear(512, 384)
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(x), theirs(x))
+    assert products == []
+    monkeypatch.setattr(_products, "_OUTRUNS_MKL", True)
+    torch.testing.assert_close(ours(x[:16]), theirs(x[:16]))
+    torch.testing.assert_close(ours(x.repeat(4, 1)), theirs(x.repeat(4, 1)))
+    for rows in (1, 100):
+        assert torch.equal(ours(x[:rows]), theirs(x[:rows]))
+    assert products == [16, 400]
 
 
 def test_linear_is_torchs_elsewhere(products):
@@ -250,8 +285,8 @@ def test_linear_is_torchs_elsewhere(products):
     with pytest.raises(RuntimeError, match="same dtype"):
         ours(x)
     ours.float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ours(x).dtype == torch.bfloat16
-    assert products == [32]
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         ours(x[:, :8])
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="cannot"):
+        ours(x[:, :8])
+    assert products == []

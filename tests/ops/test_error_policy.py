@@ -18,7 +18,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is the oracle
 # batch, heads, seq_q, seq_k, head_dim, head_dim_v. Not one query: dV is then a single product, in
 # which torch, where it keeps P itself, has next to no error to compare with.
 ATTENTION = [(2, 2, 63, 111, 64, 64), (1, 2, 257, 257, 32, 32), (2, 4, 111, 513, 128, 17)]
-LINEAR = [(64, 784, 128), (111, 300, 65), (1, 64, 10), (257, 33, 100)]
+LINEAR = [
+    (64, 784, 128), (111, 300, 65), (1, 64, 10), (257, 33, 100),
+    (1, 3000, 500), (3, 768, 1030), (15, 500, 2000),
+]  # fmt: skip
 
 
 def _gradients(function, leaves, cotangent):

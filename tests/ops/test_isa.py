@@ -17,6 +17,7 @@ pytestmark = pytest.mark.native
 FILES = (
     "test_attention_kernels.py",
     "test_linear_kernels.py",
+    "test_linear_sizes_of_zero.py",
     "test_second_order_kernels.py",
     "test_error_policy.py",
     "test_extreme_scores.py",

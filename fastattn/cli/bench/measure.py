@@ -118,8 +118,9 @@ class Result:
         }
 
 
-def measure(case: Case, budget: float) -> list[Result]:
-    """One Result a peer. A case whose results disagree is not timed; ``error`` then says how."""
+def measure(case: Case, budget: float, least: int = 5, most: int = 200) -> list[Result]:
+    """One Result a peer, of ``least`` to ``most`` rounds that take ``budget`` seconds. A case whose
+    results disagree is not timed; ``error`` then says how."""
     torch.compiler.reset()  # else its limit of recompilations leaves later cases to eager
     torch.manual_seed(0)
     runs = case.build()
@@ -130,7 +131,7 @@ def measure(case: Case, budget: float) -> list[Result]:
             nan = float("nan")
             return [Result(case, "", 0, nan, nan, nan, nan, nan, None, None, error)]
     once = sum(seconds(run) for run in runs.values())
-    rounds = max(5, min(200, int(budget / max(once, 1e-9))))
+    rounds = max(least, min(most, int(budget / max(once, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for i in range(rounds):

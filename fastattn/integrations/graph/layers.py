@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx
 
+from fastattn import _products
 from fastattn.functional import _served, drop_in
 from fastattn.integrations.graph.nodes import (
     LINEAR,
@@ -61,9 +62,8 @@ def _put_layer(rewriting: Rewriting, layer: _Layer) -> None:
         rewriting.fuse(name, "linear, relu", "fastattn linear_relu")
     elif layer.why_not is not None:
         rewriting.leave(linear, "linear", layer.why_not)
-    elif _served.lacks_product(value_of(linear).dtype, value_of(linear).device):
+    elif (why := _why_kernels(linear, layer.weight)) is not None:
         linear.target = drop_in.linear
-        why = f"torch has no product in {value_of(linear).dtype} for this processor"
         rewriting.fuse(name, "linear", "fastattn linear", why)
     else:
         rewriting.leave(linear, "linear", f"{layer.why_no_relu}: torch's own product")
@@ -124,6 +124,13 @@ def _stretch(first: fx.Node) -> list[_Layer]:
             break
         layers.append(layer)
     return layers
+
+
+def _why_kernels(linear: fx.Node, weight: fx.Node) -> str | None:
+    """Why the kernels may multiply faster than torch, at some number of rows."""
+    n_out, n_in = value_of(weight).shape
+    computed = value_of(linear)
+    return _products.why_swap(n_out, n_in, computed.dtype, computed.device)
 
 
 def _small_work(input: Tensor, weights: Sequence[Tensor]) -> int | None:

@@ -1,0 +1,124 @@
+"""Whose product of a Linear is faster on this processor, the kernels' or torch's: the one rule.
+
+It was measured in pairs, one thread, by ``benchmarks/linear_table.py``; the tables are
+``benchmarks/results/*/linear.csv``. Torch's time over the kernels', forward and training step:
+
+- a 16-bit dtype that torch has no product for here (float16 without avx512_fp16, bfloat16 too
+  without avx512_bf16), from 262 thousand multiply-adds on: 1.3 to 12 with one row, 1.9 to 28 with
+  4, 2.2 to 39 with more;
+- bfloat16 with torch's product: 1.2 to 1.9 with up to 4 rows, about 1 with more;
+- float32 on processors with avx512_bf16 and without AMX (Zen 4 and later), where torch's is MKL's:
+  1.1 to 1.9 with 2 to 16 rows from 2 million multiply-adds on, 1.05 to 1.7 with more rows from 67
+  million on. On AVX2 MKL's is as fast, 0.7 to 1.4.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fastattn import _extension
+
+LEAST_HALF = 1 << 18  # multiply-adds, of a 16-bit dtype
+LEAST_FEW, LEAST_MANY = 1 << 21, 1 << 26  # of float32
+FEW_ROWS = 16
+MOST_ROWS = 4  # of bfloat16, beside torch's product
+LEAST_WIDTH = 32
+# Elements of a float32 weight whose module is worth a swap. A call that stays torch's takes 1 us
+# longer then (6.4 us are 7.4 for 64 -> 64), of 16 rows of 384 -> 384 1 %.
+LEAST_WEIGHT = 1 << 17
+
+
+def _lacking() -> frozenset[torch.dtype]:
+    try:
+        has = {
+            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+        }
+    except AttributeError:  # a torch without oneDNN: nothing was measured there
+        return frozenset()
+    return frozenset(dtype for dtype, there in has.items() if not there)
+
+
+def _outruns_mkl() -> bool:
+    try:
+        amx = torch.cpu._is_amx_tile_supported()
+    except AttributeError:
+        return False
+    return _extension.cpu_isa() == "avx512bf16" and not amx
+
+
+_LACKING = _lacking()
+_OUTRUNS_MKL = _outruns_mkl()
+
+
+def lacks_product(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch multiplies matrices of the dtype without a library made for this processor."""
+    return device.type == "cpu" and dtype in _LACKING
+
+
+def least_work(dtype: torch.dtype) -> float:
+    """The multiply-adds from which the kernels may take a Linear that is computed in the dtype on a
+    CPU; infinite where they never do."""
+    if dtype == torch.float32:
+        return LEAST_FEW if _OUTRUNS_MKL else math.inf
+    return LEAST_HALF if dtype in _LACKING or dtype == torch.bfloat16 else math.inf
+
+
+def why_torchs(
+    rows: int, n_out: int, n_in: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why a Linear with a weight ``[n_out, n_in]``, computed in the dtype, is left to torch's
+    product; None where the kernels' is faster. Nothing is computed."""
+    if device.type != "cpu":
+        return "torch's own product is taken on this device"
+    least = least_work(dtype)
+    if least == math.inf:
+        return why_always_torchs(dtype)
+    if dtype == torch.float32 and rows > FEW_ROWS:
+        least = LEAST_MANY
+    if rows * n_out * n_in < least or min(n_out, n_in) < LEAST_WIDTH:
+        return (
+            f"it is small: the kernels take {dtype} from {least} multiply-adds and "
+            f"{LEAST_WIDTH} features on"
+        )
+    if dtype == torch.float32 and rows < 2:
+        return f"torch's product of one row is as fast in {dtype}"
+    if dtype not in _LACKING and dtype == torch.bfloat16 and rows > MOST_ROWS:
+        return f"torch's product is as fast in {dtype} with more than {MOST_ROWS} rows"
+    return None
+
+
+def why_kernels(dtype: torch.dtype) -> str:
+    """Why the kernels take a Linear that ``why_torchs`` has nothing against."""
+    if dtype in _LACKING:
+        return f"torch has no product in {dtype} for this processor"
+    if dtype == torch.float32:
+        return "the kernels' product was measured to be faster than MKL's on such processors"
+    return f"with up to {MOST_ROWS} rows the kernels' product was measured to be faster"
+
+
+def why_always_torchs(dtype: torch.dtype) -> str:
+    """Why no Linear that is computed in the dtype takes the kernels."""
+    return f"on this processor torch's product is as fast in {dtype}"
+
+
+def why_swap(n_out: int, n_in: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a Linear of this weight may take the kernels at some call, in its dtype or in that of
+    autocast; None where it never does."""
+    if dtype == torch.float32 and n_out * n_in < LEAST_WEIGHT:
+        return None
+    if any(why_torchs(rows, n_out, n_in, dtype, device) is None for rows in (MOST_ROWS, 1 << 12)):
+        return why_kernels(dtype)
+    for computed in _LACKING if dtype == torch.float32 else ():
+        if why_torchs(1 << 12, n_out, n_in, computed, device) is None:
+            return f"{why_kernels(computed)}, which autocast may ask for"
+    return None
+
+
+def why_left(n_out: int, n_in: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Why ``why_swap`` has no reason."""
+    if dtype == torch.float32 and n_out * n_in < LEAST_WEIGHT:
+        return f"float32 weights of less than {LEAST_WEIGHT} elements do not repay a swap"
+    return why_torchs(1 << 12, n_out, n_in, dtype, device) or ""
