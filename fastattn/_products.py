@@ -6,10 +6,10 @@ It was measured in pairs, one thread, by ``benchmarks/linear_table.py``; the tab
 - a 16-bit dtype that torch has no product for here (float16 without avx512_fp16, bfloat16 too
   without avx512_bf16), from 262 thousand multiply-adds on: 1.3 to 12 with one row, 1.9 to 28 with
   4, 2.2 to 39 with more;
-- bfloat16 with torch's product: 1.2 to 1.9 with up to 4 rows, about 1 with more;
-- float32 on processors with avx512_bf16 and without AMX (Zen 4 and later), where torch's is MKL's:
-  1.1 to 1.9 with 2 to 16 rows from 2 million multiply-adds on, 1.05 to 1.7 with more rows from 67
-  million on. On AVX2 MKL's is as fast, 0.7 to 1.4.
+- on processors with avx512_bf16 and without AMX (Zen 4 and later) bfloat16, which torch has a
+  product for: 1.2 to 1.9 with up to 4 rows, about 1 with more;
+- there float32, for which torch's product is MKL's: 1.1 to 1.9 with 2 to 16 rows from 2 million
+  multiply-adds on, 1.05 to 1.7 with more rows from 67 million on. On AVX2 it is 0.7 to 1.4.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _lacking() -> frozenset[torch.dtype]:
     return frozenset(dtype for dtype, there in has.items() if not there)
 
 
-def _outruns_mkl() -> bool:
+def _zen4() -> bool:
     try:
         amx = torch.cpu._is_amx_tile_supported()
     except AttributeError:
@@ -50,7 +50,7 @@ def _outruns_mkl() -> bool:
 
 
 _LACKING = _lacking()
-_OUTRUNS_MKL = _outruns_mkl()
+_ZEN4 = _zen4()
 
 
 def lacks_product(dtype: torch.dtype, device: torch.device) -> bool:
@@ -61,9 +61,9 @@ def lacks_product(dtype: torch.dtype, device: torch.device) -> bool:
 def least_work(dtype: torch.dtype) -> float:
     """The multiply-adds from which the kernels may take a Linear that is computed in the dtype on a
     CPU; infinite where they never do."""
-    if dtype == torch.float32:
-        return LEAST_FEW if _OUTRUNS_MKL else math.inf
-    return LEAST_HALF if dtype in _LACKING or dtype == torch.bfloat16 else math.inf
+    if dtype in _LACKING or (_ZEN4 and dtype == torch.bfloat16):
+        return LEAST_HALF
+    return LEAST_FEW if _ZEN4 and dtype == torch.float32 else math.inf
 
 
 def why_torchs(

@@ -32,7 +32,7 @@ CASES = [
 def processor(monkeypatch, zen4: bool) -> None:
     lacking = {torch.float16} if zen4 else {torch.float16, torch.bfloat16}
     monkeypatch.setattr(_products, "_LACKING", frozenset(lacking))
-    monkeypatch.setattr(_products, "_OUTRUNS_MKL", zen4)
+    monkeypatch.setattr(_products, "_ZEN4", zen4)
 
 
 @pytest.mark.parametrize("zen4", [False, True])

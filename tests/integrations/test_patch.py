@@ -198,7 +198,7 @@ def wide() -> nn.Sequential:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_float32_linear_follows_autocast(monkeypatch, dtype):
     monkeypatch.setattr(_products, "_LACKING", frozenset({dtype}))
-    monkeypatch.setattr(_products, "_OUTRUNS_MKL", False)
+    monkeypatch.setattr(_products, "_ZEN4", False)
     model = wide()
     stock, x = copy.deepcopy(model), torch.randn(16, 512)
     report = fastattn.patch(model)
@@ -220,7 +220,7 @@ def test_a_float32_linear_follows_autocast(monkeypatch, dtype):
 
 def test_one_line_for_all_linears_that_keep_torchs_product(monkeypatch):
     monkeypatch.setattr(_products, "_LACKING", frozenset())
-    monkeypatch.setattr(_products, "_OUTRUNS_MKL", False)
+    monkeypatch.setattr(_products, "_ZEN4", False)
     model = nn.ModuleList([wide(), wide(), nn.Linear(4, 4), wide().double(), digits()])
     for report in (fastattn.plan(model), fastattn.patch(model, dry_run=True)):
         lines = [line for line in str(report).splitlines() if "torch's own product" in line]
@@ -234,5 +234,5 @@ def test_one_line_for_all_linears_that_keep_torchs_product(monkeypatch):
         assert "as fast in torch.float64" in lines[2]
         report = getattr(report, "report", report)
         assert len(report.entries) == 1  # digits: its Linears are the Sequential's
-    monkeypatch.setattr(_products, "_OUTRUNS_MKL", True)
+    monkeypatch.setattr(_products, "_ZEN4", True)
     assert fastattn.patch(model).counts["Linear", "fastattn Linear"] == 4

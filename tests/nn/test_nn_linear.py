@@ -212,7 +212,7 @@ def products(monkeypatch) -> list[int]:
         return whole(x, *layers)
 
     monkeypatch.setattr(_products, "_LACKING", frozenset((torch.float16, torch.bfloat16)))
-    monkeypatch.setattr(_products, "_OUTRUNS_MKL", False)
+    monkeypatch.setattr(_products, "_ZEN4", False)
     monkeypatch.setattr(fastattn.functional, "mlp", spy)
     return rows
 
@@ -266,7 +266,7 @@ def test_float32_takes_the_kernels_where_they_outrun_mkl(products, monkeypatch):
     theirs.load_state_dict(ours.state_dict())
     assert torch.equal(ours(x), theirs(x))
     assert products == []
-    monkeypatch.setattr(_products, "_OUTRUNS_MKL", True)
+    monkeypatch.setattr(_products, "_ZEN4", True)
     torch.testing.assert_close(ours(x[:16]), theirs(x[:16]))
     torch.testing.assert_close(ours(x.repeat(4, 1)), theirs(x.repeat(4, 1)))
     for rows in (1, 100):
