@@ -75,7 +75,7 @@ def compile_report() -> CompileReport:
     is listed once.
     """
     with _lock:
-        return CompileReport(list(_report.entries), _report.graphs)
+        return CompileReport(list(_report.entries), graphs=_report.graphs)
 
 
 def register_with_accelerate() -> None:
