@@ -77,7 +77,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         p = self.dropout if self.training else 0.0
         weights = None
-        if p > 0.0 and (need_weights or p >= 1.0):
+        if p > 0.0 and need_weights:
             # The weights that are returned must be those that made the output.
             weights = F.dropout(_softmax_scores(q, k, mask, causal), p)
             out = weights @ v
