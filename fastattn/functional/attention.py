@@ -16,6 +16,7 @@ from fastattn.functional._autograd import (
     kernel,
     save_for_forward,
 )
+from fastattn.functional._broadcast import broadcast, padded_head_dim
 from fastattn.functional.attention_derivatives import (
     Call,
     Extras,
@@ -23,7 +24,6 @@ from fastattn.functional.attention_derivatives import (
     refuse_slopes,
     tangents_of_results,
 )
-from fastattn.functional._broadcast import broadcast, padded_head_dim
 
 
 class AttentionFunction(torch.autograd.Function):

@@ -13,6 +13,7 @@ import torch
 import fastattn
 
 Q = torch.randn(1, 4, 5, 8)
+NESTED = torch.nested.as_nested_tensor([Q[0]])
 
 ATTENTION = [
     (TypeError, "query", dict(query=Q.long())),
