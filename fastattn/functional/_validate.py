@@ -91,7 +91,7 @@ def window(window_size: object) -> tuple[int, int]:
 
 
 def is_integer(x: object) -> bool:
-    return isinstance(x, int | torch.SymInt) or isinstance(x, numbers.Integral)
+    return isinstance(x, int | torch.SymInt | numbers.Integral)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:

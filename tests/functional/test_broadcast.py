@@ -43,7 +43,8 @@ def compare(prefixes, backend: str, dims=(4, 6), **options) -> bool:
         return False
     ours = run(fastattn.scaled_dot_product_attention, inputs, backend=backend, **options)
     if inputs[2].numel() == 0 and not options.get("enable_gqa"):
-        # Where there is nothing to add up torch answers at once, in query's shape. The values are the same, none or 0.
+        # Where there is nothing to add up torch answers at once, in query's shape. The values are
+        # the same, none or 0.
         shape = torch.broadcast_shapes(*prefixes)
         expected[0] = expected[0].new_zeros(*shape, *expected[0].shape[-2:])
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
@@ -174,3 +175,12 @@ def test_softcap_none_is_0():
     inputs = inputs_of([(2, 4)] * 3)
     out = fastattn.scaled_dot_product_attention(*inputs, softcap=None)
     torch.testing.assert_close(out, fastattn.scaled_dot_product_attention(*inputs))
+
+
+def test_other_modes_of_differentiation():
+    q, k, v = inputs_of([(2, 2), (1,), (1, 2)], 2, 1)
+    attention = fastattn.scaled_dot_product_attention
+    assert torch.autograd.gradcheck(attention, (q, k, v), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(attention, (q, k, v))
+    mapped = torch.vmap(attention, in_dims=(0, None, 0))(q, k, v.expand(2, -1, -1, -1))
+    torch.testing.assert_close(mapped, attention(q, k, v))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 import sys
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def linear_call(rng: random.Random, op: str) -> dict[str, object]:
     def new(*shape: int) -> Tensor:
         return torch.randn(*shape).to(dtype)
 
-    weights = [new(o, i) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+    weights = [new(o, i) for i, o in pairwise(widths)]
     biases = [new(o) for o in widths[1:]]
     x = new(*rows, widths[0])
     mask = torch.ops.fastattn.linear_relu_forward(x, weights[0], biases[0])[1]
