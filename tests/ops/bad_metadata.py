@@ -1,6 +1,6 @@
-"""Calls of the native ops with bad arguments, made of good calls: ``python bad_metadata.py OP SEED
-COUNT`` prints each call before it is made, and ends with 0 if every one of them raised an exception
-or gave results of the right shapes."""
+"""Calls of the native ops with bad arguments, made of good calls: ``python bad_metadata.py SEED
+COUNT OP ...`` prints each call before it is made, and ends with 0 if every one of them raised an
+exception or gave results of the right shapes."""
 
 from __future__ import annotations
 
@@ -242,9 +242,11 @@ def main(op: str, seed: int, count: int) -> None:
             continue
         if op != "fma_probe" and shapes(result) != fake(function, args):
             raise AssertionError(f"{shapes(result)} for {fake(function, args)}")
-    print(f"{raised} of {count} calls raised")
+    assert 0 < raised < count, f"{op}: {raised} of {count} calls raised"
+    print(f"{op}: {raised} of {count} calls raised", flush=True)
 
 
 if __name__ == "__main__":
     assert fastattn.__file__
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    for name in sys.argv[3:]:
+        main(name, int(sys.argv[1]), int(sys.argv[2]))
