@@ -45,12 +45,20 @@ def _switch(name: str, default: str) -> bool:
     return value == "1"
 
 
+def _named_backend() -> str | None:
+    """The backend that the environment names for every call."""
+    name = os.environ.get("FASTATTN_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"FASTATTN_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
 _cuda_first = _switch("FASTATTN_CUDA", "0")
 self_check = _switch("FASTATTN_SELF_CHECK", "1")
 
 _HOPPER = 90  # compute capability 9.0
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_default = os.environ.get("FASTATTN_BACKEND") or None
+_default = _named_backend()
 _warned: set[str] = set()
 _served_by_cpu: set[Problem] = set()
 _layers_on_cpu: set[tuple[str, torch.dtype]] = set()  # ops and dtypes of those
@@ -258,8 +266,9 @@ def select(problem: Problem, backend: str | None = None, *, run_self_check: bool
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {explicit!r}")
         against = reasons(problem, explicit)
         if against:
+            named_by = "" if backend is not None else " (FASTATTN_BACKEND)"
             raise RuntimeError(
-                f"backend {explicit!r} cannot serve {problem.op}: {'; '.join(against)}"
+                f"backend {explicit!r}{named_by} cannot serve {problem.op}: {'; '.join(against)}"
             )
         _failures(problem, explicit, run_self_check)  # warns
         return explicit

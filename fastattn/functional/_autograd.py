@@ -16,13 +16,19 @@ def apply(function: type[torch.autograd.Function], *args: object) -> Tensor | tu
     """``function.apply(*args)``. Outside of torch.func and torch.compile without ``apply``'s own
     inspection of the signature, which takes longer than a small kernel; where nothing can be
     differentiated, the Function's ``inference``, if it has one."""
-    if torch.compiler.is_compiling():
+    if recording():
         return function.forward(*args)  # the op has its own autograd
     if in_transform():
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return getattr(function, "inference", function.forward)(*args)
     return _base_apply(function, *_unwrap_dead_wrappers(args))
+
+
+def recording() -> bool:
+    """Whether torch.compile or torch.jit.trace writes down the ops that are called. A Function
+    would be a call of Python in what they write, which cannot be saved."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
@@ -49,7 +55,7 @@ except ImportError:  # not a public interface
 
 def kernel(op: Callable[..., R], *args: object) -> R:
     """``op(*args)`` in a Function's forward: the kernel at once, without the op's own autograd."""
-    if torch.compiler.is_compiling():
+    if recording():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)

@@ -148,7 +148,7 @@ def serves_sdpa(query: object, key: object, value: object, attn_mask: object) ->
         return False
     if type(attn_mask) is not CausalBias and not ordinary(attn_mask):
         return False
-    if not (query.dim() and value.dim()):
+    if min(query.dim(), key.dim(), value.dim()) < 2:
         return False
     return serves_attention(query, max(query.shape[-1], value.shape[-1]))
 

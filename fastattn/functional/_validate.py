@@ -7,6 +7,7 @@ the argument, what was expected and what was got.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -23,6 +24,14 @@ def tensor(argument: str, x: object) -> None:
         _bad(TypeError, argument, "a tensor", type(x).__name__)
     if not x.dtype.is_floating_point:
         _bad(TypeError, argument, "a floating-point tensor", x.dtype)
+    strided(argument, x)
+
+
+def strided(argument: str, x: Tensor) -> None:
+    if x.layout is not torch.strided:
+        _bad(TypeError, argument, "a strided tensor", x.layout)
+    if x.is_nested:
+        _bad(TypeError, argument, "a strided tensor", "a nested one")
 
 
 def like(argument: str, x: object, first_name: str, first: Tensor) -> None:
@@ -34,55 +43,100 @@ def like(argument: str, x: object, first_name: str, first: Tensor) -> None:
         _bad(ValueError, argument, f"{first_name}'s device {first.device}", x.device)
 
 
-def number(argument: str, x: object) -> None:
-    if isinstance(x, bool) or not isinstance(x, int | float | torch.SymFloat | torch.SymInt):
+def number(argument: str, x: object) -> float:
+    """x as Python's float. Torch's functions take what this takes: NumPy's scalars and tensors
+    without dimensions too."""
+    if isinstance(x, torch.SymFloat | torch.SymInt):
+        return float(x)
+    single = isinstance(x, Tensor) and x.dim() == 0 and not (x.is_complex() or x.requires_grad)
+    if not single and not isinstance(x, int | float) and not isinstance(x, numbers.Real):
         _bad(TypeError, argument, "a number", type(x).__name__)
-    if isinstance(x, float) and not -math.inf < x < math.inf:
+    try:
+        as_float = float(x)
+    except OverflowError:
+        as_float = math.inf
+    if not -math.inf < as_float < math.inf:
         _bad(ValueError, argument, "a finite number", x)
+    return as_float
 
 
-def probability(argument: str, p: object) -> None:
-    number(argument, p)
-    if not 0.0 <= p < 1.0:
-        _bad(ValueError, argument, "a probability in [0, 1)", p)
+def probability(argument: str, p: object) -> float:
+    p = number(argument, p)
+    if not 0.0 <= p <= 1.0:
+        _bad(ValueError, argument, "a probability in [0, 1]", p)
+    return p
+
+
+def softcap(c: object) -> float:
+    """The softcap as a number, 0 where there is none."""
+    c = 0.0 if c is None else number("softcap", c)
+    if c < 0.0:
+        _bad(ValueError, "softcap", "None, 0 (off) or a positive number", c)
+    return c
+
+
+_UNBOUNDED = 1 << 60  # the kernels' kUnbounded
+
+
+def window(window_size: object) -> tuple[int, int]:
+    """The window as (left, right), -1 where a side is unbounded, as it is without a window."""
+    if window_size is None:
+        return -1, -1
+    pair = isinstance(window_size, tuple | list) and len(window_size) == 2
+    if not pair or not all(is_integer(w) and w >= -1 for w in window_size):
+        expected = "(left, right), integers >= 0 or -1 for unbounded"
+        _bad(ValueError, "window_size", expected, window_size)
+    left, right = (-1 if w >= _UNBOUNDED else int(w) for w in window_size)
+    return left, right
+
+
+def is_integer(x: object) -> bool:
+    return isinstance(x, int | torch.SymInt | numbers.Integral)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     tensor("query", query)
     like("key", key, "query", query)
     like("value", value, "query", query)
-    rank = query.dim()
-    if not 2 <= rank <= 9:
-        _bad(ValueError, "query", "2 to 9 dimensions [..., heads, seq, dim]", tuple(query.shape))
-    for name, x in (("key", key), ("value", value)):
-        if x.dim() != rank:
-            _bad(ValueError, name, f"query's rank {rank}", tuple(x.shape))
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not 2 <= x.dim() <= 9:
+            _bad(ValueError, name, "2 to 9 dimensions [..., heads, seq, dim]", tuple(x.shape))
     if key.shape[-1] != query.shape[-1]:
         _bad(ValueError, "key", f"query's head dim {query.shape[-1]}", tuple(key.shape))
     if value.shape[-2] != key.shape[-2]:
         _bad(ValueError, "value", f"key's sequence length {key.shape[-2]}", tuple(value.shape))
-    if query.shape[-1] == 0:
-        _bad(ValueError, "query", "a head dim of at least 1", tuple(query.shape))
-    if rank == 2:
+    if query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         return
-    heads_q, heads_k, heads_v = query.shape[-3], key.shape[-3], value.shape[-3]
-    if heads_k != heads_v:
-        _bad(ValueError, "value", f"key's {heads_k} heads", f"{heads_v} heads")
-    if heads_q != heads_k:
-        if not enable_gqa:
-            _bad(
-                ValueError,
-                "key",
-                f"query's {heads_q} heads (or enable_gqa=True)",
-                f"{heads_k} heads",
-            )
-        if heads_k == 0 or heads_q % heads_k != 0:
-            _bad(ValueError, "key", f"a number of heads that divides query's {heads_q}", heads_k)
+    heads_q, heads_k, heads_v = map(heads, (query, key, value))
+    if enable_gqa and not heads_q == heads_k == heads_v:
+        for name, n in (("key", heads_k), ("value", heads_v)):
+            if n == 0 or heads_q % n != 0:
+                _bad(ValueError, name, f"a number of heads that divides query's {heads_q}", n)
+    else:
+        allowed = " (or a divisor of query's, with enable_gqa=True)"
+        if heads_k != heads_q and 1 not in (heads_k, heads_q):
+            _bad(ValueError, "key", f"query's {heads_q} heads or 1{allowed}", f"{heads_k} heads")
+        both = heads_k if heads_q == 1 else heads_q
+        if heads_v != both and 1 not in (heads_v, both):
+            _bad(ValueError, "value", f"{both} heads or 1{allowed}", f"{heads_v} heads")
+    batch = query.shape[:-3]
+    for name, x, others in (("key", key, "query's"), ("value", value, "query's and key's")):
+        try:
+            batch = torch.broadcast_shapes(batch, x.shape[:-3])
+        except RuntimeError:
+            expected = f"batch dimensions that broadcast with {others} {tuple(batch)}"
+            _bad(ValueError, name, expected, tuple(x.shape[:-3]))
+
+
+def heads(x: Tensor) -> int:
+    """Of ``[..., heads, seq, dim]``; 1 without that dimension."""
+    return x.shape[-3] if x.dim() > 2 else 1
 
 
 def attn_mask(mask: object, query: Tensor, scores_shape: tuple[int, ...]) -> None:
     if not isinstance(mask, Tensor):
         _bad(TypeError, "attn_mask", "a tensor or None", type(mask).__name__)
+    strided("attn_mask", mask)
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         _bad(TypeError, "attn_mask", "a bool (True = attend) or floating-point tensor", mask.dtype)
     if mask.device != query.device:
@@ -95,32 +149,35 @@ def attn_mask(mask: object, query: Tensor, scores_shape: tuple[int, ...]) -> Non
         _bad(ValueError, "attn_mask", expected, tuple(mask.shape))
 
 
-def extras(window_size: object, softcap: object, alibi_slopes: object, query: Tensor) -> None:
-    if window_size is not None:
-        pair = isinstance(window_size, tuple | list) and len(window_size) == 2
-        if not pair or not all(isinstance(w, int) and w >= -1 for w in window_size):
-            _bad(
-                ValueError,
-                "window_size",
-                "(left, right), each >= 0 or -1 for unbounded",
-                window_size,
-            )
-    number("softcap", softcap)
-    if softcap < 0:
-        _bad(ValueError, "softcap", "0 (off) or a positive number", softcap)
-    if alibi_slopes is not None:
-        tensor("alibi_slopes", alibi_slopes)
-        heads = query.shape[-3] if query.dim() > 2 else 1
-        shapes = [(heads,)] + ([(query.shape[0], heads)] if query.dim() > 3 else [])
-        if tuple(alibi_slopes.shape) not in shapes:
-            expected = " or ".join(map(str, shapes))
-            _bad(ValueError, "alibi_slopes", f"shape {expected}", tuple(alibi_slopes.shape))
+def slopes(alibi_slopes: object, query: Tensor, batch: int | None) -> None:
+    """batch: of ``[batch, Hq]``; None where slopes can be ``[Hq]`` alone."""
+    tensor("alibi_slopes", alibi_slopes)
+    if alibi_slopes.device != query.device:
+        _bad(ValueError, "alibi_slopes", f"query's device {query.device}", alibi_slopes.device)
+    shapes = [(heads(query),)] + ([] if batch is None else [(batch, heads(query))])
+    if tuple(alibi_slopes.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        _bad(ValueError, "alibi_slopes", f"shape {expected}", tuple(alibi_slopes.shape))
+
+
+def longest(argument: str, n: object) -> int:
+    """An upper bound of lengths, as the kernels take it."""
+    if isinstance(n, bool) or not is_integer(n):
+        got = n if isinstance(n, float) else type(n).__name__
+        _bad(TypeError, argument, "an integer", got)
+    if n < 0:
+        _bad(ValueError, argument, "an integer of at least 0", n)
+    return n if isinstance(n, torch.SymInt) else min(int(n), _LONGEST)
+
+
+_LONGEST = 2**31 - 1  # more than this is no bound
 
 
 def sequence_starts(argument: str, starts: object, query: Tensor) -> None:
     if not isinstance(starts, Tensor) or starts.dtype not in (torch.int32, torch.int64):
         got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
         _bad(TypeError, argument, "an int32 or int64 tensor", got)
+    strided(argument, starts)
     if starts.dim() != 1 or starts.numel() == 0:
         _bad(ValueError, argument, "shape [B + 1]", tuple(starts.shape))
     if starts.device != query.device:

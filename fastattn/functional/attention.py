@@ -16,6 +16,7 @@ from fastattn.functional._autograd import (
     kernel,
     save_for_forward,
 )
+from fastattn.functional._broadcast import broadcast, padded_head_dim
 from fastattn.functional.attention_derivatives import (
     Call,
     Extras,
@@ -112,7 +113,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     window_size: tuple[int, int] | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
@@ -122,26 +123,27 @@ def scaled_dot_product_attention(
 
     Args:
         query: ``[..., Hq, Sq, D]``, floating point.
-        key: ``[..., Hk, Sk, D]``; value: ``[..., Hk, Sk, Dv]``. Batch dimensions broadcast. One
-            dtype for the three; under autocast any, which then become autocast's.
-        attn_mask: bool (True = attend) or float added to the scores, broadcastable to ``[..., Hq,
-        Sq, Sk]``. A float
-            mask may require grad. ``torch.nn.attention.bias.causal_lower_right`` is accepted.
-        dropout_p: probability in [0, 1) of dropping an attention weight; applied whenever it is
-        positive.
+        key: ``[..., Hk, Sk, D]``; value: ``[..., Hv, Sk, Dv]``. All dimensions before the last two
+            broadcast, heads too. One dtype for the three; under autocast any, which then become
+            autocast's.
+        attn_mask: bool (True = attend) or float added to the scores, broadcastable to ``[..., H,
+            Sq, Sk]``. A float mask may require grad.
+            ``torch.nn.attention.bias.causal_lower_right`` is accepted.
+        dropout_p: probability in [0, 1] of dropping an attention weight; applied whenever it is
+            positive.
         is_causal: query i sees keys j <= i (top-left aligned). Together with attn_mask: both.
         scale: finite; ``1/sqrt(D)`` by default.
-        enable_gqa: allow Hk to be a divisor of Hq.
+        enable_gqa: allow Hk and Hv to be divisors of Hq, each head serving Hq/Hk neighbours.
         window_size: ``(left, right)``: query i sees i-left <= j <= i+right; -1 is unbounded.
-        softcap: c > 0 turns a score s into c·tanh(s/c) before the mask.
-        alibi_slopes: ``[Hq]`` or ``[B, Hq]``: adds -slope·|i-j|.
-        return_lse: also return the log-sum-exp of each row, ``[..., Hq, Sq]``, float32
+        softcap: c > 0 turns a score s into c·tanh(s/c) before the mask; 0 and None do not.
+        alibi_slopes: ``[H]`` or ``[B, H]``: adds -slope·|i-j|.
+        return_lse: also return the log-sum-exp of each row, ``[..., H, Sq]``, float32
             (float64 for float64), differentiable.
         backend: ``cpu``, ``cuda``, ``triton``, ``reference`` or None for the first that serves the
         call.
 
     Returns:
-        ``[..., Hq, Sq, Dv]`` in query's dtype. A row with nothing to attend to is 0, its LSE -inf,
+        ``[..., H, Sq, Dv]`` in query's dtype. A row with nothing to attend to is 0, its LSE -inf,
         its gradients 0.
 
     Raises:
@@ -151,17 +153,17 @@ def scaled_dot_product_attention(
     _validate.tensor("query", query)
     query, key, value = autocast(query, key, value)
     _validate.attention(query, key, value, enable_gqa)
-    _validate.probability("dropout_p", dropout_p)
-    if window_size is not None or softcap or alibi_slopes is not None:
-        _validate.extras(window_size, softcap, alibi_slopes, query)
+    dropout_p = _validate.probability("dropout_p", dropout_p)
+    window_size, softcap = _validate.window(window_size), _validate.softcap(softcap)
     if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
-    else:
-        _validate.number("scale", scale)
-    unbatched = query.dim() == 2
-    if unbatched:
-        query, key, value = query[None], key[None], value[None]
-    query, key, value = _broadcast_batch(query, key, value)
+        scale = 1.0 / math.sqrt(max(1, query.shape[-1]))
+    scale = _validate.number("scale", scale)
+    unbatched = query.dim() == key.dim() == value.dim() == 2
+    query, key, value = broadcast(query, key, value, enable_gqa)
+    query, key = padded_head_dim(query, key)
+    if alibi_slopes is not None:
+        batch = query.shape[0] if query.dim() > 3 else None
+        _validate.slopes(alibi_slopes, query, batch)
     if attn_mask is not None:
         attn_mask, is_causal = _prepare_mask(attn_mask, is_causal, query, key)
 
@@ -177,8 +179,10 @@ def scaled_dot_product_attention(
         alibi_slopes=alibi_slopes,
     )
     chosen = backends.select(problem, backend)
-    seed = None
-    if dropout_p > 0.0:
+    drops_all, seed = dropout_p == 1.0, None
+    if drops_all:
+        dropout_p = 0.0
+    elif dropout_p > 0.0:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     if chosen == "reference":
         out, lse = reference.attention(
@@ -203,39 +207,19 @@ def scaled_dot_product_attention(
             attn_mask,
             seed,
             is_causal,
-            float(scale),
-            float(dropout_p),
+            scale,
+            dropout_p,
             alibi_slopes,
             None,
             None,
-            kernel_options(window_size, softcap),
+            ops.Options(*window_size, softcap),
             chosen,
         )
+    if drops_all:
+        out = out * 0.0  # not a new tensor: NaN stays, and the gradients are 0, as in torch
     if unbatched:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
-
-
-def kernel_options(
-    window_size: tuple[int, int] | None, softcap: float, max_q: int = 0, max_k: int = 0
-) -> ops.Options:
-    """The options as the kernels take them."""
-    left, right = (-1, -1) if window_size is None else window_size
-    return ops.Options(int(left), int(right), float(softcap), int(max_q), int(max_k))
-
-
-def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    batch = query.shape[:-3]
-    if key.shape[:-3] == batch and value.shape[:-3] == batch:
-        return query, key, value
-    try:
-        batch = torch.broadcast_shapes(batch, key.shape[:-3], value.shape[:-3])
-    except RuntimeError as error:
-        raise ValueError(
-            "key, value: expected batch dimensions that broadcast with query's "
-            f"{tuple(query.shape[:-3])}, got {tuple(key.shape[:-3])} and {tuple(value.shape[:-3])}"
-        ) from error
-    return tuple(x.expand(*batch, *x.shape[-3:]) for x in (query, key, value))
 
 
 def _prepare_mask(

@@ -8,14 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from fastattn import backends
+from fastattn import backends, ops, reference
 from fastattn.functional import _validate
 from fastattn.functional._autograd import apply, autocast
-from fastattn.functional.attention import (
-    AttentionFunction,
-    kernel_options,
-    scaled_dot_product_attention,
-)
+from fastattn.functional._broadcast import broadcast, padded_head_dim
+from fastattn.functional.attention import AttentionFunction
 
 
 def varlen_attn(
@@ -31,7 +28,7 @@ def varlen_attn(
     *,
     dropout_p: float = 0.0,
     window_size: tuple[int, int] | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
@@ -41,9 +38,9 @@ def varlen_attn(
 
     Args:
         query: ``[total_q, Hq, D]``; key: ``[total_k, Hk, D]``; value: ``[total_k, Hk, Dv]``; Hk
-        divides Hq.
+            divides Hq.
         cu_seq_q, cu_seq_k: int32 or int64 ``[B + 1]``: where each sequence starts, and the total
-        at the end.
+            at the end.
         max_q, max_k: upper bounds of the lengths. On a GPU neither they nor the starts are compared
             with the data, which would wait for it; nothing is read out of bounds.
         is_causal, scale, dropout_p, window_size, softcap, alibi_slopes, return_lse, backend: as in
@@ -60,85 +57,106 @@ def varlen_attn(
             raise ValueError(
                 f"{name}: expected 3 dimensions [tokens, heads, dim], got {tuple(x.shape)}"
             )
-    _validate.probability("dropout_p", dropout_p)
+    dropout_p = _validate.probability("dropout_p", dropout_p)
+    window_size, softcap = _validate.window(window_size), _validate.softcap(softcap)
+    max_q, max_k = _validate.longest("max_q", max_q), _validate.longest("max_k", max_k)
     _validate.sequence_starts("cu_seq_q", cu_seq_q, query)
     _validate.sequence_starts("cu_seq_k", cu_seq_k, query)
     if cu_seq_q.shape != cu_seq_k.shape:
         raise ValueError(
             f"cu_seq_k: expected {cu_seq_q.shape[0]} entries as cu_seq_q, got {cu_seq_k.shape[0]}"
         )
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [heads, tokens, dim]
+    _validate.attention(query, key, value, enable_gqa=True)
+    if alibi_slopes is not None:
+        _validate.slopes(alibi_slopes, query, cu_seq_q.shape[0] - 1)
+    if scale is None:
+        scale = 1.0 / math.sqrt(max(1, query.shape[-1]))
+    scale = _validate.number("scale", scale)
+    query, key, value = broadcast(query, key, value, enable_gqa=True)
+    query, key = padded_head_dim(query, key)
     problem = backends.attention_problem(
         "varlen_attn", query, key, value, alibi_slopes=alibi_slopes
     )
     chosen = backends.select(problem, backend)
     if not query.is_cuda:
-        starts_q = _checked_starts("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
-        starts_k = _checked_starts("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
-    if chosen != "reference":
-        per_head = [x.transpose(0, 1) for x in (query, key, value)]  # [heads, tokens, dim]
-        _validate.attention(*per_head, enable_gqa=True)
-        if window_size is not None or softcap or alibi_slopes is not None:
-            sequences = per_head[0].expand(cu_seq_q.shape[0] - 1, *per_head[0].shape)
-            _validate.extras(window_size, softcap, alibi_slopes, sequences)
-        if scale is None:
-            scale = 1.0 / math.sqrt(query.shape[-1])
-        _validate.number("scale", scale)
-        seed = None
-        if dropout_p > 0.0:
-            seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+        _check_starts("cu_seq_q", cu_seq_q, query.shape[-2], "max_q", max_q)
+        _check_starts("cu_seq_k", cu_seq_k, key.shape[-2], "max_k", max_k)
+    drops_all, seed = dropout_p == 1.0, None
+    if drops_all:
+        dropout_p = 0.0
+    elif dropout_p > 0.0:
+        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    if chosen == "reference":
+        out, lse = _reference(
+            query,
+            key,
+            value,
+            cu_seq_q,
+            cu_seq_k,
+            alibi_slopes,
+            seed=seed,
+            is_causal=is_causal,
+            scale=scale,
+            dropout_p=dropout_p,
+            window_size=window_size,
+            softcap=softcap,
+        )
+    else:
         out, lse = apply(
             AttentionFunction,
-            *(x[None] for x in per_head),
+            *(x[None] for x in (query, key, value)),
             None,
             seed,
             is_causal,
-            float(scale),
-            float(dropout_p),
+            scale,
+            dropout_p,
             alibi_slopes,
             cu_seq_q,
             cu_seq_k,
-            kernel_options(window_size, softcap, max_q, max_k),
+            ops.Options(*window_size, softcap, max_q, max_k),
             chosen,
         )
-        out, lse = out[0].transpose(0, 1), lse[0]
-        return (out, lse) if return_lse else out
-    if query.is_cuda:
-        starts_q, starts_k = cu_seq_q.tolist(), cu_seq_k.tolist()
-    outs, lses = [], []
-    for b in range(len(starts_q) - 1):
-        rows_q, rows_k = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
-        slopes = (
-            alibi_slopes[b]
-            if alibi_slopes is not None and alibi_slopes.dim() == 2
-            else alibi_slopes
-        )
-        out, lse = scaled_dot_product_attention(
-            query[rows_q].transpose(0, 1),
-            key[rows_k].transpose(0, 1),
-            value[rows_k].transpose(0, 1),
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=True,
-            window_size=window_size,
-            softcap=softcap,
-            alibi_slopes=slopes,
-            return_lse=True,
-            backend=chosen,
-        )
-        outs.append(out.transpose(0, 1))
-        lses.append(lse)
-    if not outs:
-        out = query.new_empty((0, query.shape[1], value.shape[-1]))
-        lse = query.new_empty((query.shape[1], 0), dtype=torch.float32)
-    else:
-        out, lse = torch.cat(outs), torch.cat(lses, dim=1)
+        out, lse = out[0], lse[0]
+    out = out.transpose(0, 1)
+    if drops_all:
+        out = out * 0.0  # as scaled_dot_product_attention does
     return (out, lse) if return_lse else out
 
 
-def _checked_starts(
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts_q: Tensor,
+    starts_k: Tensor,
+    slopes: Tensor | None,
+    **options: object,
+) -> tuple[Tensor, Tensor]:
+    """out ``[Hq, total_q, Dv]``, LSE ``[Hq, total_q]``, a sequence at a time."""
+    ends = [itertools.pairwise(starts.tolist()) for starts in (starts_q, starts_k)]
+    spans = list(zip(*ends, strict=True))
+    if not spans:  # one sequence of length 0 has the shapes and dtypes of none
+        spans, slopes = [((0, 0), (0, 0))], None
+    results = []
+    for b, (span_q, span_k) in enumerate(spans):
+        rows_q, rows_k = slice(*span_q), slice(*span_k)
+        result = reference.attention(
+            query[:, rows_q],
+            key[:, rows_k],
+            value[:, rows_k],
+            first_batch=b,
+            alibi_slopes=slopes[b] if slopes is not None and slopes.dim() == 2 else slopes,
+            **options,
+        )
+        results.append(result)
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
+
+
+def _check_starts(
     argument: str, starts: Tensor, tokens: int, max_argument: str, longest: int
-) -> list[int]:
+) -> None:
     values = starts.tolist()
     if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in itertools.pairwise(values)):
         raise ValueError(
@@ -147,4 +165,3 @@ def _checked_starts(
     lengths = [b - a for a, b in itertools.pairwise(values)]
     if lengths and max(lengths) > longest:
         raise ValueError(f"{max_argument}: expected at least {max(lengths)}, got {longest}")
-    return values

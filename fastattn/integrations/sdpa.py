@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +14,8 @@ from fastattn.functional import drop_in
 
 _lock = threading.Lock()
 _depth = 0
-_former: Callable[..., Tensor] = F.scaled_dot_product_attention  # what _sdpa stands in for
+_torchs = F.scaled_dot_product_attention
+_former: Callable[..., Tensor] = _torchs  # what _sdpa stands in for
 
 
 @contextmanager
@@ -23,12 +25,14 @@ def override_sdpa() -> Iterator[None]:
     It holds for every thread until the last one has left, and may be nested. Calls that fastattn
     has no kernel for (other devices and dtypes, nested tensors, tensor subclasses) and calls that
     it refuses go to torch's own, with torch's own errors.
+    TorchScript compiles torch's function in it as without it.
     Code that took the function by ``from torch.nn.functional import scaled_dot_product_attention``
     before keeps what it took.
     """
     global _depth, _former
     with _lock:
         if _depth == 0:
+            _tell_torchscript()
             _former, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _sdpa
         _depth += 1
     try:
@@ -38,6 +42,17 @@ def override_sdpa() -> Iterator[None]:
             _depth -= 1
             if _depth == 0:
                 F.scaled_dot_product_attention = _former
+
+
+def _tell_torchscript() -> None:
+    """What torch.jit.script compiles for a call of _sdpa: torch's operator. It would read _sdpa's
+    source otherwise, and could not compile torch's own modules within override_sdpa, or ever
+    after."""
+    try:
+        table = torch.jit._builtins._get_builtin_table()
+        table.setdefault(id(_sdpa), table[id(_torchs)])
+    except (AttributeError, KeyError):  # not a public interface
+        pass
 
 
 def _sdpa(

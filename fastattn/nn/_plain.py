@@ -43,11 +43,35 @@ def was_swapped(module: nn.Module) -> bool:
 
 
 def to_torch(module: M) -> M:
-    """Gives a swapped module its former class again. torch.jit.script calls it as
-    ``__prepare_scriptable__``: it compiles the source of a class, and can do so with torch's."""
+    """Gives a swapped module its former class again."""
     if was_swapped(module):
         module.__class__ = module.__dict__.pop(FORMER_CLASS)
     return module
+
+
+def scripted_as(torchs: type[nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """``__prepare_scriptable__`` of a class whose meaning in TorchScript is ``torchs.forward``.
+
+    torch.jit.script calls it and compiles the class of what it returns. A swapped module gets its
+    former class again; a module that was built as ours stays, and a twin with its parameters and
+    children is compiled.
+    """
+
+    def prepare(module: nn.Module) -> nn.Module:
+        if was_swapped(module):
+            return to_torch(module)
+        kind = type(module)
+        if "__prepare_scriptable__" not in vars(kind):
+            raise TypeError(
+                f"torch.jit.script: expected fastattn's own class, which it compiles as "
+                f"{torchs.__name__}, got the subclass {kind.__qualname__}; torch.jit.trace takes it"
+            )
+        twin = torchs.__new__(torchs)
+        twin.__dict__.update(vars(module))
+        twin._modules = dict(module._modules)  # torch.jit.script puts the children's twins there
+        return twin
+
+    return prepare
 
 
 def run_torchs(module: nn.Module, forward: Callable[..., R], *args: object) -> R:

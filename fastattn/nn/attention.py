@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastattn.functional._autograd import autocast_dtype
 from fastattn.functional._served import ordinary, serves_attention, unobserved
 from fastattn.functional.drop_in import attention_by_size
-from fastattn.nn._plain import as_written, run_torchs, to_torch, was_swapped
+from fastattn.nn._plain import as_written, run_torchs, scripted_as, was_swapped
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -25,7 +25,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     modes run torch's own forward.
     """
 
-    __prepare_scriptable__ = to_torch
+    __prepare_scriptable__ = scripted_as(nn.MultiheadAttention)
 
     def forward(
         self,
@@ -77,7 +77,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         p = self.dropout if self.training else 0.0
         weights = None
-        if p > 0.0 and (need_weights or p >= 1.0):
+        if p > 0.0 and need_weights:
             # The weights that are returned must be those that made the output.
             weights = F.dropout(_softmax_scores(q, k, mask, causal), p)
             out = weights @ v

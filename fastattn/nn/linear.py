@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import functional
@@ -17,7 +18,7 @@ from fastattn.functional._served import (
     serves_layers,
     unobserved,
 )
-from fastattn.nn._plain import as_written, is_plain, no_global_hooks, run_torchs, to_torch
+from fastattn.nn._plain import as_written, is_plain, no_global_hooks, run_torchs, scripted_as
 
 
 class Linear(nn.Linear):
@@ -28,7 +29,7 @@ class Linear(nn.Linear):
     where that is. Else it is torch's.
     """
 
-    __prepare_scriptable__ = to_torch
+    __prepare_scriptable__ = scripted_as(nn.Linear)
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
@@ -42,8 +43,17 @@ class Linear(nn.Linear):
         return functional.mlp(input, [weight], [bias])
 
 
+class _PlainLinearReLU(nn.Linear):
+    """What TorchScript compiles for LinearReLU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.relu(F.linear(input, self.weight, self.bias))
+
+
 class LinearReLU(nn.Linear):
     """``relu(x Wᵀ + b)`` in one kernel; ``torch.nn.Linear``'s arguments and state_dict."""
+
+    __prepare_scriptable__ = scripted_as(_PlainLinearReLU)
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
@@ -63,6 +73,8 @@ class MLP(nn.Sequential):
     Linear, ...)`` of the same layers and has its state_dict keys: ``0.weight``, ``0.bias``,
     ``2.weight``, ...
     """
+
+    __prepare_scriptable__ = scripted_as(nn.Sequential)
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from fastattn.nn._plain import (
     is_plain,
     no_global_hooks,
     run_torchs,
-    to_torch,
+    scripted_as,
     was_swapped,
 )
 from fastattn.nn.attention import MultiheadAttention
@@ -32,7 +32,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     tensors gives zeros. Unusual inputs, children and modes run torch's own forward.
     """
 
-    __prepare_scriptable__ = to_torch
+    __prepare_scriptable__ = scripted_as(nn.TransformerEncoderLayer)
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class TransformerEncoder(nn.TransformerEncoder):
     patched they are torch's: where torch makes a nested tensor at inference, its own forward runs.)
     """
 
-    __prepare_scriptable__ = to_torch
+    __prepare_scriptable__ = scripted_as(nn.TransformerEncoder)
 
     def __init__(
         self,

@@ -100,6 +100,23 @@ def test_gqa_and_dropout(served):
     assert not torch.allclose(dropped, TORCH(q, k, v, enable_gqa=True))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q, k[:, :1], v[:, :1]),
+        lambda q, k, v: (q[:, :1], k, v),
+        lambda q, k, v: (q[0], k, v[0, 0]),
+        lambda q, k, v: (q[..., :0], k[..., :0], v),
+    ],
+)
+def test_what_broadcasts(change, served):
+    inputs = change(*qkv(dtype=torch.float64))
+    with fastattn.override_sdpa():
+        out = F.scaled_dot_product_attention(*inputs)
+    assert len(served) == 1
+    torch.testing.assert_close(out, TORCH(*inputs))
+
+
 def test_torch_modules_use_it(served):
     attention = torch.nn.MultiheadAttention(16, 4, batch_first=True)
     x = torch.randn(2, 5, 16)
@@ -127,7 +144,6 @@ UNSERVED = {
     "subclass": lambda: [x.as_subclass(Logged) for x in qkv()],
     "nested": nested,
     "meta": lambda: qkv(device="meta"),
-    "broadcast heads": lambda: qkv(1),
 }
 
 
@@ -169,6 +185,9 @@ def test_transforms_and_forward_mode_are_served(served):
         lambda q, k, v: (q, k, v, torch.ones(3, 3, dtype=torch.bool)),
         lambda q, k, v: (q, k, v, torch.ones(9, 9, dtype=torch.int64)),
         lambda q, k, v: (q, k, None),
+        lambda q, k, v: (q, k[0, 0, 0], v),
+        lambda q, k, v: (q, k[:, :3], v),
+        lambda q, k, v: (q.to_sparse(), k, v[..., :3, :]),
     ],
 )
 def test_bad_input_raises_what_torch_raises(change):

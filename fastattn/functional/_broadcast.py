@@ -1,0 +1,49 @@
+"""Shapes that torch's attention takes and the kernels do not, made into shapes that they do."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.functional._validate import heads
+
+
+def broadcast(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Valid inputs as ``[*, H, Sq, D]``, ``[*, Hk, Sk, D]``, ``[*, Hk, Sk, Dv]`` with Hk a divisor
+    of H: views, but where key and value are shared by different numbers of query heads."""
+    if query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and query.dim() > 2:
+        return query, key, value
+    heads_q, heads_k, heads_v = map(heads, (query, key, value))
+    if enable_gqa and heads_k != heads_v:
+        both = math.lcm(heads_k, heads_v)
+        key, value = _shared(key, both // heads_k), _shared(value, both // heads_v)
+        heads_k = both
+    elif not enable_gqa:
+        (heads_q,) = torch.broadcast_shapes((heads_q,), (heads_k,), (heads_v,))
+        if not heads_k == heads_v == 1 or heads_q == 0:  # one head for all is the kernels' own
+            heads_k = heads_q
+    batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+    return tuple(
+        x.expand(*batch, n, *x.shape[-2:])
+        for x, n in ((query, heads_q), (key, heads_k), (value, heads_k))
+    )
+
+
+def _shared(x: Tensor, by: int) -> Tensor:
+    """Each head of x ``by`` times."""
+    if by == 1:
+        return x
+    one = heads(x) == 1
+    return x.expand(*x.shape[:-3], by, *x.shape[-2:]) if one else x.repeat_interleave(by, -3)
+
+
+def padded_head_dim(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """A head dim of 0, where every score is 0, as one of 1."""
+    if query.shape[-1] > 0:
+        return query, key
+    return F.pad(query, (0, 1)), F.pad(key, (0, 1))

@@ -1,0 +1,37 @@
+"""The native ops, called directly with bad arguments: an exception or results of the right shapes,
+never a signal."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn  # noqa: F401
+from fastattn.functional import _registration
+
+pytestmark = pytest.mark.native
+WORKER = Path(__file__).with_name("bad_metadata.py")
+BATCHES = [  # a process each, as many calls of each op
+    (250, ["attention_forward", "attention_backward"]),
+    (250, ["attention_jvp", "attention_double_backward"]),
+    (200, ["linear_relu_forward", "linear_relu_backward", "linear_relu_jvp", "fma_probe"]),
+    (200, ["mlp_forward", "mlp_inference", "mlp_backward"]),
+]
+
+
+@pytest.mark.parametrize("count, ops", BATCHES)
+def test_no_signal(count, ops):
+    command = [sys.executable, str(WORKER), "0", str(count), *ops]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    last = result.stdout.splitlines()[-1:]
+    assert result.returncode == 0, f"{result.returncode}: {last}\n{result.stderr[-3000:]}"
+
+
+def test_every_op_is_called():
+    named = {op for _, ops in BATCHES for op in ops}
+    assert named >= set(_registration._FUNCTIONS)
+    assert all(hasattr(torch.ops.fastattn, op) for op in named)
