@@ -2,82 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable
 
+import compiled
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled import (  # noqa: F401
+    Net,
+    assert_same,
+    fused,
+    kernel_calls,
+    no_graph_of_another_test,
+    why_not,
+)
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn.functional import _served
 from fastattn.integrations import graph
 
-pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("error::fastattn.FastAttnWarning")]
-
-
-@pytest.fixture(autouse=True)
-def _no_graph_of_another_test():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def fused() -> list[str]:
-    """What the backend put in, in the order of the graphs."""
-    return [entry.after.removeprefix("fastattn ") for entry in fastattn.compile_report().swapped]
-
-
-@pytest.fixture
-def kernel_calls(monkeypatch) -> list[str]:
-    """The kernels that ran."""
-    calls = []
-    for name in ("linear_relu", "mlp", "scaled_dot_product_attention"):
-        kernel = getattr(fastattn.functional, name)
-
-        def counted(*args, name=name, kernel=kernel, **options):
-            calls.append(name)
-            return kernel(*args, **options)
-
-        monkeypatch.setattr(fastattn.functional, name, counted)
-    return calls
-
-
-def why_not() -> str:
-    return "\n".join(entry.reason for entry in fastattn.compile_report().skipped)
-
-
-def assert_same(
-    call: Callable[..., Tensor], *inputs: Tensor, parameters: list[Tensor] | None = None
-) -> None:
-    """The compiled call gives the call's result and gradients."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    expected = call(*leaves)
-    actual = torch.compile(call, backend="fastattn")(*leaves)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    if not expected.requires_grad:
-        assert not actual.requires_grad
-        return
-    wanted = [*leaves, *(parameters or [])]
-    cotangent = torch.randn_like(expected)
-    found = [torch.autograd.grad(out, wanted, cotangent, allow_unused=True)
-             for out in (actual, expected)]  # fmt: skip
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
-
-
-class Net(nn.Module):
-    """The digit classifier with a forward of its own."""
-
-    def __init__(self, relu: Callable[[Tensor], Tensor] = torch.relu) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(20, 16), nn.Linear(16, 10)
-        self.relu = relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.relu(self.fc1(x)))
+pytestmark = compiled.MARKS
 
 
 @pytest.mark.parametrize(
@@ -88,7 +33,7 @@ class Net(nn.Module):
     ids=["torch.relu", "F.relu", "method", "torch.relu_", "method_", "module", "inplace",
          "F.inplace", "dropout off", "dropout of 0"],
 )  # fmt: skip
-def test_a_network_with_a_forward_of_its_own_is_one_call(relu, kernel_calls):
+def test_a_network_with_a_forward_of_its_own_is_one_call(relu, kernel_calls):  # noqa: F811
     net = Net(relu)
     assert_same(net, torch.randn(5, 20), parameters=list(net.parameters()))
     assert fused() == kernel_calls == ["mlp"]
@@ -184,7 +129,7 @@ def _as_a_weight(net, x):
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_what_somebody_else_may_see_is_not_fused(call, expected, reason, kernel_calls):
+def test_what_somebody_else_may_see_is_not_fused(call, expected, reason, kernel_calls):  # noqa: F811
     net = Net()
     assert_same(lambda x: call(net, x), torch.randn(5, 20), parameters=list(net.parameters()))
     assert fused() == kernel_calls == expected
@@ -270,7 +215,7 @@ def test_all_lengths_have_two_graphs():
     assert fastattn.compile_report().graphs <= 3  # a single row has one of its own
 
 
-def test_small_problems_are_torchs(monkeypatch, kernel_calls):
+def test_small_problems_are_torchs(monkeypatch, kernel_calls):  # noqa: F811
     monkeypatch.setattr(_served, "LEAST_WORK", 5 * (20 * 16 + 16 * 10) + 1)
     net = Net()
     call = torch.compile(net, backend="fastattn")
@@ -292,7 +237,7 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize("case", ATTENTION)
-def test_attention(case, kernel_calls):
+def test_attention(case, kernel_calls):  # noqa: F811
     options = ATTENTION[case]()
     q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 5)
     assert_same(lambda *qkv: F.scaled_dot_product_attention(*qkv, **options), q, k, v)
@@ -307,7 +252,7 @@ def test_grouped_queries():
 
 @pytest.mark.parametrize("weights", ["not asked for", "not read", "read"])
 @pytest.mark.parametrize("masks", ["none", "padding", "causal", "wrong hint"])
-def test_multi_head_attention(weights, masks, kernel_calls):
+def test_multi_head_attention(weights, masks, kernel_calls):  # noqa: F811
     layer = nn.MultiheadAttention(8, 2, batch_first=True)
     options = {"need_weights": weights != "not asked for"}
     if masks == "padding":
@@ -332,7 +277,7 @@ def test_multi_head_attention(weights, masks, kernel_calls):
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("grad", [False, True])
-def test_encoder_layers(norm_first, activation, grad, kernel_calls):
+def test_encoder_layers(norm_first, activation, grad, kernel_calls):  # noqa: F811
     layer = nn.TransformerEncoderLayer(
         8, 2, 16, activation=activation, norm_first=norm_first, batch_first=True
     ).eval()
@@ -350,63 +295,6 @@ def test_encoder_layer_with_a_mask_at_inference_is_torchs():
         assert_same(lambda x: layer(x, src_key_padding_mask=padding), torch.randn(2, 6, 8))
     assert not fused()
     assert "it has a mask" in why_not()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_dtypes(dtype):
-    net = Net().to(dtype)
-    x = torch.randn(5, 20, dtype=dtype)
-    actual, expected = torch.compile(net, backend="fastattn")(x), net(x)
-    assert actual.dtype == dtype
-    tolerance = {torch.float64: 1e-12}.get(dtype, 4 * torch.finfo(dtype).eps)
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-    assert fused() == ["mlp"]
-
-
-@pytest.mark.parametrize("inside", [True, False])
-def test_autocast(inside):
-    net, x = Net(), torch.randn(5, 20)
-
-    def cast(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return net(x)
-
-    call = torch.compile(cast if inside else net, backend="fastattn")
-    with contextlib.nullcontext() if inside else torch.autocast("cpu", torch.bfloat16):
-        actual = call(x)
-    assert actual.dtype == torch.bfloat16
-    torch.testing.assert_close(actual, cast(x), rtol=0.02, atol=0.01)
-    assert fused() == ["mlp"]
-
-
-def test_second_derivatives():
-    net = Net().double()
-    x = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
-    call = torch.compile(net, backend="fastattn")
-    torch.autograd.gradcheck(call, x)
-    torch.autograd.gradgradcheck(call, x)
-    assert fused() == ["mlp"]
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_run_again_in_the_backward(reentrant, kernel_calls):
-    net = Net()
-
-    def call(x: Tensor) -> Tensor:
-        return checkpoint(net, x, use_reentrant=reentrant)
-
-    x = torch.randn(5, 20, requires_grad=True)
-    out = torch.compile(call, backend="fastattn")(x)
-    assert kernel_calls == ["mlp"]
-    out.sum().backward()
-    assert kernel_calls == ["mlp", "mlp"]
-    torch.testing.assert_close(x.grad, torch.autograd.grad(net(x).sum(), x)[0])
-
-
-def test_a_transform_inside_the_model():
-    net = Net()
-    assert_same(lambda x: torch.func.vmap(net)(x), torch.randn(5, 20))
-    assert_same(lambda x: torch.func.grad(lambda x: net(x).sum())(x), torch.randn(5, 20))
 
 
 def test_a_patched_model_is_compiled_too():
