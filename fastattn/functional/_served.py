@@ -14,6 +14,7 @@ from torch.nn.attention.bias import CausalBias
 
 from fastattn import _products, backends
 from fastattn._problem import autocast_dtype, computed_dtype, follows_autocast
+from fastattn.functional._autograd import transforming
 from fastattn.functional._torch_internals import FakeTensor, watched
 
 
@@ -78,13 +79,18 @@ LEAST_ATTENTION = 1 << 22
 
 def is_small_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> bool:
     """Whether attention has so little to do on a CPU that a kernel call takes longer than torch's.
-    Dropout, and dtypes without a product of torch's, are the kernels' at any size."""
-    if not query.is_cpu or dropout_p > 0.0 or torch.compiler.is_compiling():
-        return False
-    if computed_dtype(query) in _products._LACKING:
+    Dropout, and dtypes without a product of torch's, are the kernels' at any size; so is whatever
+    may be differentiated, since torch's fused attention has no second derivative."""
+    if not query.is_cpu or dropout_p > 0.0 or torch.compiler.is_compiling() or transforming():
         return False
     columns = query.shape[-1] + value.shape[-1]
-    return query.numel() * key.shape[-2] * columns < LEAST_ATTENTION * query.shape[-1]
+    if query.numel() * key.shape[-2] * columns >= LEAST_ATTENTION * query.shape[-1]:
+        return False
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    ):
+        return False
+    return computed_dtype(query) not in _products._LACKING
 
 
 def serves_layers(

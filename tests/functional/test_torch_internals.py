@@ -51,6 +51,7 @@ OTHERS = {
         "torch._C._FunctionBase": "Function.apply",
         "torch._C._functorch.is_legacy_batchedtensor": "no gradients in batches; ops raise",
         "torch._C._AutoDispatchBelowAutograd": "AttributeError at the first kernel",
+        "torch._C._get_tracing_state": "AttributeError at the first kernel",
         "forward_ad._current_level": "AttributeError at the first kernel",
     },
     "functional/_registration.py": {
@@ -60,12 +61,16 @@ OTHERS = {
         "torch._C._after_autograd_keyset": "AttributeError at the first op",
         "forward_ad._current_level": "AttributeError at the first op",
     },
-    "functional/_served.py": {
+    "_products.py": {
         "torch.ops.mkldnn._is_mkldnn_bf16_supported": "torch's products",
         "torch.ops.mkldnn._is_mkldnn_fp16_supported": "torch's products",
+        "torch.cpu._is_amx_tile_supported": "torch's products in float32",
     },
     "functional/_torch_internals.py": {
         "torch._C": "SAFE, as the names that it is asked for by string",
+    },
+    "integrations/sdpa.py": {
+        "torch.jit._builtins._get_builtin_table": "no torch.jit.script within override_sdpa",
     },
     "verification/first_use.py": {
         "torch.cuda._is_in_bad_fork": "AttributeError at the first kernel on a GPU",
