@@ -50,21 +50,17 @@ def ordinary(*tensors: object, exported: bool = False) -> bool:
 LEAST_WORK = 1 << 25
 
 
-def is_small(input: object, modules: Iterable[torch.nn.Module]) -> bool:
-    """Whether the Linears among ``modules`` have so little to do on a CPU that checks and a kernel
-    call take longer than they save. It reads few attributes, as it runs before each small call."""
-    if type(input) is not Tensor or not input.is_cpu or input.dtype in _products._LACKING:
-        return False
-    width = weights = 0  # of the input's rows, and of all layers
-    for module in modules:
-        if type(module) is torch.nn.Linear:
-            width = width or module.in_features
-            weights += module.in_features * module.out_features
-    return input.numel() * weights < LEAST_WORK * width
+def small_below(modules: Iterable[torch.nn.Module]) -> int:
+    """The number of elements of an input below which the Linears among ``modules`` have so little
+    to do on a CPU that checks and a kernel call take longer than they save; 0 for no Linear."""
+    linears = [m for m in modules if isinstance(m, torch.nn.Linear)]
+    weights = sum(m.in_features * m.out_features for m in linears)
+    return LEAST_WORK * linears[0].in_features // weights if weights else 0
 
 
 def is_small_product(input: Tensor, weights: int) -> bool:
-    """``is_small`` for layers with so many ``weights`` in all, of an ordinary input."""
+    """Whether layers with so many ``weights`` in all have so little to do with an ordinary input
+    that a kernel call takes longer than it saves."""
     if not input.is_cpu or input.dtype in _products._LACKING:
         return False
     return input.numel() * weights < LEAST_WORK * input.shape[-1]

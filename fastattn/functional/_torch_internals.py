@@ -22,9 +22,9 @@ class _Unknown:
     """No tensor and no mode is one."""
 
 
-_tracing_state = _from(torch._C, "_get_tracing_state", lambda: True)
+tracing_state = _from(torch._C, "_get_tracing_state", lambda: True)
 _dispatch_modes = _from(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_function_modes = _from(torch._C, "_len_torch_function_stack", lambda: -1)
+function_modes = _from(torch._C, "_len_torch_function_stack", lambda: -1)
 _function_mode = _from(torch._C, "_get_function_stack_at", lambda i: None)
 _DeviceContext = _from(getattr(torch.utils, "_device", None), "DeviceContext", _Unknown)
 FakeTensor = _from(getattr(torch, "_subclasses", None), "FakeTensor", _Unknown)
@@ -34,9 +34,9 @@ any_global_hook = _from(nn.modules.module, "_has_any_global_hook", lambda: True)
 def watched() -> bool:
     """Whether somebody may watch or record torch's operations: ``torch.jit.trace``, a dispatch
     mode, a torch function mode but the one that sets the default device."""
-    if _tracing_state() is not None or _dispatch_modes():
+    if tracing_state() is not None or _dispatch_modes():
         return True
-    count = _function_modes()
+    count = function_modes()
     return count < 0 or any(type(_function_mode(i)) is not _DeviceContext for i in range(count))
 
 

@@ -12,10 +12,11 @@ from torch.nn.utils import parametrize
 
 from fastattn import _products, backends
 from fastattn import nn as fnn
+from fastattn.functional._served import small_below
 from fastattn.integrations import pretrained, transformers
 from fastattn.integrations.report import PatchReport
 from fastattn.integrations.sequential import FusedSequential
-from fastattn.nn._plain import FORMER_CLASS, has_hooks, is_plain
+from fastattn.nn._plain import FORMER_CLASS, SMALL_BELOW, has_hooks, is_plain, to_torch
 from fastattn.nn.linear import is_plain_linear
 
 ATTENTION = {
@@ -42,10 +43,12 @@ class ClassSwap:
                 f"{type(self.module).__name__}: plan again"
             )
         vars(self.module)[FORMER_CLASS] = self.before
+        if self.after is FusedSequential:
+            vars(self.module)[SMALL_BELOW] = small_below(self.module)
         self.module.__class__ = self.after
 
     def undo(self) -> None:
-        self.module.__class__ = vars(self.module).pop(FORMER_CLASS)
+        to_torch(self.module)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ R = TypeVar("R")
 
 # Where ``fastattn.patch`` keeps the class that a module had.
 FORMER_CLASS = "_fastattn_former_class"
+# Where it keeps how small an input of a Sequential must be to be torch's at the first look.
+SMALL_BELOW = "_fastattn_small_below"
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -25,13 +27,14 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def no_global_hooks() -> bool:
-    """Whether no hook is registered for all modules, which must see every child called."""
-    return not any_global_hook()
+    """Whether nothing must see every child called: no hook registered for all modules, and calls
+    of modules as torch wrote them."""
+    return not any_global_hook() and nn.Module.__call__ is CALL
 
 
 def as_written(kind: type[nn.Module]) -> bool:
     """Whether nobody has replaced ``kind.forward``, or a function that it calls."""
-    return kind.forward is _FORWARDS.get(kind, kind.forward) and all(
+    return kind.forward is FORWARDS.get(kind, kind.forward) and all(
         getattr(F, name) is function for name, function in _FUNCTIONS.get(kind, ())
     )
 
@@ -46,6 +49,7 @@ def to_torch(module: M) -> M:
     """Gives a swapped module its former class again."""
     if was_swapped(module):
         module.__class__ = module.__dict__.pop(FORMER_CLASS)
+        module.__dict__.pop(SMALL_BELOW, None)
     return module
 
 
@@ -101,13 +105,16 @@ _HOMES = {
     nn.TransformerEncoderLayer: "torch/nn/modules/transformer.py",
     nn.TransformerEncoder: "torch/nn/modules/transformer.py",
 }
-_FORWARDS = {kind: _torchs(kind.forward, home) for kind, home in _HOMES.items()}
+# None, which no function is, where it was replaced before fastattn was imported.
+CALL = _torchs(nn.Module.__call__, "torch/nn/modules/module.py")
+FORWARDS = {kind: _torchs(kind.forward, home) for kind, home in _HOMES.items()}
 
 
 def _functions(*names: str) -> tuple[tuple[str, object], ...]:
     return tuple((name, _torchs(getattr(F, name), "torch/nn/functional.py")) for name in names)
 
 
+RELU = _torchs(F.relu, "torch/nn/functional.py")
 _FUNCTIONS = {
     nn.Linear: _functions("linear"),
     nn.ReLU: _functions("relu"),

@@ -85,8 +85,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             if need_weights:
                 weights = _softmax_scores(q, k, mask, causal)
             out = attention_by_size(q, k, v, mask, p, causal)
-        # In training torch's result lies sequence first: a dropout behind it draws in that order.
-        lies_batch_first = batch_first and not (batched and self.training)
+        # Outside of inference torch's result lies sequence first: a dropout behind it draws in that
+        # order.
+        learned = torch.is_grad_enabled() and self.out_proj.weight.requires_grad
+        inference = not (self.training or out.requires_grad or learned)
+        lies_batch_first = batch_first and (inference or not batched)
         out = out.transpose(1, 2) if lies_batch_first else out.permute(2, 0, 1, 3)
         out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         if batch_first and not lies_batch_first:

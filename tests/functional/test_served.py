@@ -9,6 +9,8 @@ from torch import nn
 import fastattn
 from fastattn import _products, functional
 from fastattn.functional import _served, drop_in
+from fastattn.functional._served import unobserved
+from fastattn.integrations import sequential
 
 pytestmark = pytest.mark.native
 LEAST_WORK = 1 << 25  # what conftest.py sets to 0
@@ -34,19 +36,28 @@ def test_small_stacks_are_torchs(monkeypatch, rows, kernels):
     assert bool(calls) == kernels
 
 
-def test_a_dtype_that_torch_has_no_product_for_is_never_too_small(monkeypatch):
+def test_the_size_below_which_a_stack_is_small(monkeypatch):
     monkeypatch.setattr(_served, "LEAST_WORK", LEAST_WORK)
-    x, layers = torch.randn(4, 64), list(stack())
-    assert _served.is_small(x, layers)
+    assert _served.small_below(stack()) == LEAST_WORK * 64 // (96 * 128)
+    assert _served.small_below(nn.Sequential(nn.ReLU())) == 0
+
+
+def test_which_small_inputs_are_torchs_at_the_first_look(monkeypatch):
+    monkeypatch.setattr(_served, "LEAST_WORK", LEAST_WORK)
+    model, x = stack(), torch.randn(4, 64)
+    fastattn.patch(model)
+    looked = []
+    monkeypatch.setattr(sequential, "unobserved", lambda: looked.append(1) or unobserved())
+
+    def first_look(x: torch.Tensor) -> bool:
+        looked.clear()
+        model(x)
+        return not looked
+
+    assert first_look(x)
+    assert not first_look(nn.Parameter(x))
     monkeypatch.setattr(_products, "_LACKING", frozenset({torch.float32}))
-    assert not _served.is_small(x, layers)
-
-
-def test_other_inputs_than_tensors_on_a_cpu_are_not_judged(monkeypatch):
-    monkeypatch.setattr(_served, "LEAST_WORK", LEAST_WORK)
-    x = torch.randn(4, 64)
-    for given in (None, x.to("meta"), nn.Parameter(x)):
-        assert not _served.is_small(given, stack())
+    assert not first_look(x)
 
 
 MASK = (torch.arange(16) > 3).expand(16, 16)

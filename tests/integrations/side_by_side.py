@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import fastattn
+from fastattn.functional import _served
 
 # Tracers and compilers of torch warn of what they are about to lose.
 MARKS = [
@@ -22,6 +23,13 @@ MARKS = [
 ]
 Make = Callable[[], nn.Module]
 Run = Callable[[nn.Module], object]
+
+
+@pytest.fixture(params=["kernels", "torch's functions"])
+def small_or_not(request, monkeypatch) -> None:
+    """With the kernels, and with the layers of small inputs called straight."""
+    if request.param == "torch's functions":
+        monkeypatch.setattr(_served, "LEAST_WORK", 1 << 62)
 
 
 def pair(make: Make) -> tuple[nn.Module, nn.Module]:

@@ -92,8 +92,18 @@ def run_models(seed: int, models: int) -> Counter[str]:
         ours, _ = random_model(Draw(draw.rng))  # a deep copy shares the parametrized classes
         for entry in fastattn.patch(ours).swapped:
             draw.seen[f"swap: {entry.before}"] += 1
+        if draw.rng.random() < 0.3:
+            call_straight(draw, ours)
         side_by_side_for_a_while(draw, stock, ours, dtype)
     return draw.seen
+
+
+def call_straight(draw: Draw, model: Net) -> None:
+    """Every input of the Sequentials counts as small, so that their layers' functions are called."""
+    for module in model.modules():
+        if type(module) is sequential.FusedSequential:
+            vars(module)[_plain.SMALL_BELOW] = 1 << 62
+            draw.seen["called straight"] += 1
 
 
 def side_by_side_for_a_while(draw: Draw, stock: Net, ours: Net, dtype: torch.dtype) -> None:
@@ -169,6 +179,7 @@ MET = [
     "added keys",
     "attention weights wanted",
     "a side output",
+    "called straight",
 ]
 
 
@@ -182,16 +193,28 @@ def test_random_models(seed, kernel_calls):
     assert seen["errors"] < MODELS / 4  # of about 5 calls of each model
 
 
+class _Now(dict):
+    """The forwards as they are now, replaced or not."""
+
+    def __getitem__(self, kind: type[nn.Module]) -> object:
+        return kind.forward
+
+
 # A defect of each kind that drop-ins could have, in the one place that keeps it out.
 MUTANTS = {
     "hooks are not seen": (_plain, "has_hooks", lambda module: False),
     "global hooks are not seen": (_plain, "any_global_hook", lambda: False),
-    "replaced forwards are not seen": (_plain, "_FORWARDS", {}),
+    "replaced forwards are not seen": (_plain, "FORWARDS", {}),
     "replaced functions are not seen": (_plain, "_FUNCTIONS", {}),
     "a subclass counts as plain": (
         sequential,
         "is_plain_linear",
         lambda m: isinstance(m, nn.Linear) and not _plain.has_hooks(m),
+    ),
+    "replaced forwards are not seen in small calls": (
+        sequential,
+        "FORWARDS",
+        _Now(),
     ),
     "function modes are not seen": (sequential, "unobserved", lambda: True),
     "masks are lost": (attention.MultiheadAttention, "_merge", lambda *a: None),

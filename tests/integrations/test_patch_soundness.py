@@ -13,7 +13,14 @@ import pytest
 import side_by_side
 import torch
 import torch.nn.functional as F
-from side_by_side import Run, assert_same, globally_hooked, operations, twice_the_output
+from side_by_side import (
+    Run,
+    assert_same,
+    globally_hooked,
+    operations,
+    small_or_not,  # noqa: F401 (a fixture)
+    twice_the_output,
+)
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jvp, vmap
@@ -24,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 
-pytestmark = side_by_side.MARKS
+pytestmark = [*side_by_side.MARKS, pytest.mark.usefixtures("small_or_not")]
 
 
 def stack() -> nn.Sequential:
@@ -133,6 +140,25 @@ EDITS = {
 @pytest.mark.parametrize("name", EDITS)
 def test_edits(name):
     assert_same(stack, lambda m: m(X), EDITS[name])
+
+
+def test_replaced_calls_of_modules_are_run(monkeypatch):
+    """Tools that wrap the call of every module, to time it or to list it."""
+
+    def run(model: nn.Module) -> list[str]:
+        called: list[str] = []
+        whole = nn.Module.__call__
+
+        def call(module: nn.Module, *args: object) -> object:
+            called.append(type(module).__name__)
+            return whole(module, *args)
+
+        with monkeypatch.context() as replaced:
+            replaced.setattr(nn.Module, "__call__", call)
+            model(X)
+        return called
+
+    assert_same(stack, run)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -264,4 +290,5 @@ def test_a_process_that_only_unpickles():
     model = nn.Sequential(layer, *stack())
     assert fastattn.patch(model).swapped
     found = in_a_fresh_process(model, torch.randn(2, 5, 8))
-    assert found == "fastattn.integrations.sequential ['_fastattn_former_class']"
+    marks = ["_fastattn_former_class", "_fastattn_small_below"]
+    assert found == f"fastattn.integrations.sequential {marks}"

@@ -389,3 +389,29 @@ def test_derivatives_through_frozen_layers(relu_last):
     actual, expected = outcome(run, ours), outcome(run, stock)
     assert not isinstance(expected, Exception), expected
     compare(actual, expected)
+
+
+FROZEN = {"nothing": "none", "the projections": "attention.in_proj", "everything": ""}
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_a_dropout_behind_attention_draws_the_same(train, frozen):
+    """It draws in the order in which the attention's result lies in memory."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True).train(train)
+            self.dropout = nn.Dropout(0.5)
+            for name, p in self.named_parameters():
+                p.requires_grad_(not name.startswith(FROZEN[frozen]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dropout(self.attention(x, x, x)[0])
+
+    def run(model: nn.Module) -> object:
+        torch.manual_seed(0)
+        return model(torch.randn(3, 5, 8))
+
+    assert_same(Net, run)
