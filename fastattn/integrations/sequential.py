@@ -33,7 +33,7 @@ class FusedSequential(nn.Sequential):
     """
 
     __prepare_scriptable__ = to_torch
-    # ``patch`` sets it. An old value, where layers were replaced since, costs time and nothing else.
+    # ``patch`` sets it. Layers replaced since make it wrong: that costs time alone.
     _fastattn_small_below = 0
 
     def __getitem__(self, idx: int | slice) -> nn.Module:

@@ -99,7 +99,7 @@ def run_models(seed: int, models: int) -> Counter[str]:
 
 
 def call_straight(draw: Draw, model: Net) -> None:
-    """Every input of the Sequentials counts as small, so that their layers' functions are called."""
+    """Every input of the Sequentials counts as small, and their layers are called straight."""
     for module in model.modules():
         if type(module) is sequential.FusedSequential:
             vars(module)[_plain.SMALL_BELOW] = 1 << 62
