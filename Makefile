@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help setup test demo lint format bench hf-sweep gpu-bundle gpu-check wheel clean
+.PHONY: help setup test demo lint format bench fuzz hf-sweep gpu-bundle gpu-check wheel clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -42,6 +42,11 @@ format: setup ## ruff and clang-format, in place
 OUT_BENCH ?= fastattn-bench
 bench: setup ## Paired timings against torch, into OUT_BENCH=dir
 	$(BIN)/python -m fastattn bench --output $(OUT_BENCH)
+
+N ?= 10000
+SEED ?= 1
+fuzz: setup ## N=10000 random problems of SEED=1 against the oracle; goes on where it was ended
+	$(BIN)/python tests/fuzz/campaign.py --problems $(N) --seed $(SEED) --table fuzz-$(SEED).md
 
 hf-sweep: setup ## Every model class of transformers that a small config builds, into a table
 	$(BIN)/python -W ignore benchmarks/hf_sweep.py --output benchmarks/results/hf-sweep.md

@@ -1,0 +1,176 @@
+"""One fuzzed problem: the kernels beside the reference in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from fuzzed import Problem
+from torch import Tensor
+
+from fastattn.testing import unit_roundoff
+
+
+def results(problem: Problem, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
+    """The outputs, the gradients and the second derivatives up to the problem's order, under the
+    same random numbers."""
+    leaves = [x.to(dtype) for x in problem.leaves]
+    if problem.order:
+        leaves = [x.detach().requires_grad_() for x in leaves]
+    torch.manual_seed(5)
+    outs = problem.run(leaves, backend)
+    found = {f"result {i}": x.detach() for i, x in enumerate(outs)}
+    if problem.order == 0:
+        return found
+    draws = torch.Generator().manual_seed(6)
+
+    def like(x: Tensor) -> Tensor:
+        wide = torch.randn(x.shape, generator=draws, dtype=torch.float64)
+        return wide.to(problem.leaves[0].dtype).to(x.dtype)
+
+    # A log-sum-exp of -inf has no gradient to weigh.
+    cotangents = [torch.where(x.detach() == -math.inf, 0.0, like(x)) for x in outs]
+    for c in cotangents:
+        c.requires_grad_(problem.order > 1)
+    # Without keys nothing depends on anything, and a backend may say so.
+    pairs = [(x, c) for x, c in zip(outs, cotangents, strict=True) if x.requires_grad]
+    outs, cotangents = [x for x, _ in pairs], [c for _, c in pairs]
+    grads = torch.autograd.grad(outs, leaves, cotangents, create_graph=problem.order > 1)
+    found |= {f"gradient {i}": x.detach() for i, x in enumerate(grads)}
+    if problem.order == 1:
+        return found
+    tangents = [like(g) for g in grads]
+    pairs = [(g, t) for g, t in zip(grads, tangents, strict=True) if g.requires_grad]
+    grads, tangents = [g for g, _ in pairs], [t for _, t in pairs]
+    inputs = [*leaves, *cotangents]
+    second = (
+        torch.autograd.grad(grads, inputs, tangents, allow_unused=True, materialize_grads=True)
+        if grads
+        else [torch.zeros_like(x) for x in inputs]
+    )
+    return found | {f"second {i}": x for i, x in enumerate(second)}
+
+
+def worst_error(problem: Problem) -> dict[str, float]:
+    """The largest error of each result, over what is allowed. Raises AssertionError above 1, and
+    for a NaN or an infinity in one result alone.
+
+    Allowed is twice the reference's error in the problem's dtype, and the rounding of the results,
+    of terms that cancel in them, and of scores in the accumulator: a score of size s moves a
+    weight by s roundings.
+    """
+    dtype = problem.leaves[0].dtype
+    torch.set_num_threads(problem.threads)
+    actual = results(problem, dtype, "cpu")
+    expected = results(problem, torch.float64, "reference")
+    if not problem.whole:
+        _compare_nans(problem, actual, expected)
+        return {}
+    peer: dict[str, Tensor] = {}
+    scales = terms_of_layers(problem) if problem.layers else terms_of_attention(problem)
+    found = {}
+    for name in {**actual, **expected}:
+        zero = torch.zeros(())  # None stands for it
+        ours, oracle = actual.get(name, zero), expected.get(name, zero)
+        if name in actual and name in expected:
+            assert ours.shape == oracle.shape, f"{name}: shape {tuple(ours.shape)}"
+            assert ours.dtype in (dtype, torch.float32), f"{name}: dtype {ours.dtype}"
+        ours, oracle = torch.broadcast_tensors(ours, oracle)
+        over = _over_allowed(problem, ours, oracle, oracle, scales.get(name, 0.0))
+        if over > 1.0:
+            peer = peer or results(problem, dtype, "reference")
+            over = _over_allowed(problem, ours, oracle, peer.get(name, zero), scales.get(name, 0.0))
+        assert over <= 1.0, f"{name}: {over:.3g} times the allowed error"
+        found[name] = over
+    return found
+
+
+def _compare_nans(problem: Problem, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """A NaN of a query or key is in the same results. One of a value is in the rows that see its
+    key; in other rows the reference has it as 0 times NaN, and the kernels need not."""
+    q, k, v = problem.leaves[:3]
+    if not v.isnan().any():
+        for name, oracle in expected.items():
+            assert torch.equal(actual[name].isfinite(), oracle.isfinite()), f"{name}: NaN elsewhere"
+        return
+    torch.manual_seed(5)
+    shown = problem.run([q.double(), k.double(), v.isnan().double()], "reference")[0]
+    nan, may = actual["result 0"].isnan(), expected["result 0"].isnan()
+    assert not (nan & ~may).any(), "result 0: NaN of a value that nothing shows"
+    assert nan[shown > 1e-30].all(), "result 0: NaN of a value is lost"
+    assert actual["result 1"].isfinite().equal(expected["result 1"].isfinite()), "LSE: NaN"
+
+
+def terms_of_attention(problem: Problem) -> dict[str, float]:
+    """The size of the terms of each result of attention, before they cancel. In 16 bits the
+    backward knows the output as it was rounded, so what cancels leaves a rounding of the terms."""
+
+    def longest(x: Tensor) -> float:
+        return float(x.double().norm(dim=-1).max()) if x.numel() else 0.0
+
+    q, k, v = (longest(x) for x in problem.leaves[:3])
+    rows = problem.leaves[0].numel() // max(1, problem.leaves[0].shape[-1])
+    far = 4.0  # of normal numbers' rows
+    dp = 1.0 + far * v * problem.dropped  # of the output's and the LSE's cotangents of about 1
+    tangent = 1.0 + far * problem.scale * (k + q) + far  # of scores, in a direction of about 1
+    size = {
+        "result 1": 1.0,  # a sum of weights of about 1, before the logarithm
+        "gradient 0": dp * problem.scale * k,
+        "gradient 1": dp * problem.scale * q * rows**0.5,
+        "gradient 2": far * problem.dropped * rows**0.5,
+        "gradient 3": dp * rows**0.5,
+    }
+    second = {f"second {n[9:]}": x * tangent + dp for n, x in size.items() if n[0] == "g"}
+    n = len(problem.leaves)
+    outputs = {f"second {n}": v * tangent * problem.dropped, f"second {n + 1}": tangent}
+    return size | second | outputs
+
+
+def terms_of_layers(problem: Problem) -> dict[str, float]:
+    """The same of linear layers: products of the longest rows and columns of the weights."""
+    x, weights = (
+        problem.leaves[0].double(),
+        [w.double() for w in problem.leaves[1 : 1 + problem.layers]],
+    )
+    if any(t.numel() == 0 for t in (x, *weights)):
+        return {}
+    there = back = 1.0
+    for w in weights:
+        there *= max(1.0, float(w.norm(dim=1).max()))
+        back *= max(1.0, float(w.norm(dim=0).max()))
+    largest = float(x.norm(dim=1).max()) + 4.0  # and a bias
+    gradient = 4.0 * max(1.0, back, there) * x.shape[0] ** 0.5
+    size = {"result 0": largest * there, "gradient 0": 4.0 * back}
+    size |= {f"gradient {i}": gradient * largest for i in range(1, len(problem.leaves))}
+    return size | {
+        f"second {i}": gradient * largest * there for i in range(1 + len(problem.leaves))
+    }
+
+
+def _over_allowed(
+    problem: Problem, ours: Tensor, oracle: Tensor, peer: Tensor, terms: float
+) -> float:
+    """The largest error over what is allowed; infinite for a NaN or an infinity on one side."""
+    if not ours.numel():
+        return 0.0
+    # A result too large for the dtype is infinite in it.
+    oracle = torch.where(oracle.abs() > torch.finfo(ours.dtype).max, peer.double(), oracle)
+    if not torch.equal(ours.isfinite(), oracle.isfinite()):
+        return math.inf
+    oracle, ours, peer = (x.double().nan_to_num(0.0, 0.0, 0.0) for x in (oracle, ours, peer))
+    dtype = problem.leaves[0].dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    accumulator, rounding = unit_roundoff(wide), unit_roundoff(dtype)
+    allowed = 2 * float((peer - oracle).abs().max())
+    allowed += 4 * torch.finfo(dtype).tiny  # subnormal results may be flushed
+    size = float(oracle.abs().max()) + terms
+    allowed += 8 * size * (rounding + accumulator * (1 + problem.score))
+    return float((ours - oracle).abs().max()) / allowed
+
+
+def run(problem: Problem) -> tuple[str | None, float]:
+    """What is wrong, None for nothing, and the largest error over what is allowed."""
+    try:
+        return None, max(worst_error(problem).values(), default=0.0)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".split("\n")[0], math.inf

@@ -1,0 +1,148 @@
+"""A slice of the campaign of ``make fuzz``, and whether the campaign would see a fault."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import against_oracle
+import campaign
+import fuzzed
+import pytest
+import torch
+
+import fastattn
+
+pytestmark = pytest.mark.native
+
+SLICES, EACH = 6, 130
+
+
+@pytest.fixture(autouse=True)
+def _as_users_have_it():
+    """Memory is not filled with NaN, and the number of threads is as it was afterwards."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("part", range(SLICES))
+def test_a_slice(part):
+    found = campaign.run_here(11, range(part * EACH, (part + 1) * EACH), "this one")
+    assert not found["failures"]
+
+
+def test_every_class_is_drawn():
+    seen = Counter()
+    for number in range(4000):
+        rng = fuzzed.Draw(11, number)
+        for names in (fuzzed.DTYPES, fuzzed.LAYOUTS, fuzzed.MAGNITUDES, fuzzed.VALUES):
+            rng.one("", names)
+        seen.update(rng.classes)
+    for number in range(700):
+        seen.update(fuzzed.draw(12, number).classes)
+    for name in (
+        *(f"op: {op}" for op in fuzzed.OPS),
+        *(f"order: {n}" for n in (0, 1, 2)),
+        *(f"threads: {n}" for n in (1, 2)),
+        *(f"mask: {kind}" for kind in fuzzed.MASKS),
+        *(f"a NaN in: {n}" for n in (0, 1, 2)),
+        *(f"magnitude: {name}" for name in fuzzed.MAGNITUDES),
+        *(f"layout: {name}" for name in fuzzed.LAYOUTS),
+        *(f"no {what}" for what in ("queries", "keys", "heads", "batch", "inputs", "outputs")),
+        *(f"option: {name}" for name in ("is_causal", "window_size", "softcap", "alibi_slopes")),
+        *(f"option: {name}" for name in ("dropout_p", "scale")),
+    ):
+        assert seen[name], name
+
+
+def _off(x: torch.Tensor) -> torch.Tensor:
+    wrong = x.clone()
+    if wrong.numel():
+        wrong.view(-1)[-1] += 0.1 + wrong.view(-1)[-1].abs()
+    return wrong
+
+
+DEFECTS = {
+    "the last element of attention": (
+        "scaled_dot_product_attention",
+        lambda f, *a, **k: (_off(f(*a, **k)[0].contiguous()), f(*a, **k)[1]),
+    ),
+    "the causal mask is lost": (
+        "scaled_dot_product_attention",
+        lambda f, *a, is_causal=False, **k: f(*a, **k),
+    ),
+    "the first key's gradient": (
+        "scaled_dot_product_attention",
+        lambda f, q, k, *a, **o: f(
+            q, torch.cat([k[..., :1, :].detach(), k[..., 1:, :]], -2), *a, **o
+        ),
+    ),
+    "the bias is lost": ("linear_relu", lambda f, x, w, bias=None, **k: f(x, w, **k)),
+    "a rounding of one in a thousand": ("mlp", lambda f, *a, **k: f(*a, **k) * 1.001),
+    "an exception": ("mlp", lambda f, *a, **k: 1 / 0),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_is_seen(defect, monkeypatch):
+    name, broken = DEFECTS[defect]
+    whole = getattr(fastattn, name)
+
+    def op(*args: object, backend: str, **options: object) -> object:
+        if backend == "reference":
+            return whole(*args, backend=backend, **options)
+        return broken(lambda *a, **k: whole(*a, backend=backend, **k), *args, **options)
+
+    monkeypatch.setattr(fastattn, name, op)
+    assert campaign.run_here(11, range(120), "this one")["failures"]
+
+
+def test_a_nan_on_one_side_is_seen():
+    problem = fuzzed.draw(11, 3)
+    whole = problem.run
+    problem.run = lambda leaves, backend: [
+        x * (float("nan") if backend == "cpu" else 1.0) for x in whole(leaves, backend)
+    ]
+    assert against_oracle.run(problem)[0] is not None
+
+
+def test_a_process_that_dies_is_a_failure(tmp_path, monkeypatch):
+    """The problem that it was at is named; the others of the chunk are run."""
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "start, stop = map(int, sys.argv[sys.argv.index('--numbers') + 1:][:2])\n"
+        "for n in range(start, stop):\n"
+        "    open(sys.argv[-1], 'w').write(str(n))\n"
+        "    if n == 2: os.kill(os.getpid(), 11)\n"
+        "print(json.dumps({'classes': {'problems': stop - start}, 'worst': {}, 'failures': []}))\n"
+    )
+    monkeypatch.setattr(campaign, "HERE", script)
+    lines = list(campaign.run_chunk(7, 0, "generic", 5))
+    assert sum(line["classes"]["problems"] for line in lines) == 5
+    failures = [failure for line in lines for failure in line["failures"]]
+    assert failures == ["--seed 7 --only 2 --isa generic  the process died: SIGSEGV"]
+
+
+def test_a_campaign_goes_on_where_it_was_ended(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(campaign, "CHUNK", 3)
+    monkeypatch.setattr(campaign, "instruction_sets", lambda: ["generic"])
+    tried: list[int] = []
+
+    def chunk(seed: int, chunk: int, isa: str, count: int) -> list[dict]:
+        tried.append(chunk)
+        failures = ["--seed 1 --only 4  wrong"] if chunk == 1 else []
+        return [{"classes": {"problems": count}, "worst": {"x": 0.5}, "failures": failures}]
+
+    monkeypatch.setattr(campaign, "run_chunk", chunk)
+    path = tmp_path / "state.json"
+    campaign.run(1, 7, path, 1)
+    state = campaign.run(1, 12, path, 1)
+    assert tried == [0, 1, 2, 2, 3]
+    assert state.chunks == [0, 1, 2, 3]
+    assert json.loads(path.read_text())["failures"] == state.failures
+    assert "1 failures" in campaign.table(state)
+    with pytest.raises(SystemExit, match="expected a file of seed 2, got 1"):
+        campaign.run(2, 3, path, 1)
