@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help setup test demo lint format bench fuzz hf-sweep gpu-bundle gpu-check wheel clean
+.PHONY: help setup test demo lint format bench fuzz matrix hf-sweep gpu-bundle gpu-check wheel clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -47,6 +47,10 @@ N ?= 10000
 SEED ?= 1
 fuzz: setup ## N=10000 random problems of SEED=1 against the oracle; goes on where it was ended
 	$(BIN)/python tests/fuzz/campaign.py --problems $(N) --seed $(SEED) --table fuzz-$(SEED).md
+
+TORCHES ?= 2.11.0 2.14.1
+matrix: setup ## The built library's tests under other versions: TORCHES="2.11.0 2.14.1", in .matrix/
+	PYTHON=$(PYTHON) tests/matrix.sh $(TORCHES)
 
 hf-sweep: setup ## Every model class of transformers that a small config builds, into a table
 	$(BIN)/python -W ignore benchmarks/hf_sweep.py --output benchmarks/results/hf-sweep.md
