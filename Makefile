@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help setup test demo lint format bench fuzz matrix hf-sweep gpu-bundle gpu-check wheel clean
+.PHONY: help setup test sanitize demo lint format bench fuzz matrix hf-sweep gpu-bundle gpu-check wheel clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -25,6 +25,9 @@ setup: $(VENV)/.built ## Environment in .venv, native library built in place
 test: setup ## The tests; the Triton kernels a second time, in the interpreter
 	OMP_NUM_THREADS=1 FASTATTN_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -W ignore tests/ops/triton
+
+sanitize: setup ## The C++ kernels and their tests under the address, undefined and thread sanitizers
+	$(BIN)/python tests/sanitize/sanitize.py
 
 demo: setup ## Train real models on real data, stock torch beside fastattn
 	$(BIN)/python -m fastattn demo

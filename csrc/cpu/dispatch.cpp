@@ -5,6 +5,10 @@
 #include "cpu/cpu_features.h"
 #include "cpu/kernel_table.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace fastattn {
 namespace {
 
@@ -32,6 +36,12 @@ void* thread_scratch_bytes(int slot, int64_t bytes) {
     if (buffers.data[slot] == nullptr) throw std::bad_alloc();
     buffers.bytes[slot] = rounded;
   }
+#if defined(__SANITIZE_ADDRESS__)
+  // What an earlier call needed more is not this one's: its use is reported as well.
+  char* data = static_cast<char*>(buffers.data[slot]);
+  ASAN_UNPOISON_MEMORY_REGION(data, static_cast<size_t>(buffers.bytes[slot]));
+  ASAN_POISON_MEMORY_REGION(data + bytes, static_cast<size_t>(buffers.bytes[slot] - bytes));
+#endif
   return buffers.data[slot];
 }
 
