@@ -273,7 +273,8 @@ def write_cuda_ninja(build_dir: Path, cxx: str, nvcc: str, variant: str) -> None
             f"build {target}: {rule} {ninja_path(source)}",
             f"  flags = {ninja_flags(flags)}",
         ]
-    link = [f"-L{torch_lib}", "-ltorch_cpu", "-ccbin", shlex.split(cxx)[0]]
+    # To the linker alone: nvcc writes its own options into the library.
+    link = [f"-Xlinker=-L{torch_lib}", "-Xlinker=-ltorch_cpu", "-ccbin", shlex.split(cxx)[0]]
     link += ["-Xlinker=--no-undefined", "-Xlinker=--exclude-libs=ALL", "-ldl"]
     lines += [f"build _cuda.so: link {' '.join(objects)}", f"  flags = {ninja_flags(link)}", ""]
     build_dir.mkdir(parents=True, exist_ok=True)

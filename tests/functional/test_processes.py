@@ -145,7 +145,8 @@ for room in range(0, 40 << 20, 1 << 19):
         resource.setrlimit(resource.RLIMIT_AS, limits)
     if error is None:
         break
-    said.add((type(error).__name__, re.sub("[0-9]+", "N", str(error)[str(error).index("fastattn"):])))
+    text = str(error)[str(error).index("fastattn"):]  # behind the place in the sources
+    said.add((type(error).__name__, re.sub("[0-9]+", "N", text)))
 assert said == {{
     ("RuntimeError", "fastattn: cannot allocate a tensor of shape [N, N, N, N], N x Float"),
     ("MemoryError", "fastattn::attention_backward: cannot allocate N bytes of scratch memory"),
