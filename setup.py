@@ -169,6 +169,13 @@ def python_includes() -> list[str]:
     return [sysconfig.get_paths()["include"], pybind11.get_include()]
 
 
+def without_paths(*includes: str) -> list[str]:
+    """Flags that name sources in error messages without where they lie on the build machine."""
+    # The last that fits holds: torch may be installed below the sources.
+    places = {str(ROOT): ".", **dict.fromkeys(includes, "include")}
+    return [f"-ffile-prefix-map={path}={name}" for path, name in places.items()]
+
+
 def ninja_path(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -193,6 +200,7 @@ def write_ninja(build_dir: Path, cxx: str, isas: list[str], module: bool = True)
     objects = []
     for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]):
         name = source.stem
+        hidden = without_paths(*torch_includes)
         if name.startswith("isa_"):
             isa = name.removeprefix("isa_")
             if isa not in isas:
@@ -204,13 +212,14 @@ def write_ninja(build_dir: Path, cxx: str, isas: list[str], module: bool = True)
             if not module:
                 continue
             flags = [f"-isystem{path}" for path in python_includes()]
+            hidden = without_paths(*python_includes())
         else:
             flags = [f"-DFASTATTN_HAVE_{isa.upper()}" for isa in isas]
         target = "_".join(source.relative_to(CSRC).with_suffix(".o").parts)
         objects.append(target)
         lines += [
             f"build {target}: compile {ninja_path(source)}",
-            f"  flags = {ninja_flags([*COMMON, f'-I{CSRC}', *flags])}",
+            f"  flags = {ninja_flags([*COMMON, *hidden, f'-I{CSRC}', *flags])}",
         ]
     # Linux finds undefined symbols here and not in the user's first call. No path of the build
     # machine is kept: torch is loaded before the library.
@@ -256,14 +265,16 @@ def write_cuda_ninja(build_dir: Path, cxx: str, nvcc: str, variant: str) -> None
             flags = ["-std=c++20", "-O3", *archs, f"-I{CSRC}", f"-Xcompiler={','.join(host)}"]
             flags += ["-ccbin", shlex.split(cxx)[0], *CUDA_VARIANTS[variant]]
         else:
-            flags = [*COMMON, f"-I{CSRC}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+            flags = [*COMMON, *without_paths(*torch_includes), f"-I{CSRC}"]
+            flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
             flags += [f"-isystem{path}" for path in torch_includes]
         rule = "compile_cuda" if source.suffix == ".cu" else "compile"
         lines += [
             f"build {target}: {rule} {ninja_path(source)}",
             f"  flags = {ninja_flags(flags)}",
         ]
-    link = [f"-L{torch_lib}", "-ltorch_cpu", "-ccbin", shlex.split(cxx)[0]]
+    # To the linker alone: nvcc writes its own options into the library.
+    link = [f"-Xlinker=-L{torch_lib}", "-Xlinker=-ltorch_cpu", "-ccbin", shlex.split(cxx)[0]]
     link += ["-Xlinker=--no-undefined", "-Xlinker=--exclude-libs=ALL", "-ldl"]
     lines += [f"build _cuda.so: link {' '.join(objects)}", f"  flags = {ninja_flags(link)}", ""]
     build_dir.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import fastattn
 from fastattn import _extension
@@ -155,6 +156,17 @@ def test_only_the_stable_abi_is_linked():
         assert not re.findall(r"\b(?:at|c10|torch)::.*|\bPy[A-Z_].*|\bcu[A-Z_].*", symbols)
 
 
+@pytest.mark.native
+def test_no_library_names_the_machine_it_was_built_on():
+    """Error messages name sources by where they lie in the repository."""
+    for library in (ROOT / "fastattn").glob("_*.so"):
+        text = library.read_bytes()
+        for place in (ROOT, Path(torch.__file__).parents[1]):
+            assert f"{place}/".encode() not in text, f"{library.name}: {place}"
+        if not library.name.startswith("_C"):
+            assert b"include/torch/csrc/stable" in text, "what the check looks for is still there"
+
+
 @pytest.mark.parametrize(
     ("env", "reason"),
     [
@@ -230,6 +242,7 @@ def test_flags(tree):
     assert with_torch == {"ops.cpp", "register_attention.cpp", "register_linear.cpp"}
     assert not any("-ffast-math" in line for line in lines)
     assert not any("-rpath" in line for line in lines)
+    assert all(f"-ffile-prefix-map={tree}=." in line for line in compiled.values())
     assert "-mavx" not in compiled["isa_generic.cpp"] + compiled["dispatch.cpp"]
     assert all(f"-DFASTATTN_HAVE_{isa.upper()}" in compiled["dispatch.cpp"] for isa in info["isas"])
     build(tree, **env)

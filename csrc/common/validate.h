@@ -57,15 +57,30 @@ inline void check_shape(const char* op, const char* argument, const Tensor& t,
                  text(shape_of(t)));
 }
 
+// A new tensor from make(). Of an error there, torch's interface tells no more than that there was
+// one; it is the memory, as everything else has been checked.
+template <class F>
+Tensor allocated(const Shape& shape, ScalarType dtype, const F& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    int64_t elements = 1;
+    for (int64_t size : shape) elements *= size;
+    STD_TORCH_CHECK(false, "fastattn: cannot allocate a tensor of shape ", text(shape), ", ",
+                    elements, " x ", torch::headeronly::toString(dtype));
+  }
+}
+
 // The last stride must be 1 for the kernels; a copy is made where it is not.
 inline Tensor unit_last_stride(const Tensor& t) {
-  return t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1
-             ? t
-             : torch::stable::contiguous(t);
+  if (t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1) return t;
+  return allocated(shape_of(t), t.scalar_type(), [&] { return torch::stable::contiguous(t); });
 }
 
 inline Tensor empty_like_device(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+  return allocated(shape, dtype, [&] {
+    return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+  });
 }
 
 // A [*batch, heads, rows, cols] tensor; a stride is 0 where an extent of 1 stands for the full one.

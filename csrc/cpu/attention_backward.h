@@ -27,17 +27,17 @@ class AttentionBackward {
     const AttentionProblem& p = b.forward;
     if (!b.needs_mask || (!b.needs_q && !b.needs_k && !b.needs_v)) return false;
     if (p.batch == 0 || p.heads_k == 0 || p.softcap != 0 || b.mask_rows != p.seq_q ||
-        b.mask_cols != p.seq_k || b.mask_heads != p.heads_q) {
+        b.mask_cols != p.seq_k || b.mask_cols == 1 || b.mask_heads != p.heads_q) {
       return false;
     }
-    return mask_batch(b) == p.batch || (mask_batch(b) == 1 && sizeof(T) == sizeof(A));
+    return mask_batches(b) == p.batch || (mask_batches(b) == 1 && sizeof(T) == sizeof(A));
   }
 
   void run() {
     // A mask shared by the batch: units are heads.
     const bool shared_mask =
-        gives_mask_gradient(b_) && mask_batch(b_) == 1 && p_.heads_k >= parallel_.threads;
-    own_mask_ = gives_mask_gradient(b_) && (shared_mask || mask_batch(b_) == p_.batch);
+        gives_mask_gradient(b_) && mask_batches(b_) == 1 && p_.heads_k >= parallel_.threads;
+    own_mask_ = gives_mask_gradient(b_) && (shared_mask || mask_batches(b_) == p_.batch);
     const int64_t batches = shared_mask ? p_.batch : 1;  // of a unit
     const int64_t units = p_.batch * p_.heads_k / max64(1, batches);
     if (units == 0) return;
@@ -83,15 +83,9 @@ class AttentionBackward {
   bool gave_mask_gradient() const { return own_mask_; }
 
  private:
-  static int64_t mask_batch(const AttentionBackwardProblem& b) {
-    int64_t batch = 1;
-    for (int d = 0; d < b.forward.batch_dims; ++d) batch *= b.mask_batch_sizes[d];
-    return batch;
-  }
-
   void clear_mask_gradient() const {
     const int64_t bytes = b_.mask_rows * b_.mask_cols * static_cast<int64_t>(sizeof(T));
-    parallel_tasks(parallel_, mask_batch(b_) * b_.mask_heads, [&](int64_t head) {
+    parallel_tasks(parallel_, mask_batches(b_) * b_.mask_heads, [&](int64_t head) {
       __builtin_memset(static_cast<char*>(b_.grad_mask) + head * bytes, 0,
                        static_cast<size_t>(bytes));
     });
@@ -100,7 +94,7 @@ class AttentionBackward {
   // dM (+)= row r of a block's dS.  // E11
   void add_mask_gradient(const typename ScoreTile<T>::Block& block, const ScoreTile<T>& tile,
                          int64_t r) const {
-    const int64_t batch = mask_batch(b_) == 1 ? 0 : block.batch;
+    const int64_t batch = mask_batches(b_) == 1 ? 0 : block.batch;
     T* row = static_cast<T*>(b_.grad_mask) +
              ((batch * p_.heads_q + block.head) * p_.seq_q + block.i0 + r) * p_.seq_k + block.j0;
     const A* ds = tile.dscores + r * tile.kStride;

@@ -1,7 +1,8 @@
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
+#include "common/parallel.h"
 #include "cpu/cpu_features.h"
 #include "cpu/kernel_table.h"
 
@@ -26,6 +27,11 @@ struct ScratchBuffers {
 
 }  // namespace
 
+void ScratchError::name(const char* op) {
+  std::snprintf(text_, sizeof(text_), "fastattn%s%s: cannot allocate %lld bytes of scratch memory",
+                *op == '\0' ? "" : "::", op, static_cast<long long>(bytes_));
+}
+
 void* thread_scratch_bytes(int slot, int64_t bytes) {
   thread_local ScratchBuffers buffers;
   if (buffers.bytes[slot] < bytes || buffers.data[slot] == nullptr) {
@@ -33,7 +39,7 @@ void* thread_scratch_bytes(int slot, int64_t bytes) {
     buffers.bytes[slot] = 0;
     const int64_t rounded = (bytes / kAlignment + 1) * kAlignment;
     buffers.data[slot] = std::aligned_alloc(kAlignment, static_cast<size_t>(rounded));
-    if (buffers.data[slot] == nullptr) throw std::bad_alloc();
+    if (buffers.data[slot] == nullptr) throw ScratchError(rounded);
     buffers.bytes[slot] = rounded;
   }
 #if defined(__SANITIZE_ADDRESS__)

@@ -22,15 +22,16 @@ std::tuple<Tensor, Tensor> attention_forward(
     const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& starts_q,
     const OptionalTensor& starts_k, bool is_causal, double scale, double dropout_p, int64_t left,
     int64_t right, double softcap) {
+  const char* op = "attention_forward";
   AttentionInputs in = validate_attention(
-      "attention_forward", query, key, value, attn_mask,
+      op, query, key, value, attn_mask,
       {slopes, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap});
   AttentionProblem& p = in.problem;
   Tensor out = empty_rows(query, in.out_shape(), starts_q.has_value());
   Tensor lse = empty_like_device(query, in.lse_shape(), accumulator_type(query.scalar_type()));
   p.out = view_of(out);
   p.lse = lse.data_ptr();
-  kernels(p.dtype).attention_forward(p, parallel());
+  run_kernel(op, [&] { kernels(p.dtype).attention_forward(p, parallel()); });
   return {out, lse};
 }
 
@@ -118,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
                  needs.size());
   const ForwardResults results(op, in, out, lse);
   const Gradients grads(op, in, grad_out, grad_lse, attn_mask, needs, 0);
-  kernels(in.problem.dtype).attention_backward(grads.problem, parallel());
+  run_kernel(op, [&] { kernels(in.problem.dtype).attention_backward(grads.problem, parallel()); });
   return {grads.query, grads.key, grads.value, grads.mask};
 }
 
@@ -164,7 +165,7 @@ std::tuple<Tensor, Tensor> attention_jvp(
   Tensor t_out = empty_rows(query, in.out_shape(), starts_q.has_value());
   Tensor t_lse = empty_like_device(query, in.lse_shape(), accumulator_type(query.scalar_type()));
   const AttentionJvpProblem j{in.problem, tangents.views, view_of(t_out), t_lse.data_ptr()};
-  kernels(in.problem.dtype).attention_jvp(j, parallel());
+  run_kernel(op, [&] { kernels(in.problem.dtype).attention_jvp(j, parallel()); });
   return {t_out, t_lse};
 }
 
@@ -198,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_back
   const Tensor beta = empty_like_device(query, in.lse_shape(), accumulator);
   s.t_lse = t_lse.data_ptr();
   s.beta = beta.data_ptr();
-  kernels(in.problem.dtype).attention_double_backward(s, parallel());
+  run_kernel(op, [&] { kernels(in.problem.dtype).attention_double_backward(s, parallel()); });
   if (!needs[0]) t_lse = empty_like_device(query, {0}, accumulator);
   return {t_out, t_lse, grads.query, grads.key, grads.value, grads.mask};
 }

@@ -11,14 +11,15 @@ namespace {
 
 std::tuple<Tensor, Tensor> linear_relu_forward(const Tensor& input, const Tensor& weight,
                                                const OptionalTensor& bias) {
-  LinearInputs in = validate_linear("linear_relu_forward", input, weight, bias);
+  const char* op = "linear_relu_forward";
+  LinearInputs in = validate_linear(op, input, weight, bias);
   LinearProblem& p = in.problem;
   Tensor out = empty_like_device(input, in.out_shape, input.scalar_type());
   Tensor mask = empty_like_device(input, {p.m, (p.n + 7) / 8}, ScalarType::Byte);
   p.relu = true;
   p.y = out.data_ptr();
   p.relu_mask = static_cast<uint8_t*>(mask.data_ptr());
-  kernels(p.dtype).linear_forward(p, parallel());
+  run_kernel(op, [&] { kernels(p.dtype).linear_forward(p, parallel()); });
   return {out, mask};
 }
 
@@ -51,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, 
   if (needs[0]) b.grad_x = grad_input.data_ptr();
   if (needs[1]) b.grad_w = grad_weight.data_ptr();
   if (needs[2]) b.grad_bias = grad_bias.data_ptr();
-  kernels(b.dtype).linear_backward(b, parallel());
+  run_kernel(op, [&] { kernels(b.dtype).linear_backward(b, parallel()); });
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -90,7 +91,7 @@ Tensor linear_relu_jvp(const Tensor& input, const Tensor& weight, const Tensor& 
   }
   Tensor t_out = empty_like_device(input, in.out_shape, dtype);
   j.t_y = t_out.data_ptr();
-  kernels(p.dtype).linear_jvp(j, parallel());
+  run_kernel(op, [&] { kernels(p.dtype).linear_jvp(j, parallel()); });
   return t_out;
 }
 
@@ -109,7 +110,7 @@ std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& 
     LinearProblem& p = layers[l].problem;
     p.relu = l + 1 < layers.size();
     p.y = activations[l].data_ptr();
-    kernels(p.dtype).linear_forward(p, parallel());
+    run_kernel(op, [&] { kernels(p.dtype).linear_forward(p, parallel()); });
   }
   std::vector<Tensor> result = {activations.back()};
   result.insert(result.end(), activations.begin(), activations.end() - 1);
@@ -143,7 +144,7 @@ Tensor mlp_inference(const Tensor& input, const std::vector<Tensor>& weights,
       if (l == 0) p.x = static_cast<const char*>(p.x) + first * p.x_stride * bytes;
       p.y = last ? static_cast<char*>(out.data_ptr()) + first * p.n * bytes
                  : static_cast<char*>(hidden[l].data_ptr());
-      kernels(p.dtype).linear_forward(p, parallel());
+      run_kernel(op, [&] { kernels(p.dtype).linear_forward(p, parallel()); });
     }
   }
   return out;
@@ -199,7 +200,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input,
       grads[0] = empty_like_device(input, shape_of(input), dtype);
       b.grad_x = grads[0].data_ptr();
     }
-    kernels(b.dtype).linear_backward(b, parallel());
+    run_kernel(op, [&] { kernels(b.dtype).linear_backward(b, parallel()); });
     grad_y = grad_x;
   }
   return grads;

@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.native
 
 SETUP = """
-import os, signal, threading
+import os, re, signal, threading
 import torch
 import fastattn
 from fastattn.functional import _served
@@ -122,6 +122,37 @@ assert raised - {{None}}, raised
 assert equal(step(), step())
 """
 
+# What is said where the memory ends: the scratch of kernels, on one thread and on two, and results.
+WORDS = """
+import resource
+torch.set_num_threads({threads})
+step()
+q, k, v = inputs(4096)
+out = fastattn.scaled_dot_product_attention(q, k, v)
+grad = torch.ones_like(out)
+said = set()
+for room in range(0, 40 << 20, 1 << 19):
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, limits[1]))
+    try:
+        torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+        error = None
+    except (RuntimeError, MemoryError) as raised:
+        error = raised
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    if error is None:
+        break
+    text = str(error)[str(error).index("fastattn"):]  # behind the place in the sources
+    said.add((type(error).__name__, re.sub("[0-9]+", "N", text)))
+assert said == {{
+    ("RuntimeError", "fastattn: cannot allocate a tensor of shape [N, N, N, N], N x Float"),
+    ("MemoryError", "fastattn::attention_backward: cannot allocate N bytes of scratch memory"),
+}}, said
+"""
+
 IN_PLACE = """
 x = torch.randn(2, 2, 64, 32)
 w = torch.randn(32, 32, requires_grad=True)
@@ -157,6 +188,8 @@ CASES = {
     "workers of a data loader": WORKERS,
     "twelve threads": THREADS,
     "in-place changes": IN_PLACE,
+    "words, one thread": WORDS.format(threads=1),
+    "words, two threads": WORDS.format(threads=2),
     **{
         f"memory, {name}": MEMORY.format(name=name)
         for name in ("attention", "masked", "linear_relu", "mlp")

@@ -64,6 +64,72 @@ def test_attention(dtype, shape, mask_kind):
         assert_accurate(name, a, o, p)
 
 
+# magnitude, batch, queries, causal. Two queries have a kernel of their own, but no large scores
+# here: only rows whose two largest are nearly equal have an error then, too few to compare.
+SCORES = [(m, 2, 150, causal) for m in (1, 30, 300, 4000) for causal in (False, True)]
+SCORES += [(1, 40, 2, False), (30, 40, 2, False)]
+
+
+def _of_scores(dtype, batch, rows, magnitude):
+    """Query, key, value and cotangent whose scores are about ``magnitude``."""
+    q, k, v, cotangent = (torch.randn(batch, 2, n, 64) for n in (rows, 333, 333, rows))
+    return [x.to(dtype) for x in (magnitude * q, k, v, cotangent)]
+
+
+@pytest.mark.parametrize(("magnitude", "batch", "rows", "causal"), SCORES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_of_any_size(dtype, magnitude, batch, rows, causal):
+    q, k, v, _ = _of_scores(dtype, batch, rows, magnitude)
+    wide = reference.attention(*(x.double() for x in (q, k, v)), is_causal=causal)[0]
+    peer = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    actual = fastattn.scaled_dot_product_attention(q, k, v, is_causal=causal, backend="cpu")
+    assert_accurate("out", actual, wide, peer)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradients_of_large_scores(dtype, causal):
+    *leaves, cotangent = _of_scores(dtype, 2, 150, 30)
+
+    def oracle(q, k, v):
+        return reference.attention(q, k, v, is_causal=causal)[0]
+
+    def peer(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    def ours(q, k, v):
+        return fastattn.scaled_dot_product_attention(q, k, v, is_causal=causal, backend="cpu")
+
+    wide = _gradients(oracle, [x.double() for x in leaves], cotangent)
+    theirs = _gradients(peer, leaves, cotangent)
+    actual = _gradients(ours, leaves, cotangent)
+    for name, a, o, p in zip(("out", "dq", "dk", "dv"), actual, wide, theirs, strict=True):
+        assert_accurate(name, a, o, p)
+
+
+# Broadcast over keys, rows, heads or batch; a whole column moves all scores of a row alike, and its
+# gradient is 0.
+MASKS = [(1, 1, 1, 1), (1, 1, 1, 320), (256, 1), (1, 1, 256, 320), (1, 4, 1, 320), (4, 1, 1, 320)]
+
+
+@pytest.mark.parametrize("shape", MASKS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_a_broadcast_mask(dtype, shape):
+    leaves = [torch.randn(4, 4, n, 64, dtype=dtype) for n in (256, 320, 320)]
+    leaves.append(torch.randn(shape, dtype=dtype))
+    cotangent = torch.randn(4, 4, 256, 64, dtype=dtype)
+
+    def oracle(q, k, v, mask):
+        return reference.attention(q, k, v, mask)[0]
+
+    def ours(q, k, v, mask):
+        return fastattn.scaled_dot_product_attention(q, k, v, mask, backend="cpu")
+
+    wide = _gradients(oracle, [x.double() for x in leaves], cotangent)[-1]
+    peer = _gradients(F.scaled_dot_product_attention, leaves, cotangent)[-1]
+    assert_accurate("dmask", _gradients(ours, leaves, cotangent)[-1], wide, peer)
+
+
 def _second(function, leaves, tangents, cotangent):
     """The output's tangent, the second derivatives of the leaves in the same direction."""
     leaves = [x.detach().requires_grad_() for x in leaves]
