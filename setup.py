@@ -32,18 +32,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 # 2.11: the library serves this torch and every later one.
-TORCH_TARGET_VERSION = "0x020b000000000000"
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # NaN and infinity must hold, so not -ffast-math.
-KERNEL = [
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-Wno-maybe-uninitialized",
-    "-Wno-psabi",
-]
+KERNEL = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
 # csrc/cpu/isa_<name>.cpp -> its flags; generic is the baseline of the compiler's target.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
@@ -170,8 +165,8 @@ def python_includes() -> list[str]:
 
 
 def without_paths(*includes: str) -> list[str]:
-    """Flags that name sources in error messages without where they lie on the build machine."""
-    # The last that fits holds: torch may be installed below the sources.
+    """Flags that name sources in error messages without where they lie on the build machine. The
+    last that fits holds: torch may be installed below the sources."""
     places = {str(ROOT): ".", **dict.fromkeys(includes, "include")}
     return [f"-ffile-prefix-map={path}={name}" for path, name in places.items()]
 
@@ -186,8 +181,7 @@ def ninja_flags(flags: list[str]) -> str:
 
 def write_ninja(build_dir: Path, cxx: str, isas: list[str], module: bool = True) -> None:
     torch_includes, torch_lib = torch_paths()
-    torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-    torch_flags += [f"-isystem{path}" for path in torch_includes]
+    torch_flags = [TORCH_TARGET, *(f"-isystem{path}" for path in torch_includes)]
     lines = [
         f"cxx = {cxx.replace('$', '$$')}",
         "rule compile",
@@ -197,10 +191,9 @@ def write_ninja(build_dir: Path, cxx: str, isas: list[str], module: bool = True)
         "rule link",
         "  command = $cxx -shared -o $out $in $flags",
     ]
-    objects = []
+    objects, hidden = [], without_paths(*torch_includes, *(python_includes() if module else []))
     for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]):
         name = source.stem
-        hidden = without_paths(*torch_includes)
         if name.startswith("isa_"):
             isa = name.removeprefix("isa_")
             if isa not in isas:
@@ -212,7 +205,6 @@ def write_ninja(build_dir: Path, cxx: str, isas: list[str], module: bool = True)
             if not module:
                 continue
             flags = [f"-isystem{path}" for path in python_includes()]
-            hidden = without_paths(*python_includes())
         else:
             flags = [f"-DFASTATTN_HAVE_{isa.upper()}" for isa in isas]
         target = "_".join(source.relative_to(CSRC).with_suffix(".o").parts)
@@ -232,9 +224,8 @@ def write_ninja(build_dir: Path, cxx: str, isas: list[str], module: bool = True)
     if module:
         lines.append(f"build {MODULE}: link module.o cpu_cpu_features.o")
         lines.append(f"  flags = {ninja_flags(dynamic)}")
-    lines.append("")
     build_dir.mkdir(parents=True, exist_ok=True)
-    (build_dir / "build.ninja").write_text("\n".join(lines))
+    (build_dir / "build.ninja").write_text("\n".join([*lines, ""]))
 
 
 def write_cuda_ninja(build_dir: Path, cxx: str, nvcc: str, variant: str) -> None:
@@ -265,9 +256,8 @@ def write_cuda_ninja(build_dir: Path, cxx: str, nvcc: str, variant: str) -> None
             flags = ["-std=c++20", "-O3", *archs, f"-I{CSRC}", f"-Xcompiler={','.join(host)}"]
             flags += ["-ccbin", shlex.split(cxx)[0], *CUDA_VARIANTS[variant]]
         else:
-            flags = [*COMMON, *without_paths(*torch_includes), f"-I{CSRC}"]
-            flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-            flags += [f"-isystem{path}" for path in torch_includes]
+            flags = [*COMMON, f"-I{CSRC}", TORCH_TARGET]
+            flags += [*without_paths(*torch_includes), *(f"-isystem{p}" for p in torch_includes)]
         rule = "compile_cuda" if source.suffix == ".cu" else "compile"
         lines += [
             f"build {target}: {rule} {ninja_path(source)}",
