@@ -147,10 +147,12 @@ for room in range(0, 40 << 20, 1 << 19):
         break
     text = str(error)[str(error).index("fastattn"):]  # behind the place in the sources
     said.add((type(error).__name__, re.sub("[0-9]+", "N", text)))
-assert said == {{
+known = {{
     ("RuntimeError", "fastattn: cannot allocate a tensor of shape [N, N, N, N], N x Float"),
     ("MemoryError", "fastattn::attention_backward: cannot allocate N bytes of scratch memory"),
-}}, said
+}}
+# On two threads, the scratch may find room where the results did not.
+assert said == known if {threads} == 1 else said and said <= known, said
 """
 
 IN_PLACE = """
