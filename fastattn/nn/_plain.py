@@ -105,7 +105,8 @@ _HOMES = {
     nn.TransformerEncoderLayer: "torch/nn/modules/transformer.py",
     nn.TransformerEncoder: "torch/nn/modules/transformer.py",
 }
-# None, which no function is, where it was replaced before fastattn was imported.
+# An entry is None where the function was replaced before fastattn was imported: the entry then
+# equals no function, and torch's code runs.
 CALL = _torchs(nn.Module.__call__, "torch/nn/modules/module.py")
 FORWARDS = {kind: _torchs(kind.forward, home) for kind, home in _HOMES.items()}
 

@@ -81,25 +81,29 @@ def run_here(seed: int, numbers: range, isa: str, at: Path | None = None) -> dic
 
 
 def run_chunk(seed: int, chunk: int, isa: str, count: int) -> Iterator[dict]:
-    """The same in processes of their own, a new one behind each that dies."""
-    start, stop = chunk * CHUNK, chunk * CHUNK + count
+    """The problems of a chunk in processes of their own."""
+    yield from run_apart(seed, range(chunk * CHUNK, chunk * CHUNK + count), isa)
+
+
+def run_apart(seed: int, numbers: range, isa: str) -> Iterator[dict]:
+    """The problems in one process. Where it dies, its problem is a failure; the problems before and
+    behind that one run again in new processes, because their results died with the process."""
+    if not numbers:
+        return
     environment = os.environ | {"FASTATTN_CPU_ISA": isa, "OMP_NUM_THREADS": "2"}
     with tempfile.NamedTemporaryFile("r") as at:
-        while start < stop:
-            command = [sys.executable, "-W", "ignore", str(HERE), "--seed", str(seed), "--isa", isa]
-            command += ["--numbers", str(start), str(stop), "--at", at.name]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode == 0:
-                yield json.loads(done.stdout)
-                return
-            number = int(Path(at.name).read_text() or start)
-            died = (
-                signal.Signals(-done.returncode).name if done.returncode < 0 else done.stderr[-300:]
-            )
-            failure = f"--seed {seed} --only {number} --isa {isa}  the process died: {died}"
-            again = range(start, number)
-            yield {"classes": {"problems": len(again) + 1}, "worst": {}, "failures": [failure]}
-            start = number + 1
+        command = [sys.executable, "-W", "ignore", str(HERE), "--seed", str(seed), "--isa", isa]
+        command += ["--numbers", str(numbers.start), str(numbers.stop), "--at", at.name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        number = int(Path(at.name).read_text() or numbers.start)
+    if done.returncode == 0:
+        yield json.loads(done.stdout)
+        return
+    died = signal.Signals(-done.returncode).name if done.returncode < 0 else done.stderr[-300:]
+    failure = f"--seed {seed} --only {number} --isa {isa}  the process died: {died}"
+    yield {"classes": {"problems": 1}, "worst": {}, "failures": [failure]}
+    yield from run_apart(seed, range(numbers.start, number), isa)
+    yield from run_apart(seed, range(number + 1, numbers.stop), isa)
 
 
 def instruction_sets() -> list[str]:

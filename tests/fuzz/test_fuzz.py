@@ -20,8 +20,8 @@ SLICES, EACH = 6, 130
 
 
 @pytest.fixture(autouse=True)
-def _as_users_have_it():
-    """Memory is not filled with NaN, and the number of threads is as it was afterwards."""
+def _the_former_number_of_threads():
+    """Problems set the number of threads; the next test has the former number."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -117,13 +117,16 @@ def test_a_process_that_dies_is_a_failure(tmp_path, monkeypatch):
         "for n in range(start, stop):\n"
         "    open(sys.argv[-1], 'w').write(str(n))\n"
         "    if n == 2: os.kill(os.getpid(), 11)\n"
-        "print(json.dumps({'classes': {'problems': stop - start}, 'worst': {}, 'failures': []}))\n"
+        "found = ['a failure before it'] if start <= 1 < stop else []\n"
+        "print(json.dumps({'classes': {'problems': stop - start}, 'worst': {}, "
+        "'failures': found}))\n"
     )
     monkeypatch.setattr(campaign, "HERE", script)
     lines = list(campaign.run_chunk(7, 0, "generic", 5))
     assert sum(line["classes"]["problems"] for line in lines) == 5
     failures = [failure for line in lines for failure in line["failures"]]
-    assert failures == ["--seed 7 --only 2 --isa generic  the process died: SIGSEGV"]
+    died = "--seed 7 --only 2 --isa generic  the process died: SIGSEGV"
+    assert failures == [died, "a failure before it"]
 
 
 def test_a_campaign_goes_on_where_it_was_ended(tmp_path: Path, monkeypatch):
