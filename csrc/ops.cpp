@@ -5,22 +5,28 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? "
       "slopes, Tensor? seed, Tensor? starts_q, Tensor? starts_k, bool is_causal, float scale, "
-      "float dropout_p, int left, int right, float softcap) -> (Tensor out, Tensor lse)");
+      "float dropout_p, int left, int right, float softcap) -> (Tensor out, Tensor lse, Tensor "
+      "row_max, Tensor log_sum)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
-      "value, Tensor? attn_mask, Tensor? slopes, Tensor out, Tensor lse, Tensor? seed, Tensor? "
+      "value, Tensor? attn_mask, Tensor? slopes, Tensor out, Tensor row_max, Tensor log_sum, "
+      "Tensor? "
+      "seed, Tensor? "
       "starts_q, Tensor? starts_k, bool is_causal, float scale, float dropout_p, int left, int "
       "right, float softcap, bool[4] needs) -> (Tensor grad_query, Tensor grad_key, Tensor "
       "grad_value, Tensor grad_mask)");
   m.def(
       "attention_jvp(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? slopes, "
-      "Tensor? t_query, Tensor? t_key, Tensor? t_value, Tensor? t_mask, Tensor out, Tensor lse, "
-      "Tensor? seed, Tensor? starts_q, Tensor? starts_k, bool is_causal, float scale, float "
+      "Tensor? t_query, Tensor? t_key, Tensor? t_value, Tensor? t_mask, Tensor out, "
+      "Tensor row_max, Tensor log_sum, Tensor? seed, Tensor? starts_q, Tensor? starts_k, bool "
+      "is_causal, float "
+      "scale, float "
       "dropout_p, int left, int right, float softcap) -> (Tensor t_out, Tensor t_lse)");
   m.def(
       "attention_double_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
       "Tensor value, Tensor? attn_mask, Tensor? slopes, Tensor? t_query, Tensor? t_key, Tensor? "
-      "t_value, Tensor? t_mask, Tensor out, Tensor lse, Tensor? seed, Tensor? starts_q, Tensor? "
+      "t_value, Tensor? t_mask, Tensor out, Tensor row_max, Tensor log_sum, Tensor? seed, Tensor? "
+      "starts_q, Tensor? "
       "starts_k, bool is_causal, float scale, float dropout_p, int left, int right, float softcap, "
       "bool[5] needs) -> (Tensor t_out, Tensor t_lse, Tensor g_query, Tensor g_key, Tensor "
       "g_value, Tensor g_mask)");

@@ -31,7 +31,8 @@ class Results:
         }
 
     def _attention(self, name: str, case: Case) -> tuple[Tensors, Tensors]:
-        """The backward gets the reference's output and LSE: each kernel is judged alone."""
+        """The backward gets the reference's output and LSE: each kernel is judged alone. As scores
+        are small here, all of the LSE may be the logarithm of the sum."""
         kernel, size = KERNELS[name], case.size
         assert isinstance(size, AttentionSize)
         random = functools.partial(
@@ -50,11 +51,14 @@ class Results:
         scale = kernel.head_dim**-0.5
         if not kernel.backward:
             actual = ops.attention_forward(q, k, v, mask, None, size.causal, scale, 0.0)
-            return dict(zip(("out", "lse"), actual, strict=True)), {"out": out, "lse": lse}
-        rounded = out.to(q.dtype)
+            names = ("out", "lse", "row_max", "log_sum")
+            return dict(zip(names, actual, strict=True)), {"out": out, "lse": lse}
+        rounded, empty = out.to(q.dtype), lse == -torch.inf
+        row_max = torch.zeros_like(lse).masked_fill(empty, -torch.inf).float()
+        log_sum = lse.masked_fill(empty, 0.0).float()
         actual = ops.attention_backward(
-            cotangent, None, q, k, v, mask, rounded, lse.float(), None, size.causal, scale, 0.0,
-            [True, True, True, False],
+            cotangent, None, q, k, v, mask, rounded, row_max, log_sum, None, size.causal,
+            scale, 0.0, [True, True, True, False],
         )  # fmt: skip
         expected = reference.attention_backward(
             cotangent.double(), None, *wide, mask, rounded.double(), lse, is_causal=size.causal

@@ -32,5 +32,7 @@ class ScratchError : public std::bad_alloc {
 // Scratch memory owned by the calling thread and reused by its later calls, 64-byte aligned. Each
 // slot is one buffer: a nested user takes another slot. The contents are undefined.
 void* thread_scratch_bytes(int slot, int64_t bytes);
+// Gives a slot's buffer back, where its size grows with the batch.
+void free_thread_scratch(int slot);
 
 }  // namespace fastattn

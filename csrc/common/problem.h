@@ -49,9 +49,12 @@ struct AttentionProblem {
   const int64_t* seeds = nullptr;  // [seed_count]
   int64_t seed_count = 1;          // divides batch
 
-  TensorView out;       // [*batch, heads_q, seq_q, head_dim_v]
-  void* lse = nullptr;  // [batch, heads_q, seq_q] or packed [heads_q, tokens_q], contiguous, fp32
-                        // (fp64 for fp64)
+  TensorView out;  // [*batch, heads_q, seq_q, head_dim_v]
+  // [batch, heads_q, seq_q] or packed [heads_q, tokens_q], contiguous, fp32 (fp64 for fp64): for
+  // users the LSE, which may be absent; for the passes behind the forward one its two parts.
+  void* lse = nullptr;
+  void* row_max = nullptr;  // of a row's scores, -inf where it sees nothing
+  void* log_sum = nullptr;  // of e^{score - row_max}
 };
 
 struct AttentionBackwardProblem {
@@ -74,7 +77,7 @@ struct AttentionTangents {
   bool of_scores() const { return q.data || k.data || mask.data; }
 };
 
-// The tangents of out and lse; forward.out and forward.lse hold those of the forward pass.
+// The tangents of out and lse; forward.out, row_max and log_sum are the forward's.
 struct AttentionJvpProblem {
   AttentionProblem forward;
   AttentionTangents tangents;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/attention_mask_gradient.h"
+#include "cpu/attention_own_forward.h"
 #include "cpu/attention_tiles.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
@@ -169,7 +170,7 @@ class AttentionBackward {
       tile.compute(block, queries.q + i0 * queries.q_stride, queries.q_stride,
                    queries.grad_out + i0 * queries.grad_out_stride, queries.grad_out_stride,
                    keys.k_panels + j * keys.dim_words, keys.v_panels + j * keys.dim_v_words,
-                   queries.lse + i0, queries.delta + i0, [&](int64_t r) {
+                   queries.softmax.from(i0), queries.delta + i0, [&](int64_t r) {
                      if (own_mask_) add_mask_gradient(block, tile, r);
                    });
       if (b_.needs_q) {
@@ -219,9 +220,12 @@ class AttentionBackward {
 
 template <class T>
 void attention_backward(const AttentionBackwardProblem& b, const Parallel& parallel) {
-  AttentionBackward<T> backward(b, parallel);
+  const OwnForward<T> forward(b.forward, parallel);
+  AttentionBackwardProblem own = b;
+  own.forward = forward.problem;
+  AttentionBackward<T> backward(own, parallel);
   if (b.needs_q || b.needs_k || b.needs_v) backward.run();
-  if (b.needs_mask && !backward.gave_mask_gradient()) attention_mask_gradient<T>(b, parallel);
+  if (b.needs_mask && !backward.gave_mask_gradient()) attention_mask_gradient<T>(own, parallel);
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

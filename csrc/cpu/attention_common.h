@@ -5,6 +5,7 @@
 #include "cpu/dropout.h"
 #include "cpu/micro_kernel.h"
 #include "cpu/pack.h"
+#include "cpu/softmax.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -38,6 +39,19 @@ FASTATTN_INLINE int64_t lse_offset(const AttentionProblem& p, int64_t batch, int
   if (p.starts_q != nullptr) return head * p.tokens_q + p.starts_q[batch];
   return (batch * p.heads_q + head) * p.seq_q;
 }
+
+// Those of rows, from the forward pass.
+template <class A>
+struct SoftmaxRows {
+  const A *max = nullptr, *log_sum = nullptr;
+
+  SoftmaxRows(const AttentionProblem& p, int64_t batch, int64_t head, int64_t first)
+      : max(static_cast<const A*>(p.row_max) + lse_offset(p, batch, head) + first),
+        log_sum(static_cast<const A*>(p.log_sum) + lse_offset(p, batch, head) + first) {}
+  SoftmaxRows(const A* m, const A* l) : max(m), log_sum(l) {}
+  FASTATTN_INLINE SoftmaxRow<A> operator[](int64_t i) const { return {max[i], log_sum[i]}; }
+  SoftmaxRows from(int64_t i) const { return {max + i, log_sum + i}; }
+};
 
 // Which keys a query of one batch element sees without regard to the mask, and the reverse. A range
 // may be empty, with its end before its begin.
@@ -123,8 +137,14 @@ struct ScoreTerms {
                   : static_cast<const A*>(
                         p.slopes)[batch / (p.batch / p.slope_batches) * p.heads_q + head]) {}
 
-  bool only_scale() const {
-    return mask.kind == MaskKind::kNone && softcap == A(0) && slope == A(0);
+  // Whether the scores are products times a positive factor. They then stay products, and the
+  // factor is left to the exponent, in every pass alike.
+  static bool only_scale(const AttentionProblem& p) {
+    return p.mask_kind == MaskKind::kNone && p.scale > 0 && p.softcap == 0 && p.slopes == nullptr;
+  }
+  // e^x = 2^{factor x} of the scores.
+  static A factor(const AttentionProblem& p) {
+    return static_cast<A>((only_scale(p) ? p.scale : 1.0) * kLog2E);
   }
 
   // s[0, n) = the scores of row i, keys [j0, j0 + n); s is read and written up to a whole vector.

@@ -5,6 +5,7 @@
 // over tasks, in buffers that are added up in a fixed order. Memory is O(S).
 #pragma once
 
+#include "cpu/attention_own_forward.h"
 #include "cpu/attention_second_mask.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
@@ -280,8 +281,11 @@ class AttentionDoubleBackward {
 
 template <class T>
 void attention_double_backward(const AttentionDoubleBackwardProblem& s, const Parallel& parallel) {
-  AttentionDoubleBackward<T>(s, parallel).run();
-  if (s.backward.needs_mask) attention_second_mask_gradient<T>(s, parallel);
+  const OwnForward<T> forward(s.backward.forward, parallel);
+  AttentionDoubleBackwardProblem own = s;
+  own.backward.forward = forward.problem;
+  AttentionDoubleBackward<T>(own, parallel).run();
+  if (s.backward.needs_mask) attention_second_mask_gradient<T>(own, parallel);
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

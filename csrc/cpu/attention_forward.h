@@ -28,8 +28,15 @@ class AttentionForward {
   void run() {
     if (p_.batch == 0 || p_.heads_q == 0 || p_.seq_q == 0) return;
     clear_hidden_ = must_clear_hidden_keys<T>(p_, parallel_);
-    if (!clear_hidden_ && AttentionFewQueries<T>::serves(p_))
-      return AttentionFewQueries<T>(p_, parallel_).run();
+    if (!clear_hidden_ && AttentionFewQueries<T>::serves(p_)) {
+      AttentionFewQueries<T>(p_, parallel_).run();
+    } else {
+      run_blocks();
+    }
+  }
+
+  // However few the queries are.
+  void run_blocks() {
     // Queries of one group of heads share packed keys, unless each head clears its own hidden keys.
     const int64_t sharing = p_.heads_q / p_.heads_k;
     const int64_t heads_per_unit = clear_hidden_ ? 1 : sharing;

@@ -2,6 +2,7 @@
 // known, so that probabilities need no running maximum. Blocks, steps and tiles are the forward's.
 #pragma once
 
+#include "cpu/attention_own_forward.h"
 #include "cpu/attention_softmax.h"
 #include "cpu/attention_tangents.h"
 #include "cpu/attention_units.h"
@@ -71,13 +72,13 @@ class AttentionJvp {
 
   // What a query block works with.
   struct Rows {
-    E* q;          // [rows, q_words]
-    A* o;          // [rows, Dv padded]: the tangent but for mu * out
-    A* mu;         // [rows]
-    const A* lse;  // [rows]
-    A* s;          // [kTileRows, kStep] P, then Z * P as operands
-    A* a;          // [kTileRows, kStep] A, then Z * P * A as operands
-    A* z;          // [kStep] of one row: the softcap's tanh, then dropout
+    E* q;   // [rows, q_words]
+    A* o;   // [rows, Dv padded]: the tangent but for mu * out
+    A* mu;  // [rows]
+    SoftmaxRows<A> softmax;
+    A* s;  // [kTileRows, kStep] P, then Z * P as operands
+    A* a;  // [kTileRows, kStep] A, then Z * P * A as operands
+    A* z;  // [kStep] of one row: the softcap's tanh, then dropout
   };
 
   void query_block(int64_t batch, int64_t head, int64_t i0, const E* packed) const {
@@ -87,15 +88,12 @@ class AttentionJvp {
     const int64_t q_elements = round_up(rows * operands_.q_words, 16);
     A* scratch = thread_scratch<A>(
         2, q_elements + kBlockQ * (dim_v_padded_ + 1) + 2 * kTileRows * kStep + kStep + 64);
-    Rows r;
-    r.q = reinterpret_cast<E*>(scratch);
-    r.o = scratch + q_elements;
-    r.mu = r.o + kBlockQ * dim_v_padded_;
-    r.s = r.mu + kBlockQ;
-    r.a = r.s + kTileRows * kStep;
-    r.z = r.a + kTileRows * kStep;
-    const int64_t row = lse_offset(p_, batch, head) + i0;
-    r.lse = static_cast<const A*>(p_.lse) + row;
+    A* o = scratch + q_elements;
+    A* mu = o + kBlockQ * dim_v_padded_;
+    A* s = mu + kBlockQ;
+    A* a = s + kTileRows * kStep;
+    const Rows r{reinterpret_cast<E*>(scratch), o, mu, {p_, batch, head, i0}, s, a,
+                 a + kTileRows * kStep};
     operands_.pack_queries(r.q, p_, t_, batch, head, i0, rows);
     for (int64_t i = 0; i < rows; ++i) r.mu[i] = A(0);
     for (int64_t e = 0; e < rows * dim_v_padded_; ++e) r.o[e] = A(0);
@@ -123,15 +121,15 @@ class AttentionJvp {
     }
     T* out = query_rows<T>(p_, j_.t_out, batch, head) + i0 * j_.t_out.row_stride;
     const T* primal = query_rows<T>(p_, p_.out, batch, head) + i0 * p_.out.row_stride;
-    A* t_lse = static_cast<A*>(j_.t_lse) + row;
+    A* t_lse = static_cast<A*>(j_.t_lse) + lse_offset(p_, batch, head) + i0;
     for (int64_t i = 0; i < rows; ++i) {
-      A* o = r.o + i * dim_v_padded_;
-      t_lse[i] = r.mu[i];
-      if (r.lse[i] != -kInf<A>) {
+      A* t_row = o + i * dim_v_padded_;
+      t_lse[i] = mu[i];
+      if (!r.softmax[i].sees_nothing()) {
         const T* o_row = primal + i * p_.out.row_stride;
-        for (int64_t d = 0; d < p_.head_dim_v; ++d) o[d] -= r.mu[i] * to_acc(o_row[d]);
+        for (int64_t d = 0; d < p_.head_dim_v; ++d) t_row[d] -= mu[i] * to_acc(o_row[d]);
       }
-      convert(out + i * j_.t_out.row_stride, o, p_.head_dim_v);
+      convert(out + i * j_.t_out.row_stride, t_row, p_.head_dim_v);
     }
   }
 
@@ -155,7 +153,7 @@ class AttentionJvp {
       const StripKeys seen = keys_of_strip<E>(where, i + strip, strip_rows);
       for (int64_t k = strip; seen.from < seen.to && k < strip + strip_rows; ++k) {
         A *s = r.s + k * kStep, *a = r.a + k * kStep;
-        row(where, terms, i + k, r.lse[tile + k], seen, s, a, r.mu[tile + k], r.z);
+        row(where, terms, i + k, r.softmax[tile + k], seen, s, a, r.mu[tile + k], r.z);
         round_row(reinterpret_cast<E*>(s), s, round_up(seen.to, kWidth<A>));
         round_row(reinterpret_cast<E*>(a), a, round_up(seen.to, kWidth<A>));
       }
@@ -181,14 +179,14 @@ class AttentionJvp {
   }
 
   // Products of row i -> Z * P and Z * P * A of the strip's keys; adds to mu.
-  void row(const KeyStep<T>& where, const TangentTerms<T>& terms, int64_t i, A lse,
-           const StripKeys& strip, A* s, A* a, A& mu, A* z) const {
+  void row(const KeyStep<T>& where, const TangentTerms<T>& terms, int64_t i,
+           const SoftmaxRow<A>& softmax, const StripKeys& strip, A* s, A* a, A& mu, A* z) const {
     // strip.to, in whole words, may be one past the keys.
     const int64_t from = min64(min64(strip.to, where.keys), max64(strip.from, where.from(i)));
     int64_t to = max64(from, where.to(i));
-    if (lse == -kInf<A>) to = from;  // nothing to attend to
+    if (softmax.sees_nothing()) to = from;  // nothing to attend to
     const int64_t begin = from / kWidth<A> * kWidth<A>, end = round_up(to, kWidth<A>);
-    terms.apply(s + begin, a + begin, i, where.j0 + begin, to - begin, lse, z, nullptr);
+    terms.apply(s + begin, a + begin, i, where.j0 + begin, to - begin, softmax, z, nullptr);
     for (int64_t j = min64(begin, strip.from); j < from; ++j) s[j] = a[j] = A(0);
     for (int64_t j = to; j < round_up(strip.to, kWidth<A>); ++j) s[j] = a[j] = A(0);
     Vec<A> sum{};
@@ -216,7 +214,10 @@ class AttentionJvp {
 
 template <class T>
 void attention_jvp(const AttentionJvpProblem& p, const Parallel& parallel) {
-  AttentionJvp<T>(p, parallel).run();
+  const OwnForward<T> forward(p.forward, parallel);
+  AttentionJvpProblem own = p;
+  own.forward = forward.problem;
+  AttentionJvp<T>(own, parallel).run();
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -48,7 +48,7 @@ struct GradientTiles {
   void rows(const Block& block, const Take& take) const {
     const QueryRows<T> q(b, block.batch, block.head, block.i0, block.rows, query_scratch);
     tile.compute(block, q.q, q.q_stride, q.grad_out, q.grad_out_stride, range.k_panels,
-                 range.v_panels, q.lse, q.delta,
+                 range.v_panels, q.softmax, q.delta,
                  [&](int64_t r) { take(r, tile.dscores + r * tile.kStride); });
   }
 
@@ -192,15 +192,15 @@ void attention_column_gradient(const AttentionBackwardProblem& b, const Parallel
         const T* grad_out = query_rows<T>(p, b.grad_out, batch, head);
         const T* out = query_rows<T>(p, p.out, batch, head);
         const int64_t offset = lse_offset(p, batch, head);
-        const A* lse = static_cast<const A*>(p.lse) + offset;
+        const SoftmaxRows<A> softmax(p, batch, head, 0);
         const A* grad_lse =
             b.grad_lse == nullptr ? nullptr : static_cast<const A*>(b.grad_lse) + offset;
         for (int64_t i = 0; i < rows; ++i) {
-          if (lse[i] == -kInf<A>) continue;  // nothing to attend to
+          if (softmax[i].sees_nothing()) continue;  // nothing to attend to
           const A delta = row_dot(grad_out + i * b.grad_out.row_stride, out + i * p.out.row_stride,
                                   p.head_dim_v);
           sum[b.mask_rows == 1 ? 0 : i] +=
-              (grad_lse == nullptr ? A(0) : grad_lse[i]) + A(0) * (delta + lse[i]);
+              (grad_lse == nullptr ? A(0) : grad_lse[i]) + A(0) * (delta + softmax[i].max);
         }
       }
     }

@@ -18,7 +18,7 @@ struct SecondQueryRows {
   E *q, *grad_out;                          // [count, q_words], [count, grad_out_stride]
   E *q_depth, *t_q_depth, *grad_out_depth;  // [words(count), padded]: depth runs along the rows
   A *delta, *out_product, *mu, *beta;       // [count]; out_product: rowsum(dO * O)
-  const A* lse;
+  SoftmaxRows<A> softmax;
 
   static int64_t elements(const AttentionProblem& p, int64_t count) {
     const int64_t dim = round_up(p.head_dim, kWidth<A>), dim_v = round_up(p.head_dim_v, kWidth<A>);
@@ -26,7 +26,8 @@ struct SecondQueryRows {
   }
 
   SecondQueryRows(const AttentionDoubleBackwardProblem& s, const ScoreOperands<T>& operands,
-                  int64_t batch, int64_t head, int64_t first, int64_t count, A* scratch) {
+                  int64_t batch, int64_t head, int64_t first, int64_t count, A* scratch)
+      : softmax(s.backward.forward, batch, head, first) {
     const AttentionBackwardProblem& b = s.backward;
     const AttentionProblem& p = b.forward;
     dim_padded = round_up(p.head_dim, kWidth<A>);
@@ -44,7 +45,6 @@ struct SecondQueryRows {
     beta = mu + count;
 
     const int64_t offset = lse_offset(p, batch, head) + first;
-    lse = static_cast<const A*>(p.lse) + offset;
     const A* grad_lse =
         b.grad_lse == nullptr ? nullptr : static_cast<const A*>(b.grad_lse) + offset;
     const auto rows = [&](const TensorView& x) {
@@ -61,7 +61,7 @@ struct SecondQueryRows {
     pack_depth_rows(grad_out_depth, dim_v_padded, go, b.grad_out.row_stride, count, p.head_dim_v);
     for (int64_t i = 0; i < count; ++i) {
       mu[i] = beta[i] = A(0);
-      if (lse[i] != -kInf<A>) {
+      if (!softmax[i].sees_nothing()) {
         out_product[i] =
             row_dot(go + i * b.grad_out.row_stride, out + i * p.out.row_stride, p.head_dim_v);
         delta[i] = out_product[i] - (grad_lse == nullptr ? A(0) : grad_lse[i]);  // E6
@@ -224,7 +224,7 @@ struct SecondTile {
       }
       for (int r = 0; r < strip_rows; ++r) {
         const int64_t i = strip + r;
-        first_row(block, terms, i, q.lse[row0 + i], q.mu[row0 + i], q.beta[row0 + i]);
+        first_row(block, terms, i, q.softmax[row0 + i], q.mu[row0 + i], q.beta[row0 + i]);
       }
     }
   }
@@ -239,16 +239,16 @@ struct SecondTile {
   }
 
  private:
-  void first_row(const Block& block, const TangentTerms<T>& terms, int64_t i, A lse, A& mu,
-                 A& beta) const {
+  void first_row(const Block& block, const TangentTerms<T>& terms, int64_t i,
+                 const SoftmaxRow<A>& softmax, A& mu, A& beta) const {
     A *s = probs + i * kStride, *a = tangents + i * kStride;
     A *g = dscores + i * kStride, *h = second + i * kStride;
     const int64_t from = block.from(i);
     int64_t to = max64(from, block.to(i));
-    if (lse == -kInf<A>) to = from;  // nothing to attend to: every gradient is 0
+    if (softmax.sees_nothing()) to = from;  // nothing to attend to: every gradient is 0
     const int64_t begin = from / kWidth<A> * kWidth<A>, end = round_up(to, kWidth<A>);
     const int64_t offset = i * kStride + begin;
-    terms.apply(s + begin, a + begin, block.i0 + i, block.j0 + begin, to - begin, lse,
+    terms.apply(s + begin, a + begin, block.i0 + i, block.j0 + begin, to - begin, softmax,
                 capped == nullptr ? nullptr : capped + offset,
                 before == nullptr ? nullptr : before + offset);
     if (keep != nullptr) {

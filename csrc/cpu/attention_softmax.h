@@ -46,17 +46,16 @@ struct OnlineSoftmax {
   using A = Acc<T>;
   const AttentionProblem& p;
   Dropout dropout;
-  bool only_scale;  // the scores are products times a positive factor
-  double unit;      // of the running maximum and of what a step exponentiates
+  bool only_scale;
+  double unit;  // of the running maximum and of what a step exponentiates
 
   explicit OnlineSoftmax(const AttentionProblem& problem)
       : p(problem),
         dropout(problem),
-        only_scale(problem.mask_kind == MaskKind::kNone && problem.scale > 0 &&
-                   problem.softcap == 0 && problem.slopes == nullptr),
+        only_scale(ScoreTerms<T>::only_scale(problem)),
         unit(only_scale ? problem.scale : 1.0) {}
 
-  FASTATTN_INLINE A factor() const { return static_cast<A>(unit * kLog2E); }
+  FASTATTN_INLINE A factor() const { return ScoreTerms<T>::factor(p); }
 
   // e to the difference of two maxima.
   FASTATTN_INLINE A power(A difference) const { return power_of_2(difference * factor()); }
@@ -113,21 +112,25 @@ struct OnlineSoftmax {
   }
 
   // E5 for rows [i0, i0 + rows) of a head: o [rows, o_stride] is divided in place and written. A
-  // row with nothing to attend to: output 0, LSE -inf. A row that attends to scores of -inf alone,
-  // which are products that overflowed: NaN, as a softmax of them is.
+  // row with nothing to attend to: output 0, LSE and maximum -inf. A row that attends to scores of
+  // -inf alone, which are products that overflowed: NaN, as a softmax of them is.
   void write(int64_t batch, int64_t head, int64_t i0, int64_t rows, A* o, int64_t o_stride,
              const A* m, const A* l) const {
     T* out = query_rows<T>(p, p.out, batch, head) + i0 * p.out.row_stride;
-    A* lse = static_cast<A*>(p.lse) + lse_offset(p, batch, head) + i0;
+    const int64_t offset = lse_offset(p, batch, head) + i0;
+    A *row_max = static_cast<A*>(p.row_max) + offset,
+      *log_sum = static_cast<A*>(p.log_sum) + offset;
     for (int64_t i = 0; i < rows; ++i) {
       A* o_row = o + i * o_stride;
       const bool none = l[i] == A(0), overflow = none && attends(batch, head, i0 + i);
       const A inverse = overflow ? kNaN<A> : none ? A(0) : A(1) / l[i];
       for (int64_t d = 0; d < p.head_dim_v; ++d) o_row[d] *= inverse;
       convert(out + i * p.out.row_stride, o_row, p.head_dim_v);
-      lse[i] = overflow ? kNaN<A>
-               : none   ? -kInf<A>
-                        : static_cast<A>(m[i] * unit + static_cast<double>(natural_log(l[i])));
+      log_sum[i] = overflow ? kNaN<A> : none ? A(0) : natural_log(l[i]);
+      row_max[i] = log_sum[i] == log_sum[i] ? m[i] : kNaN<A>;
+      if (p.lse == nullptr) continue;
+      static_cast<A*>(p.lse)[offset + i] =
+          static_cast<A>(row_max[i] * unit + static_cast<double>(log_sum[i]));
     }
   }
 

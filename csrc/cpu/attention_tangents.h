@@ -72,6 +72,8 @@ struct TangentTerms {
   const T* t_mask = nullptr;
   int64_t mask_rows, mask_cols;  // strides
   bool products;                 // there are tangents of queries or keys
+  bool only_scale;
+  A factor;
   A softcap;
 
   TangentTerms(const AttentionProblem& p, const AttentionTangents& t, int64_t batch, int64_t head)
@@ -79,6 +81,8 @@ struct TangentTerms {
         mask_rows(t.mask.row_stride),
         mask_cols(t.mask.col_stride),
         products(t.q.data || t.k.data),
+        only_scale(ScoreTerms<T>::only_scale(p)),
+        factor(ScoreTerms<T>::factor(p)),
         softcap(static_cast<A>(p.softcap)) {
     if (t.mask.data) t_mask = head_data<T>(p, t.mask, batch, head);
   }
@@ -87,15 +91,11 @@ struct TangentTerms {
   // and a = A  // E12
   // where P is not 0, else 0. The softcap's tanh is left in `capped`, the tangent of what it takes
   // in `before`, where those are given.
-  FASTATTN_INLINE void apply(A* s, A* a, int64_t i, int64_t j0, int64_t n, A lse, A* capped,
-                             A* before) const {
+  FASTATTN_INLINE void apply(A* s, A* a, int64_t i, int64_t j0, int64_t n,
+                             const SoftmaxRow<A>& softmax, A* capped, A* before) const {
     const int64_t padded = round_up(n, kWidth<A>);
-    A factor = terms.scale;
-    if (!terms.only_scale()) {
-      terms.apply(s, i, j0, n, capped);
-      factor = A(1);
-    }
-    row_exp(s, padded, factor, lse);
+    if (!only_scale) terms.apply(s, i, j0, n, capped);
+    row_weights(s, padded, factor, softmax);
     if (!products) {
       for (int64_t j = 0; j < padded; ++j) a[j] = A(0);
     }

@@ -1,5 +1,5 @@
 // What the passes behind the forward one share: packed operands of one head, and tiles of P and dS
-// recomputed from the saved LSE (E1, E6, E7).
+// recomputed from the forward's SoftmaxRows (E1, E6, E7).
 #pragma once
 
 #include "cpu/attention_common.h"
@@ -84,8 +84,8 @@ struct ScoreTile {
   // dscores before it is made an operand.
   template <class Take>
   void compute(const Block& block, const E* q, int64_t q_stride, const E* grad_out,
-               int64_t go_stride, const E* k_panels, const E* v_panels, const A* lse,
-               const A* delta, const Take& take) const {
+               int64_t go_stride, const E* k_panels, const E* v_panels,
+               const SoftmaxRows<A>& softmax, const A* delta, const Take& take) const {
     const int64_t dim_words = words<E>(p.head_dim), dim_v_words = words<E>(p.head_dim_v);
     for (int64_t strip = 0; strip < block.rows; strip += kRows) {
       const int strip_rows = static_cast<int>(min64(kRows, block.rows - strip));
@@ -104,7 +104,7 @@ struct ScoreTile {
       }
       for (int r = 0; r < strip_rows; ++r) {
         const int64_t i = strip + r;
-        row(block, i, lse[i], delta[i], strip_probs + r * kStride, strip_dscores + r * kStride);
+        row(block, i, softmax[i], delta[i], strip_probs + r * kStride, strip_dscores + r * kStride);
         take(i);
       }
       if constexpr (kPaired<E>) make_operands(strip, strip_rows);
@@ -125,20 +125,19 @@ struct ScoreTile {
     }
   }
 
-  FASTATTN_INLINE void row(const Block& block, int64_t i, A lse, A delta, A* s, A* ds) const {
+  FASTATTN_INLINE void row(const Block& block, int64_t i, const SoftmaxRow<A>& softmax, A delta,
+                           A* s, A* ds) const {
     const int64_t from = block.from(i);
     int64_t to = max64(from, block.to(i));
-    if (lse == -kInf<A>) to = from;  // nothing to attend to: every gradient is 0
+    if (softmax.sees_nothing()) to = from;  // nothing to attend to: every gradient is 0
     // Whole vectors around what the row sees.
     const int64_t begin = from / kWidth<A> * kWidth<A>, end = round_up(to, kWidth<A>);
-    A factor = static_cast<A>(p.scale);
     const bool with_softcap = before_softcap && p.softcap != 0;
-    if (!block.terms.only_scale()) {
+    if (!ScoreTerms<T>::only_scale(p)) {
       block.terms.apply(s + begin, block.i0 + i, block.j0 + begin, to - begin,
                         with_softcap ? capped : nullptr);
-      factor = A(1);
     }
-    row_exp(s + begin, end - begin, factor, lse);  // E6
+    row_weights(s + begin, end - begin, ScoreTerms<T>::factor(p), softmax);  // E6
     const Vec<A> shift = broadcast(delta);
     if (dropout.active) {
       dropout.fill(z, block.batch, block.head, block.i0 + i, block.j0 + begin, end - begin);
@@ -171,7 +170,7 @@ void write_rows(T* dst, int64_t dst_stride, Acc<T>* src, int64_t src_stride, int
   }
 }
 
-// Query rows [first, first + count) of one head as operands, and delta and lse [count]. Rows with
+// Query rows [first, first + count) of one head as operands, and what is known of each. Rows with
 // nothing to attend to are cleared, so that a NaN in them reaches nobody.
 template <class T>
 struct QueryRows {
@@ -182,7 +181,7 @@ struct QueryRows {
   E *q, *grad_out;              // [count, stride]: depth runs along the head dimension
   E *q_depth, *grad_out_depth;  // [words(count), D or Dv padded]: depth runs along the rows
   A* delta;
-  const A* lse;
+  SoftmaxRows<A> softmax;
 
   static int64_t elements(const AttentionProblem& p, int64_t count) {
     const int64_t padded = round_up(p.head_dim, kWidth<A>) + round_up(p.head_dim_v, kWidth<A>);
@@ -190,7 +189,8 @@ struct QueryRows {
   }
 
   QueryRows(const AttentionBackwardProblem& b, int64_t batch, int64_t head, int64_t first,
-            int64_t count, A* scratch) {
+            int64_t count, A* scratch)
+      : softmax(b.forward, batch, head, first) {
     const AttentionProblem& p = b.forward;
     dim_padded = round_up(p.head_dim, kWidth<A>);
     dim_v_padded = round_up(p.head_dim_v, kWidth<A>);
@@ -211,7 +211,6 @@ struct QueryRows {
     }
     delta = end;
     const int64_t offset = lse_offset(p, batch, head) + first;
-    lse = static_cast<const A*>(p.lse) + offset;
     const A* grad_lse =
         b.grad_lse == nullptr ? nullptr : static_cast<const A*>(b.grad_lse) + offset;
     const T* q_src = query_rows<T>(p, p.q, batch, head) + first * p.q.row_stride;
@@ -225,7 +224,7 @@ struct QueryRows {
                       p.head_dim_v);
     }
     for (int64_t i = 0; i < count; ++i) {
-      if (lse[i] == -kInf<A>) {
+      if (softmax[i].sees_nothing()) {
         for (int64_t d = 0; d < q_stride; ++d) q[i * q_stride + d] = E{};
         for (int64_t d = 0; d < grad_out_stride; ++d) grad_out[i * grad_out_stride + d] = E{};
         if constexpr (kPaired<E>) {

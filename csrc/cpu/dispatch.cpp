@@ -25,6 +25,11 @@ struct ScratchBuffers {
   }
 };
 
+ScratchBuffers& buffers_of_this_thread() {
+  thread_local ScratchBuffers buffers;
+  return buffers;
+}
+
 }  // namespace
 
 void ScratchError::name(const char* op) {
@@ -33,7 +38,7 @@ void ScratchError::name(const char* op) {
 }
 
 void* thread_scratch_bytes(int slot, int64_t bytes) {
-  thread_local ScratchBuffers buffers;
+  ScratchBuffers& buffers = buffers_of_this_thread();
   if (buffers.bytes[slot] < bytes || buffers.data[slot] == nullptr) {
     std::free(buffers.data[slot]);
     buffers.bytes[slot] = 0;
@@ -49,6 +54,13 @@ void* thread_scratch_bytes(int slot, int64_t bytes) {
   ASAN_POISON_MEMORY_REGION(data + bytes, static_cast<size_t>(buffers.bytes[slot] - bytes));
 #endif
   return buffers.data[slot];
+}
+
+void free_thread_scratch(int slot) {
+  ScratchBuffers& buffers = buffers_of_this_thread();
+  std::free(buffers.data[slot]);
+  buffers.data[slot] = nullptr;
+  buffers.bytes[slot] = 0;
 }
 
 namespace cpu {

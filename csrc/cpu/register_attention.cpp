@@ -17,7 +17,7 @@ Tensor empty_rows(const Tensor& like, const Shape& shape, bool packed) {
   return torch::stable::transpose(tokens, 1, 2);
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& starts_q,
     const OptionalTensor& starts_k, bool is_causal, double scale, double dropout_p, int64_t left,
@@ -28,25 +28,38 @@ std::tuple<Tensor, Tensor> attention_forward(
       {slopes, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap});
   AttentionProblem& p = in.problem;
   Tensor out = empty_rows(query, in.out_shape(), starts_q.has_value());
-  Tensor lse = empty_like_device(query, in.lse_shape(), accumulator_type(query.scalar_type()));
+  const ScalarType accumulator = accumulator_type(query.scalar_type());
+  Tensor lse = empty_like_device(query, in.lse_shape(), accumulator);
+  Tensor row_max = empty_like_device(query, in.lse_shape(), accumulator);
+  Tensor log_sum = empty_like_device(query, in.lse_shape(), accumulator);
   p.out = view_of(out);
   p.lse = lse.data_ptr();
+  p.row_max = row_max.data_ptr();
+  p.log_sum = log_sum.data_ptr();
   run_kernel(op, [&] { kernels(p.dtype).attention_forward(p, parallel()); });
-  return {out, lse};
+  return {out, lse, row_max, log_sum};
 }
 
-// out and lse as the forward left them.
+// What the forward left.
 struct ForwardResults {
-  Tensor out, lse;
+  Tensor out, row_max, log_sum;
 
-  ForwardResults(const char* op, AttentionInputs& in, const Tensor& o, const Tensor& l)
-      : out(unit_last_stride(o)), lse(torch::stable::contiguous(l)) {
+  ForwardResults(const char* op, AttentionInputs& in, const Tensor& o, const Tensor& max,
+                 const Tensor& sum)
+      : out(unit_last_stride(o)),
+        row_max(torch::stable::contiguous(max)),
+        log_sum(torch::stable::contiguous(sum)) {
     check_like(op, "out", o, in.query.scalar_type(), in.query);
     check_shape(op, "out", o, in.out_shape());
-    check_like(op, "lse", l, accumulator_type(in.query.scalar_type()), in.query);
-    check_shape(op, "lse", l, in.lse_shape());
+    const auto check = [&](const char* argument, const Tensor& x) {
+      check_like(op, argument, x, accumulator_type(in.query.scalar_type()), in.query);
+      check_shape(op, argument, x, in.lse_shape());
+    };
+    check("row_max", max);
+    check("log_sum", sum);
     in.problem.out = view_of(out);
-    in.problem.lse = lse.data_ptr();
+    in.problem.row_max = row_max.data_ptr();
+    in.problem.log_sum = log_sum.data_ptr();
   }
 };
 
@@ -108,7 +121,7 @@ struct Gradients {
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& slopes,
-    const Tensor& out, const Tensor& lse, const OptionalTensor& seed,
+    const Tensor& out, const Tensor& row_max, const Tensor& log_sum, const OptionalTensor& seed,
     const OptionalTensor& starts_q, const OptionalTensor& starts_k, bool is_causal, double scale,
     double dropout_p, int64_t left, int64_t right, double softcap, const std::vector<bool>& needs) {
   const char* op = "attention_backward";
@@ -117,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
       {slopes, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap});
   FASTATTN_CHECK(needs.size() == 4, op, "needs", "4 flags (query, key, value, attn_mask)",
                  needs.size());
-  const ForwardResults results(op, in, out, lse);
+  const ForwardResults results(op, in, out, row_max, log_sum);
   const Gradients grads(op, in, grad_out, grad_lse, attn_mask, needs, 0);
   run_kernel(op, [&] { kernels(in.problem.dtype).attention_backward(grads.problem, parallel()); });
   return {grads.query, grads.key, grads.value, grads.mask};
@@ -153,14 +166,14 @@ std::tuple<Tensor, Tensor> attention_jvp(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     const OptionalTensor& slopes, const OptionalTensor& t_query, const OptionalTensor& t_key,
     const OptionalTensor& t_value, const OptionalTensor& t_mask, const Tensor& out,
-    const Tensor& lse, const OptionalTensor& seed, const OptionalTensor& starts_q,
-    const OptionalTensor& starts_k, bool is_causal, double scale, double dropout_p, int64_t left,
-    int64_t right, double softcap) {
+    const Tensor& row_max, const Tensor& log_sum, const OptionalTensor& seed,
+    const OptionalTensor& starts_q, const OptionalTensor& starts_k, bool is_causal, double scale,
+    double dropout_p, int64_t left, int64_t right, double softcap) {
   const char* op = "attention_jvp";
   AttentionInputs in = validate_attention(
       op, query, key, value, attn_mask,
       {slopes, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap});
-  const ForwardResults results(op, in, out, lse);
+  const ForwardResults results(op, in, out, row_max, log_sum);
   const Tangents tangents(op, in, t_query, t_key, t_value, t_mask, attn_mask);
   Tensor t_out = empty_rows(query, in.out_shape(), starts_q.has_value());
   Tensor t_lse = empty_like_device(query, in.lse_shape(), accumulator_type(query.scalar_type()));
@@ -173,16 +186,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_back
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& slopes,
     const OptionalTensor& t_query, const OptionalTensor& t_key, const OptionalTensor& t_value,
-    const OptionalTensor& t_mask, const Tensor& out, const Tensor& lse, const OptionalTensor& seed,
-    const OptionalTensor& starts_q, const OptionalTensor& starts_k, bool is_causal, double scale,
-    double dropout_p, int64_t left, int64_t right, double softcap, const std::vector<bool>& needs) {
+    const OptionalTensor& t_mask, const Tensor& out, const Tensor& row_max, const Tensor& log_sum,
+    const OptionalTensor& seed, const OptionalTensor& starts_q, const OptionalTensor& starts_k,
+    bool is_causal, double scale, double dropout_p, int64_t left, int64_t right, double softcap,
+    const std::vector<bool>& needs) {
   const char* op = "attention_double_backward";
   AttentionInputs in = validate_attention(
       op, query, key, value, attn_mask,
       {slopes, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap});
   FASTATTN_CHECK(needs.size() == 5, op, "needs", "5 flags (tangents, query, key, value, attn_mask)",
                  needs.size());
-  const ForwardResults results(op, in, out, lse);
+  const ForwardResults results(op, in, out, row_max, log_sum);
   const Tangents tangents(op, in, t_query, t_key, t_value, t_mask, attn_mask);
   const Gradients grads(op, in, grad_out, grad_lse, attn_mask, needs, 1);
   AttentionDoubleBackwardProblem s;

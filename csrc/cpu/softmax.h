@@ -14,6 +14,15 @@ FASTATTN_INLINE double natural_log(double x) { return __builtin_log(x); }
 FASTATTN_INLINE float power_of_2(float x) { return __builtin_exp2f(x); }
 FASTATTN_INLINE double power_of_2(double x) { return __builtin_exp2(x); }
 
+// What makes probabilities of a row's scores: the LSE in two parts, as one number would not do. For
+// large scores its rounding changes every e^{s - LSE} of the row by as much, and beside a score of
+// -1e9 the logarithm of the sum is gone.
+template <class A>
+struct SoftmaxRow {
+  A max, log_sum;
+  FASTATTN_INLINE bool sees_nothing() const { return max == -kInf<A>; }
+};
+
 template <class A>
 FASTATTN_INLINE A row_max(const A* s, int64_t n) {
   Vec<A> best[4];  // one after the other they would wait for each other
@@ -41,20 +50,13 @@ FASTATTN_INLINE A row_exp2(A* s, int64_t n, A most, A factor) {
   return reduce_add(sum);
 }
 
-// s = e^{scale * s - shift}; returns the sum.  // E3, E6
-// The difference first: rounding then costs a share of the exponent, which is small where e^x is
-// not. A shift brought to base 2 beforehand would cost its own rounding everywhere.
+// s = 2^{(s - max) * factor} e^{-log_sum}  // E6
 template <class A>
-FASTATTN_INLINE A row_exp(A* s, int64_t n, A scale, A shift) {
-  const Vec<A> log2_e = broadcast(static_cast<A>(kLog2E));
-  const Vec<A> scales = broadcast(scale), shifts = broadcast(shift);
-  Vec<A> sum{};
-  for (int64_t j = 0; j < n; j += kWidth<A>) {
-    const Vec<A> p = exp2((load(s + j) * scales - shifts) * log2_e);
-    sum += p;
-    store(s + j, p);
-  }
-  return reduce_add(sum);
+FASTATTN_INLINE void row_weights(A* s, int64_t n, A factor, const SoftmaxRow<A>& row) {
+  const Vec<A> maxima = broadcast(row.max), factors = broadcast(factor);
+  const Vec<A> sums = broadcast(row.log_sum * static_cast<A>(kLog2E));
+  for (int64_t j = 0; j < n; j += kWidth<A>)
+    store(s + j, exp2((load(s + j) - maxima) * factors - sums));
 }
 
 template <class A>

@@ -120,7 +120,7 @@ Tensor filled(const Tensor& like, const Shape& shape, ScalarType dtype, double v
   return torch::stable::fill_(t, value);
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& starts_q,
     const OptionalTensor& starts_k, bool is_causal, double scale, double dropout_p, int64_t left,
@@ -132,21 +132,27 @@ std::tuple<Tensor, Tensor> attention_forward(
   AttentionProblem& p = a.in.problem;
   if (a.nothing()) {
     return {filled(query, a.in.out_shape(), query.scalar_type(), 0.0),
-            filled(query, a.in.lse_shape(), ScalarType::Float, -INFINITY)};
+            filled(query, a.in.lse_shape(), ScalarType::Float, -INFINITY),
+            filled(query, a.in.lse_shape(), ScalarType::Float, -INFINITY),
+            filled(query, a.in.lse_shape(), ScalarType::Float, 0.0)};
   }
   Tensor out = with_aligned_rows(query, {p.batch, p.heads_q, p.seq_q, p.head_dim_v});
   Tensor lse = empty_like_device(query, a.in.lse_shape(), ScalarType::Float);
+  Tensor row_max = empty_like_device(query, a.in.lse_shape(), ScalarType::Float);
+  Tensor log_sum = empty_like_device(query, a.in.lse_shape(), ScalarType::Float);
   p.out = view_of(out);
   p.lse = lse.data_ptr();
+  p.row_max = row_max.data_ptr();
+  p.log_sum = log_sum.data_ptr();
   const Tensor workspace = workspace_of(query, attention_forward_workspace(p));
   launch_attention_forward(p, launch_on(query, workspace));
-  return {as_result(out, a.in.out_shape()), lse};
+  return {as_result(out, a.in.out_shape()), lse, row_max, log_sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& slopes,
-    const Tensor& out, const Tensor& lse, const OptionalTensor& seed,
+    const Tensor& out, const Tensor& row_max, const Tensor& log_sum, const OptionalTensor& seed,
     const OptionalTensor& starts_q, const OptionalTensor& starts_k, bool is_causal, double scale,
     double dropout_p, int64_t left, int64_t right, double softcap, const std::vector<bool>& needs) {
   const char* op = "attention_backward";
@@ -164,8 +170,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   check_shape(op, "grad_out", grad_out, a.in.out_shape());
   check_like(op, "out", out, dtype, query);
   check_shape(op, "out", out, a.in.out_shape());
-  check_like(op, "lse", lse, ScalarType::Float, query);
-  check_shape(op, "lse", lse, a.in.lse_shape());
+  check_like(op, "row_max", row_max, ScalarType::Float, query);
+  check_shape(op, "row_max", row_max, a.in.lse_shape());
+  check_like(op, "log_sum", log_sum, ScalarType::Float, query);
+  check_shape(op, "log_sum", log_sum, a.in.lse_shape());
   const Tensor absent = empty_like_device(query, {0}, dtype);
   if (a.nothing()) {
     const auto zeros = [&](bool needed, const Tensor& like) {
@@ -175,7 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   }
   const Tensor go = readable(four_dims(unit_last_stride(grad_out), p.batch));
   const Tensor o = four_dims(unit_last_stride(out), p.batch);
-  const Tensor l = torch::stable::contiguous(lse);
+  const Tensor maxima = torch::stable::contiguous(row_max);
+  const Tensor sums = torch::stable::contiguous(log_sum);
   AttentionBackwardProblem b;
   OptionalTensor gl;
   if (grad_lse.has_value()) {
@@ -185,7 +194,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     b.grad_lse = gl->data_ptr();
   }
   p.out = view_of(o);
-  p.lse = l.data_ptr();
+  p.row_max = maxima.data_ptr();
+  p.log_sum = sums.data_ptr();
   b.grad_out = view_of(go);
   // One kernel makes dK and dV whether or not both are asked for.
   Tensor grad_q = needs[0] ? empty_like_device(query, shape_of(query), dtype) : absent;

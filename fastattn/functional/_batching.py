@@ -13,7 +13,8 @@ _MOST_DIMS = 9  # of the kernels: 6 batch dimensions, heads, rows, columns
 # What the tensor arguments of a Function are; a derivative's are followed by tangents by fours.
 _EXTRAS = ("seed", "slopes", "starts", "starts")
 FORWARD = ("rows", "rows", "rows", "mask", *_EXTRAS)
-DERIVATIVE = ("rows", "statistics", *FORWARD[:4], "rows", "statistics", *_EXTRAS)
+_RESULTS = ("rows", "statistics", "statistics")
+DERIVATIVE = (*_RESULTS[:2], *FORWARD[:4], *_RESULTS, *_EXTRAS)
 
 
 def attention(

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from fastattn import ops
 from fastattn.functional._autograd import in_transform, kernel
 from fastattn.functional.attention import AttentionFunction
-from fastattn.functional.attention_derivatives import AttentionDerivative, Call, Request
+from fastattn.functional.attention_derivatives import AttentionDerivative, Call, Request, Results
 from fastattn.functional.linear import LinearReLUFunction, MLPFunction
 from fastattn.functional.linear_derivatives import LinearReLUBackward, LinearReLUTangent
 
@@ -43,7 +43,7 @@ def _derivative(
     cotangents: tuple[Tensor | None, Tensor | None],
     inputs: tuple,
     tangents: tuple,
-    results: tuple[Tensor, Tensor],
+    results: Results,
     slopes: Tensor | None,
     rest: Sequence[object],
     needs: Sequence[bool],
@@ -55,7 +55,7 @@ def _derivative(
             *results, seed, slopes, starts_q, starts_k, *tangents,
         )
     )  # fmt: skip
-    likes = (*results, *[inputs[0]] * 4)
+    likes = (*results[:2], *[inputs[0]] * 4)
     return [
         next(found) if need else like.new_empty((0,))
         for need, like in zip((needs[0], *needs), likes, strict=True)
@@ -63,25 +63,24 @@ def _derivative(
 
 
 def _attention_backward(backend: str, *args):
-    go, gl, query, key, value, attn_mask, slopes, out, lse, *rest, needs = args
-    inputs = (query, key, value, attn_mask)
-    needs = (False, *needs)
-    found = _derivative(backend, (go, gl), inputs, (), (out, lse), slopes, rest, needs)
+    go, gl, query, key, value, attn_mask, slopes, *rest, needs = args
+    inputs, results, needs = (query, key, value, attn_mask), Results(*rest[:3]), (False, *needs)
+    found = _derivative(backend, (go, gl), inputs, (), results, slopes, rest[3:], needs)
     return tuple(found[2:])
 
 
 def _attention_jvp(backend: str, *args):
     query, key, value, attn_mask, slopes, *rest = args
     inputs, needs = (query, key, value, attn_mask), (True, False, False, False, False)
-    results, tangents = tuple(rest[4:6]), tuple(rest[:4])
-    found = _derivative(backend, (None, None), inputs, tangents, results, slopes, rest[6:], needs)
+    results, tangents = Results(*rest[4:7]), tuple(rest[:4])
+    found = _derivative(backend, (None, None), inputs, tangents, results, slopes, rest[7:], needs)
     return tuple(found[:2])
 
 
 def _attention_double_backward(backend: str, *args):
     go, gl, query, key, value, attn_mask, slopes, *rest, needs = args
-    inputs, tangents, results = (query, key, value, attn_mask), tuple(rest[:4]), tuple(rest[4:6])
-    return tuple(_derivative(backend, (go, gl), inputs, tangents, results, slopes, rest[6:], needs))
+    inputs, tangents, results = (query, key, value, attn_mask), tuple(rest[:4]), Results(*rest[4:7])
+    return tuple(_derivative(backend, (go, gl), inputs, tangents, results, slopes, rest[7:], needs))
 
 
 def _linear_relu_forward(backend: str, input, weight, bias):

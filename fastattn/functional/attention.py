@@ -20,6 +20,7 @@ from fastattn.functional._broadcast import broadcast, padded_head_dim
 from fastattn.functional.attention_derivatives import (
     Call,
     Extras,
+    Results,
     gradients,
     refuse_slopes,
     tangents_of_results,
@@ -27,8 +28,9 @@ from fastattn.functional.attention_derivatives import (
 
 
 class AttentionFunction(torch.autograd.Function):
-    """(out, lse) by the kernels, differentiable any number of times in every mode. Saves q, k, v,
-    the mask, out, LSE and the dropout seed: O(S) memory."""
+    """(out, lse, row_max, log_sum) by the kernels: the first two are differentiable any number of
+    times in every mode, the others are for the derivatives. Saves q, k, v, the mask, all results
+    but the LSE, and the dropout seed: O(S) memory."""
 
     @staticmethod
     def forward(
@@ -58,12 +60,14 @@ class AttentionFunction(torch.autograd.Function):
         *extras, options, backend = (*more, *defaults[len(more) :])
         ctx.call = Call(is_causal, scale, dropout_p, options, backend)
         ctx.set_materialize_grads(False)
-        tensors = (query, key, value, attn_mask, *output, seed, *extras)
+        out, _, *parts = output
+        ctx.mark_non_differentiable(*parts)
+        tensors = (query, key, value, attn_mask, out, *parts, seed, *extras)
         ctx.save_for_backward(*tensors)
         save_for_forward(ctx, *tensors)
 
     @staticmethod
-    def backward(ctx, grad_out, grad_lse):
+    def backward(ctx, grad_out, grad_lse, *_):
         refuse_slopes(ctx.needs_input_grad[8:9] == (True,), "gradient")
         inputs, results, extras = _saved(ctx)
         needs = ctx.needs_input_grad[:4]
@@ -74,7 +78,7 @@ class AttentionFunction(torch.autograd.Function):
     def jvp(ctx, *directions):
         refuse_slopes(directions[8] is not None, "tangent")
         inputs, results, extras = _saved(ctx)
-        return tangents_of_results(ctx.call, inputs, results, extras, directions[:4])
+        return *tangents_of_results(ctx.call, inputs, results, extras, directions[:4]), None, None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -97,9 +101,9 @@ class AttentionFunction(torch.autograd.Function):
         )
 
 
-def _saved(ctx) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, Tensor], Extras]:
+def _saved(ctx) -> tuple[tuple[Tensor | None, ...], Results, Extras]:
     saved = ctx.saved_tensors
-    return tuple(saved[:4]), tuple(saved[4:6]), Extras(*saved[6:])
+    return tuple(saved[:4]), Results(*saved[4:7]), Extras(*saved[7:])
 
 
 def scaled_dot_product_attention(
@@ -199,7 +203,7 @@ def scaled_dot_product_attention(
             alibi_slopes=alibi_slopes,
         )
     else:
-        out, lse = apply(
+        out, lse, *_ = apply(
             AttentionFunction,
             query,
             key,

@@ -17,8 +17,8 @@ derivatives in several directions commute, the family is closed under differenti
         of J_n: J_{n+1}(t, u) + sum_i J_n(t with t'_i for t_i)
         of G_n: G_{n+1}(c, t, u) + G_n(c', t) + sum_i G_n(c, t with t'_i for t_i)
 
-out and lse are handed on for the kernels, which recompute the probabilities from them; they are no
-variables of their own.
+out, row_max and log_sum are handed on for the kernels, which recompute the probabilities from them;
+they are no variables of their own.
 """
 
 from __future__ import annotations
@@ -56,6 +56,14 @@ class Request:
     needs: tuple[bool, ...]
 
 
+class Results(NamedTuple):
+    """What the forward pass left for the kernels behind it."""
+
+    out: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+
+
 class Extras(NamedTuple):
     """The tensors of an attention call that have no derivative."""
 
@@ -68,13 +76,13 @@ class Extras(NamedTuple):
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 Tangent = Sequence[Tensor | None]  # of Inputs, None for 0
 NOTHING = (None,) * 6
-_INPUTS, _SLOPES, _TANGENTS = 2, 9, 12  # where they begin among the Function's tensors
+_INPUTS, _SLOPES, _TANGENTS = 2, 10, 13  # where they begin among the Function's tensors
 
 
 class AttentionDerivative(torch.autograd.Function):
     """What of (J_n: t_out, t_lse; G_n: four gradients) ``needs`` names, n = len(tangents) / 4.
 
-    Saves its inputs: query, key, value, the mask, out, LSE, cotangents and tangents.
+    Saves its inputs: query, key, value, the mask, the forward's results, cotangents and tangents.
     """
 
     @staticmethod
@@ -87,7 +95,8 @@ class AttentionDerivative(torch.autograd.Function):
         value: Tensor,
         attn_mask: Tensor | None,
         out: Tensor,
-        lse: Tensor,
+        row_max: Tensor,
+        log_sum: Tensor,
         seed: Tensor | None,
         slopes: Tensor | None,
         starts_q: Tensor | None,
@@ -97,7 +106,7 @@ class AttentionDerivative(torch.autograd.Function):
         call, needs = request.call, request.needs
         order = len(tangents) // 4
         extras = Extras(seed, slopes, starts_q, starts_k)
-        inputs = (query, key, value, attn_mask)
+        inputs, results = (query, key, value, attn_mask), (out, row_max, log_sum)
         if order > 1:
             found = higher_order.derivative(
                 (grad_out, grad_lse),
@@ -117,23 +126,21 @@ class AttentionDerivative(torch.autograd.Function):
                 grad_out,
                 grad_lse,
                 *inputs,
-                out,
-                lse,
+                *results,
                 *args,
                 list(needs[1:]),
                 *rest,
             )
             return tuple(x for x, need in zip(found, needs[1:], strict=True) if need)
         if not any(needs[1:]):
-            return tuple(kernel(ops.attention_jvp, *inputs, *tangents, out, lse, *args, *rest))
+            return tuple(kernel(ops.attention_jvp, *inputs, *tangents, *results, *args, *rest))
         found = kernel(
             ops.attention_double_backward,
             grad_out,
             grad_lse,
             *inputs,
             *tangents,
-            out,
-            lse,
+            *results,
             *args,
             list(needs),
             *rest,
@@ -206,16 +213,14 @@ class AttentionDerivative(torch.autograd.Function):
 class _Point:
     """Where derivatives are taken: a call's inputs and results."""
 
-    def __init__(
-        self, call: Call, inputs: Inputs, results: tuple[Tensor, Tensor], extras: Extras
-    ) -> None:
+    def __init__(self, call: Call, inputs: Inputs, results: Results, extras: Extras) -> None:
         self.call, self.inputs, self.results, self.extras = call, inputs, results, extras
 
     @staticmethod
     def split(call: Call, saved: Sequence[Tensor | None]) -> tuple[_Point, list[Tangent]]:
         """From what AttentionDerivative saves: the point, and the tangents by fours."""
-        inputs, results, extras = tuple(saved[2:6]), tuple(saved[6:8]), Extras(*saved[8:12])
-        tangents = saved[12:]
+        inputs, results, extras = tuple(saved[2:6]), Results(*saved[6:9]), Extras(*saved[9:13])
+        tangents = saved[13:]
         fours = [tuple(tangents[n : n + 4]) for n in range(0, len(tangents), 4)]
         return _Point(call, inputs, results, extras), fours
 
@@ -243,7 +248,7 @@ class _Point:
         return [next(found) if need else None for need in (needs[0], *needs)]
 
     def zeros_like_result(self, n: int) -> Tensor:
-        return torch.zeros_like((*self.results, *self.inputs)[n])
+        return torch.zeros_like((*self.results[:2], *self.inputs)[n])
 
 
 def _by_output(
@@ -287,7 +292,7 @@ def refuse_slopes(asked: bool, what: str) -> None:
 def gradients(
     call: Call,
     inputs: Inputs,
-    results: tuple[Tensor, Tensor],
+    results: Results,
     extras: Extras,
     cotangents: tuple[Tensor | None, Tensor | None],
     needs: Sequence[bool],
@@ -299,7 +304,7 @@ def gradients(
 def tangents_of_results(
     call: Call,
     inputs: Inputs,
-    results: tuple[Tensor, Tensor],
+    results: Results,
     extras: Extras,
     tangent: Tangent,
 ) -> tuple[Tensor, Tensor]:

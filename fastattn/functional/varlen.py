@@ -103,7 +103,7 @@ def varlen_attn(
             softcap=softcap,
         )
     else:
-        out, lse = apply(
+        out, lse, *_ = apply(
             AttentionFunction,
             *(x[None] for x in (query, key, value)),
             None,

@@ -39,10 +39,11 @@ def attention_forward(
     starts_k: Tensor | None = None,
     options: Options = NO_OPTIONS,
     backend: str = "cpu",
-) -> tuple[Tensor, Tensor]:
-    """out ``[*, Hq, Sq, Dv]``, LSE ``[*, Hq, Sq]``. attn_mask has query's rank; seed is int64
-    ``[1]``; slopes is ``[Hq]`` or ``[B, Hq]``. Beside starts_q and starts_k ``[B + 1]`` query is
-    ``[1, Hq, tokens, D]``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out ``[*, Hq, Sq, Dv]``, LSE ``[*, Hq, Sq]``, and the LSE's parts row_max and log_sum, in the
+    kernels' own unit of scores: the derivatives take them, so that rows of P sum to 1 however large
+    the scores. attn_mask has query's rank; seed is int64 ``[1]``; slopes is ``[Hq]`` or
+    ``[B, Hq]``. Beside starts_q and starts_k ``[B + 1]`` query is ``[1, Hq, tokens, D]``."""
     left, right, softcap, max_q, max_k = options
     if backend != "triton":  # one op, dispatched by device
         return torch.ops.fastattn.attention_forward(
@@ -63,7 +64,8 @@ def attention_backward(
     value: Tensor,
     attn_mask: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     seed: Tensor | None,
     is_causal: bool,
     scale: float,
@@ -81,11 +83,12 @@ def attention_backward(
     if backend != "triton":  # one op, dispatched by device
         return torch.ops.fastattn.attention_backward(
             grad_out, grad_lse, query, key, value, attn_mask, _in_lse_dtype(slopes, query), out,
-            lse, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap, needs,
+            row_max, log_sum, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right,
+            softcap, needs,
         )  # fmt: skip
     return torch.ops.fastattn_triton.attention_backward(
-        grad_out, grad_lse, query, key, value, attn_mask, slopes, out, lse, seed, starts_q,
-        starts_k, max_q, max_k, is_causal, scale, dropout_p, left, right, softcap, needs,
+        grad_out, grad_lse, query, key, value, attn_mask, slopes, out, row_max, log_sum, seed,
+        starts_q, starts_k, max_q, max_k, is_causal, scale, dropout_p, left, right, softcap, needs,
     )  # fmt: skip
 
 
@@ -99,7 +102,8 @@ def attention_jvp(
     t_value: Tensor | None,
     t_mask: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     seed: Tensor | None,
     is_causal: bool,
     scale: float,
@@ -115,12 +119,13 @@ def attention_jvp(
     if backend != "triton":  # one op, dispatched by device
         return torch.ops.fastattn.attention_jvp(
             query, key, value, attn_mask, _in_lse_dtype(slopes, query), t_query, t_key, t_value,
-            t_mask, out, lse, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right,
-            softcap,
+            t_mask, out, row_max, log_sum, seed, starts_q, starts_k, is_causal, scale, dropout_p,
+            left, right, softcap,
         )  # fmt: skip
     return torch.ops.fastattn_triton.attention_jvp(
-        query, key, value, attn_mask, slopes, t_query, t_key, t_value, t_mask, out, lse, seed,
-        starts_q, starts_k, max_q, max_k, is_causal, scale, dropout_p, left, right, softcap,
+        query, key, value, attn_mask, slopes, t_query, t_key, t_value, t_mask, out, row_max,
+        log_sum, seed, starts_q, starts_k, max_q, max_k, is_causal, scale, dropout_p, left, right,
+        softcap,
     )  # fmt: skip
 
 
@@ -136,7 +141,8 @@ def attention_double_backward(
     t_value: Tensor | None,
     t_mask: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     seed: Tensor | None,
     is_causal: bool,
     scale: float,
@@ -155,13 +161,13 @@ def attention_double_backward(
     if backend != "triton":  # one op, dispatched by device
         return torch.ops.fastattn.attention_double_backward(
             grad_out, grad_lse, query, key, value, attn_mask, _in_lse_dtype(slopes, query), t_query,
-            t_key, t_value, t_mask, out, lse, seed, starts_q, starts_k, is_causal, scale, dropout_p,
-            left, right, softcap, needs,
+            t_key, t_value, t_mask, out, row_max, log_sum, seed, starts_q, starts_k, is_causal,
+            scale, dropout_p, left, right, softcap, needs,
         )  # fmt: skip
     return torch.ops.fastattn_triton.attention_double_backward(
         grad_out, grad_lse, query, key, value, attn_mask, slopes, t_query, t_key, t_value, t_mask,
-        out, lse, seed, starts_q, starts_k, max_q, max_k, is_causal, scale, dropout_p, left, right,
-        softcap, needs,
+        out, row_max, log_sum, seed, starts_q, starts_k, max_q, max_k, is_causal, scale, dropout_p,
+        left, right, softcap, needs,
     )  # fmt: skip
 
 
@@ -182,12 +188,13 @@ def _rows(x: Tensor, head_dim: int, packed: bool) -> Tensor:
 def _fake_forward(query, key, value, attn_mask, slopes, seed, starts_q, *rest):
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = _rows(query, value.shape[-1], starts_q is not None)
-    return out, query.new_empty(query.shape[:-1], dtype=dtype)
+    return out, *[query.new_empty(query.shape[:-1], dtype=dtype) for _row in range(3)]
 
 
 def _fake_backward(
-    grad_out, grad_lse, query, key, value, attn_mask, slopes, out, lse, seed, starts_q, *rest
-):
+    grad_out, grad_lse, query, key, value, attn_mask, slopes, out, row_max, log_sum, seed, starts_q,
+    *rest,
+):  # fmt: skip
     packed, needs, like = starts_q is not None, rest[-1], (query, key, value)
     grads = [
         _rows(x, x.shape[-1], packed) if need else query.new_empty((0,))
@@ -197,17 +204,17 @@ def _fake_backward(
 
 
 def _fake_jvp(
-    query, key, value, attn_mask, slopes, t_query, t_key, t_value, t_mask, out, lse, seed,
-    starts_q, *rest,
+    query, key, value, attn_mask, slopes, t_query, t_key, t_value, t_mask, out, row_max, log_sum,
+    seed, starts_q, *rest,
 ):  # fmt: skip
     return _rows(query, value.shape[-1], starts_q is not None), query.new_empty(
-        query.shape[:-1], dtype=lse.dtype
+        query.shape[:-1], dtype=row_max.dtype
     )
 
 
 def _fake_double_backward(
     grad_out, grad_lse, query, key, value, attn_mask, slopes, t_query, t_key, t_value, t_mask, out,
-    lse, seed, starts_q, *rest,
+    row_max, log_sum, seed, starts_q, *rest,
 ):  # fmt: skip
     packed, needs, like = starts_q is not None, rest[-1], (query, key, value)
     grads = [
@@ -216,7 +223,7 @@ def _fake_double_backward(
     ]
     return (
         _rows(query, value.shape[-1], packed) if needs[0] else query.new_empty((0,)),
-        lse.new_empty(query.shape[:-1] if needs[0] else (0,)),
+        row_max.new_empty(query.shape[:-1] if needs[0] else (0,)),
         *grads,
         query.new_empty(attn_mask.shape if needs[4] else (0,)),
     )

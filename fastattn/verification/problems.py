@@ -143,21 +143,21 @@ class _Attention:
         numbers = (x.seed, x.is_causal, scale, x.dropout_p)
         rest = (x.slopes, x.starts, x.starts, options, backend)
         inputs = (x.query, x.key, x.value, x.mask)
-        out, lse = ops.attention_forward(*inputs, *numbers, *rest)
-        found = {"out": out, "lse": lse} if "forward" in parts else {}
+        out, lse, *softmax = ops.attention_forward(*inputs, *numbers, *rest)
+        results, found = (out, *softmax), {"out": out, "lse": lse} if "forward" in parts else {}
         needs = [True, True, True, x.mask is not None and x.mask.dtype != torch.bool]
         names = ("dq", "dk", "dv", *["dmask"] * needs[3])
         if "backward" in parts:
             grads = ops.attention_backward(
-                x.grad_out, x.grad_lse, *inputs, out, lse, *numbers, needs, *rest
+                x.grad_out, x.grad_lse, *inputs, *results, *numbers, needs, *rest
             )
             found |= zip(names, grads, strict=False)
         if "tangent" in parts:
-            tangents = ops.attention_jvp(*inputs, *x.tangents, out, lse, *numbers, *rest)
+            tangents = ops.attention_jvp(*inputs, *x.tangents, *results, *numbers, *rest)
             found |= zip(("t_out", "t_lse"), tangents, strict=True)
         if "second" in parts:
             t_out, t_lse, *grads = ops.attention_double_backward(
-                x.grad_out, x.grad_lse, *inputs, *x.tangents, out, lse, *numbers,
+                x.grad_out, x.grad_lse, *inputs, *x.tangents, *results, *numbers,
                 [True, *needs], *rest,
             )  # fmt: skip
             found |= {"t_out": t_out, "t_lse": t_lse}

@@ -35,10 +35,19 @@ int run(const std::vector<int64_t>& arguments, emulator::Timing timing) {
 
   const HeadBlocks of_queries = a.tiles(a.heads_q, a.seq_q, Kernel::kBlockQ);
   const int all = of_queries.tiles();
-  DeviceVector<float> lse_log2(static_cast<size_t>(all * Kernel::kBlockQ), NAN), delta(lse_log2);
-  const DeltaParameters of_rows{
-      rows(a.out), rows(a.grad_out),  a.lse.data(), a.grad_lse.data(), heads,
-      seq_q,       of_queries.blocks, dim,          lse_log2.data(),   delta.data()};
+  DeviceVector<float> softmax(static_cast<size_t>(2 * all * Kernel::kBlockQ), NAN);
+  DeviceVector<float> delta(static_cast<size_t>(all * Kernel::kBlockQ), NAN);
+  const DeltaParameters of_rows{rows(a.out),
+                                rows(a.grad_out),
+                                a.row_max.data(),
+                                a.log_sum.data(),
+                                a.grad_lse.data(),
+                                heads,
+                                seq_q,
+                                of_queries.blocks,
+                                dim,
+                                softmax.data(),
+                                delta.data()};
   on_grid(all, [&] { fastattn::cuda::delta<bf16, Kernel::kDim>(of_rows); });
 
   DeviceVector<float> sums(static_cast<size_t>(all * Kernel::kBlockQ * Kernel::kDim),
@@ -51,7 +60,7 @@ int run(const std::vector<int64_t>& arguments, emulator::Timing timing) {
                                       a.grad_out.map(Kernel::kBlockQ),
                                       dk.map(64),
                                       dv.map(64),
-                                      lse_log2.data(),
+                                      softmax.data(),
                                       delta.data(),
                                       sums.data(),
                                       turns.data(),
@@ -67,7 +76,7 @@ int run(const std::vector<int64_t>& arguments, emulator::Timing timing) {
   emulator::run_grid(a.blocks, Kernel::kThreads, Kernel::kSharedBytes, timing,
                      [&] { Kernel::run(p); });
   const GradQueryParameters of_dq{
-      sums.data(), lse_log2.data(),   rows(dq), heads,
+      sums.data(), softmax.data(),    rows(dq), heads,
       seq_q,       of_queries.blocks, dim,      static_cast<float>(a.scale)};
   on_grid(all, [&] { grad_query<bf16, Kernel::kDim>(of_dq); });
   return compare("dq", timing, dq, a.dq) + compare("dk", timing, dk, a.dk) +
@@ -77,7 +86,7 @@ int run(const std::vector<int64_t>& arguments, emulator::Timing timing) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  return run_cases(argc, argv, 9, [](const std::vector<int64_t>& a, emulator::Timing timing) {
+  return run_cases(argc, argv, 10, [](const std::vector<int64_t>& a, emulator::Timing timing) {
     const auto of = [&]<bool kKeyWords>() {
       return (a[0] <= 64 ? run<BackwardTile<bf16, 64, kKeyWords>>
                          : run<BackwardTile<bf16, 128, kKeyWords>>)(a, timing);

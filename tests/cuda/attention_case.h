@@ -24,18 +24,20 @@ struct Sums {
   }
 };
 
-// Written as "dim heads_q heads_k seq_q seq_k left right padded blocks": -1 for no bound, `padded`
-// keys hidden at the end of the second batch element, and a few before. What nobody sees is NaN,
-// and so is who sees nothing.
+// Written as "dim heads_q heads_k seq_q seq_k left right padded blocks exponent": -1 for no bound,
+// `padded` keys hidden at the end of the second batch element, and a few before. What nobody sees
+// is NaN, and so is who sees nothing. With an exponent the queries are 2^exponent times as large,
+// and they and the keys such that the scores are exact in every order of addition.
 struct AttentionCase {
   const int64_t dim, heads_q, heads_k, seq_q, seq_k, left, right, padded;
   const int blocks;
+  const int exponent;
   const int64_t batch = 2, group, reached;  // keys from `reached` on nobody sees
   const double scale;
   std::mt19937 random{7};
   Tensor4 q, k, v, out, grad_out;
   std::vector<uint8_t> mask;  // [batch, seq_k]
-  std::vector<float> lse, grad_lse;
+  std::vector<float> lse, row_max, log_sum, grad_lse;
   Sums o, dq, dk, dv;
 
   explicit AttentionCase(const std::vector<int64_t>& a)
@@ -48,9 +50,10 @@ struct AttentionCase {
         right(a[6] < 0 ? kNoBound : a[6]),
         padded(a[7]),
         blocks(static_cast<int>(a[8])),
+        exponent(static_cast<int>(a[9])),
         group(heads_q / heads_k),
         reached(std::min(seq_k, seq_q + right)),
-        scale(1.0 / std::sqrt(static_cast<double>(dim))),
+        scale(static_cast<double>(static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim))))),
         q(batch, heads_q, seq_q, dim),
         k(batch, heads_k, seq_k, dim),
         v(k),
@@ -62,6 +65,11 @@ struct AttentionCase {
         dk(k),
         dv(k) {
     q.fill(random, 2.0f), k.fill(random), v.fill(random), grad_out.fill(random);
+    if (exponent != 0) {
+      for (bf16& x : q.data)
+        x = bf16(std::ldexp(std::round(4 * static_cast<float>(x)), exponent - 2));
+      for (bf16& x : k.data) x = bf16(std::round(4 * static_cast<float>(x)) / 4);
+    }
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t j = 0; j < seq_k; ++j) {
         if (b == 1 && padded > 0 && (j + padded >= seq_k || j % 11 == 3))
@@ -126,14 +134,21 @@ struct AttentionCase {
   void row(int64_t b, int64_t h, int64_t i) {
     const int64_t hk = h / group;
     Doubles p(static_cast<size_t>(seq_k), 0.0);
-    double sum = 0;
-    for (int64_t j = std::max<int64_t>(0, i - left); j < seq_k && j <= i + right; ++j) {
-      if (seen(b, j))
-        sum += p[static_cast<size_t>(j)] = std::exp(scale * dot(q, k, b, h, i, hk, j));
+    const int64_t first = std::max<int64_t>(0, i - left), last = std::min(seq_k - 1, i + right);
+    double sum = 0, most = -INFINITY;
+    for (int64_t j = first; j <= last; ++j) {
+      if (!seen(b, j)) continue;
+      most = std::max(most, p[static_cast<size_t>(j)] = scale * dot(q, k, b, h, i, hk, j));
+    }
+    for (int64_t j = first; j <= last; ++j) {
+      double& score = p[static_cast<size_t>(j)];
+      if (seen(b, j)) sum += score = std::exp(score - most);
     }
     for (int64_t d = 0; d < dim && sum == 0.0; ++d)  // what sees nothing harms nobody
       q.data[q.at(b, h, i, d)] = grad_out.data[q.at(b, h, i, d)] = bf16(NAN);
-    lse.push_back(static_cast<float>(std::log(sum)));
+    lse.push_back(static_cast<float>(sum == 0.0 ? -INFINITY : most + std::log(sum)));
+    row_max.push_back(static_cast<float>(most / scale));
+    log_sum.push_back(sum == 0.0 ? 0.0f : static_cast<float>(std::log(sum)));
     grad_lse.push_back(std::normal_distribution<float>()(random));
     for (int64_t j = 0; j < seq_k; ++j) {
       double& weight = p[static_cast<size_t>(j)];

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc/cuda/kernels"
 CXX = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 # Tails, several tiles a block, one tile, fewer steps than stages: m, k, n, splits, blocks for
-# the linear layer; for attention head dim, heads of q and k, lengths, window, padded keys, blocks.
+# the linear layer; for attention head dim, heads of q and k, lengths, window, padded keys, blocks,
+# the exponent of large queries.
 LINEAR = [
     (150, 200, 300, 2, 3),
     (1, 8, 8, 1, 1),
@@ -35,43 +36,48 @@ MLP = [
     (70, 16, 130, 256, 1),
 ]
 ATTENTION = [
-    (128, 2, 1, 200, 300, -1, 0, 0, 2),
-    (64, 2, 1, 200, 300, -1, 0, 0, 2),
-    (128, 4, 2, 257, 300, -1, -1, 37, 3),
-    (64, 2, 2, 300, 140, 20, 5, 0, 1),
-    (64, 1, 1, 1, 1, -1, 0, 0, 1),
-    (80, 2, 1, 300, 300, -1, 0, 0, 2),
-    (128, 2, 2, 300, 300, 40, 0, 150, 2),
-    (64, 2, 1, 200, 150, 10, -1, 0, 2),
-    (64, 1, 1, 100, 260, -1, 30, 30, 2),
-    (40, 3, 3, 70, 90, -1, -1, 0, 4),
-    (60, 2, 1, 70, 90, -1, 0, 0, 2),
-    (75, 1, 1, 90, 70, -1, -1, 9, 1),
+    (128, 2, 1, 200, 300, -1, 0, 0, 2, 0),
+    (64, 2, 1, 200, 300, -1, 0, 0, 2, 0),
+    (128, 4, 2, 257, 300, -1, -1, 37, 3, 0),
+    (64, 2, 2, 300, 140, 20, 5, 0, 1, 0),
+    (64, 1, 1, 1, 1, -1, 0, 0, 1, 0),
+    (80, 2, 1, 300, 300, -1, 0, 0, 2, 0),
+    (128, 2, 2, 300, 300, 40, 0, 150, 2, 0),
+    (64, 2, 1, 200, 150, 10, -1, 0, 2, 0),
+    (64, 1, 1, 100, 260, -1, 30, 30, 2, 0),
+    (40, 3, 3, 70, 90, -1, -1, 0, 4, 0),
+    (60, 2, 1, 70, 90, -1, 0, 0, 2, 0),
+    (75, 1, 1, 90, 70, -1, -1, 9, 1, 0),
+    # Scores of some thousands, of 10^9, and near the largest number.
+    (64, 2, 1, 70, 150, -1, -1, 0, 2, 9),
+    (128, 1, 1, 70, 150, -1, 0, 9, 1, 9),
+    (64, 1, 1, 70, 150, -1, -1, 0, 1, 29),
+    (128, 1, 1, 70, 150, 60, 0, 0, 1, 119),
 ]
 CASES = {
     "linear": LINEAR,
     "mlp": MLP,
     "attention_forward": [
         *ATTENTION,
-        (256, 2, 2, 130, 200, -1, -1, 0, 1),
-        (192, 1, 1, 70, 70, -1, 0, 9, 1),
+        (256, 2, 2, 130, 200, -1, -1, 0, 1, 0),
+        (192, 1, 1, 70, 70, -1, 0, 9, 1, 0),
     ],
     "attention_backward": [
         *ATTENTION,
         # More blocks than the emulation has resident: a tile must not wait for one not yet taken.
-        (64, 1, 1, 40, 1000, -1, -1, 0, 7),
+        (64, 1, 1, 40, 1000, -1, -1, 0, 7, 0),
     ],
 }
 # What a kernel without a statement is run on: whole and partial tiles, with and without a mask.
 MUTANT_CASES = {
     "linear": [(150, 200, 300, 1, 2)],
     "mlp": [(100, 800, 128, 100, 10), (70, 16, 130, 256, 1)],
-    "attention_forward": [(128, 2, 1, 200, 700, -1, -1, 0, 2), (64, 2, 1, 400, 300, -1, 0, 37, 2)],
+    "attention_forward": [(128, 2, 1, 200, 700, -1, -1, 0, 2, 0), (64, 2, 1, 400, 300, -1, 0, 37, 2, 0)],
     "attention_backward": [
-        (128, 2, 1, 300, 300, -1, -1, 0, 3),
-        (64, 2, 1, 300, 300, -1, 0, 37, 2),
-        (128, 1, 1, 60, 300, -1, -1, 0, 2),
-        (64, 2, 1, 150, 100, 10, -1, 0, 2),
+        (128, 2, 1, 300, 300, -1, -1, 0, 3, 0),
+        (64, 2, 1, 300, 300, -1, 0, 37, 2, 0),
+        (128, 1, 1, 60, 300, -1, -1, 0, 2, 0),
+        (64, 2, 1, 150, 100, 10, -1, 0, 2, 0),
     ],
 }
 # What may be missing unseen, and why.

@@ -350,9 +350,10 @@ def test_in_a_cuda_graph():
 
     def step():
         ops = torch.ops.fastattn
-        out, lse = ops.attention_forward(q, k, v, None, None, *options)
+        out, _, *softmax = ops.attention_forward(q, k, v, None, None, *options)
         needs = [True, True, True, False]
-        grads = ops.attention_backward(g, None, q, k, v, None, None, out, lse, *options, needs)
+        results = (out, *softmax, *options, needs)
+        grads = ops.attention_backward(g, None, q, k, v, None, None, *results)
         return out, *grads[:3]
 
     step()

@@ -208,14 +208,14 @@ def test_opcheck(requires_grad):
         rest = (seed, *starts, *numbers)
         arguments = (*inputs, mask, slopes, *rest)
         check(namespace.attention_forward.default, arguments)
-        out, lse = (x.detach() for x in namespace.attention_forward(*arguments))
+        out, lse, *softmax = (x.detach() for x in namespace.attention_forward(*arguments))
         needs = [True, True, True, mask is not None]
         cotangents = leaf(out), leaf(lse)
         check(
             namespace.attention_backward.default,
-            (*cotangents, *inputs, mask, slopes, out, lse, *rest, needs),
+            (*cotangents, *inputs, mask, slopes, out, *softmax, *rest, needs),
         )
-        arguments = (*inputs, mask, slopes, *tangents, out, lse, *rest)
+        arguments = (*inputs, mask, slopes, *tangents, out, *softmax, *rest)
         check(namespace.attention_jvp.default, arguments)
         if starts[0] is not None and requires_grad:
             return  # a third derivative reads where the sequences start, which no graph can

@@ -122,9 +122,9 @@ def _options(made: Draw, length: int, heads: int, batch: int | None) -> dict[str
 
 
 def _mask(
-    made: Draw, batch: int, heads: int, rows: int, keys: int, dtype: torch.dtype, order: int
+    made: Draw, batch: int, heads: int, rows: int, keys: int, dtype: torch.dtype
 ) -> Tensor | None:
-    kind = made.one("mask", MASKS, (4, 2, 1, 1, 1 if order == 0 else 0, 1))
+    kind = made.one("mask", MASKS, (4, 2, 1, 1, 1, 1))
     if kind == "none":
         return None
     full = (batch, heads, rows, keys)
@@ -149,7 +149,7 @@ def _attention(made: Draw) -> Problem:
     k = made.laid_out(made.normal(batch, heads_k, keys, dim, dtype=dtype, by=by))
     v = made.laid_out(made.normal(batch, heads_k, keys, dim_v, dtype=dtype, by=value))
     options = _options(made, max(rows, keys), heads, batch)
-    mask = _mask(made, batch, heads, rows, keys, dtype, order)
+    mask = _mask(made, batch, heads, rows, keys, dtype)
     whole = order > 0 or not _special_values(made, q, k, v)
     learned = mask is not None and mask.requires_grad
     leaves = [q, k, v, *([mask.detach()] if learned else [])]
@@ -199,7 +199,6 @@ def _with_sizes(problem: Problem, options: dict[str, object], mask: Tensor | Non
 
 def _packed_attention(made: Draw) -> Problem:
     dtype, magnitude, order, threads = _shared(made)
-    order = min(order, 1)
     heads_k = made.size("heads", 3)
     heads = heads_k * made.one("queries' heads for one of keys", (1, 2), (3, 1))
     dim, dim_v = made.size("head_dim", 70), made.size("head_dim of values", 70)

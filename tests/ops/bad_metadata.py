@@ -45,7 +45,8 @@ def attention_call(rng: random.Random, op: str) -> dict[str, object]:
         "grad_out": new(heads, seq_q, dim_v),
         "grad_lse": new(heads, seq_q, kind=wide),
         "out": new(heads, seq_q, dim_v),
-        "lse": new(heads, seq_q, kind=wide),
+        "row_max": new(heads, seq_q, kind=wide),
+        "log_sum": new(heads, seq_q, kind=wide),
         "t_mask": None,
     }
     for name in ("query", "key", "value"):

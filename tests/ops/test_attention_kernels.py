@@ -104,7 +104,7 @@ def run_and_check(dtype, shape, mask_kind, options) -> None:
     options |= {"scale": dim**-0.5, "seed": seed}
     wide = [x.double() if x is not None and x.dtype == dtype else x for x in (q, k, v, mask)]
 
-    out, lse = ops.attention_forward(q, k, v, mask, seed, causal, dim**-0.5, p, *extra)
+    out, lse, *softmax = ops.attention_forward(q, k, v, mask, seed, causal, dim**-0.5, p, *extra)
     expected_out, expected_lse = reference.attention_forward(*wide, **options)
     # Rounding of the result, and of fp32 sums of S terms of the size of V.
     u, accumulator = unit(dtype), unit(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -118,7 +118,7 @@ def run_and_check(dtype, shape, mask_kind, options) -> None:
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
     needs = [True, True, True, mask is not None and mask.dtype != torch.bool]
     grads = ops.attention_backward(
-        grad_out, grad_lse, q, k, v, mask, out, lse, seed, causal, dim**-0.5, p, needs, *extra
+        grad_out, grad_lse, q, k, v, mask, out, *softmax, seed, causal, dim**-0.5, p, needs, *extra
     )
     expected = reference.attention_backward(
         grad_out.double(),
@@ -183,10 +183,10 @@ def test_packed_sequences(threads, options):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        out, lse = ops.attention_forward(*per_head, None, seed, causal, 0.2, p, *extra)
+        out, lse, *softmax = ops.attention_forward(*per_head, None, seed, causal, 0.2, p, *extra)
         grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
         grads = ops.attention_backward(
-            grad_out, grad_lse, *per_head, None, out, lse, seed, causal, 0.2, p,
+            grad_out, grad_lse, *per_head, None, out, *softmax, seed, causal, 0.2, p,
             [True] * 3 + [False], *extra,
         )  # fmt: skip
     finally:
@@ -218,7 +218,7 @@ def test_packed_sequences(threads, options):
 def test_dropout_is_the_philox_mask_of_the_oracle(dtype):
     q, k, v = (torch.randn(2, 3, 70, 32, dtype=dtype) for _ in range(3))
     seed = torch.tensor([-1234567890123456789])
-    out, lse = ops.attention_forward(q, k, v, None, seed, True, 0.2, 0.3)
+    out, _, *softmax = ops.attention_forward(q, k, v, None, seed, True, 0.2, 0.3)
     wide = [x.double() for x in (q, k, v)]
     options = dict(seed=seed, is_causal=True, scale=0.2, dropout_p=0.3)
     expected, expected_lse = reference.attention_forward(*wide, None, **options)
@@ -226,7 +226,9 @@ def test_dropout_is_the_philox_mask_of_the_oracle(dtype):
     check("out", out, expected, tolerance * (1 + expected.abs()))
     grad = torch.randn_like(out)
     needs = [True, True, True, False]
-    grads = ops.attention_backward(grad, None, q, k, v, None, out, lse, seed, True, 0.2, 0.3, needs)
+    grads = ops.attention_backward(
+        grad, None, q, k, v, None, out, *softmax, seed, True, 0.2, 0.3, needs
+    )
     wanted = reference.attention_backward(
         grad.double(), None, *wide, None, expected, expected_lse, needs=needs, **options
     )
@@ -246,8 +248,9 @@ def test_keys_hidden_from_every_query_never_matter(kind, poison):
     for x in (k, v):
         x[:, :2, 33] = poison
         x[:, 2:, 3] = poison
-    out, lse = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0)
-    torch.testing.assert_close((out, lse), clean)
+    results = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0)
+    torch.testing.assert_close(results, clean)
+    out, _, *softmax = results
     grads = ops.attention_backward(
         torch.ones_like(out),
         None,
@@ -256,7 +259,7 @@ def test_keys_hidden_from_every_query_never_matter(kind, poison):
         v,
         mask,
         out,
-        lse,
+        *softmax,
         None,
         False,
         0.25,
@@ -271,7 +274,7 @@ def test_keys_hidden_from_every_query_never_matter(kind, poison):
 def test_a_nan_in_a_used_key_stays():
     q, k, v = (torch.randn(1, 1, 9, 8) for _ in range(3))
     k[0, 0, 4, 2] = math.nan
-    out, lse = ops.attention_forward(q, k, v, None, None, True, 0.3, 0.0)
+    out, lse, *_ = ops.attention_forward(q, k, v, None, None, True, 0.3, 0.0)
     assert out[0, 0, 4:].isnan().all()
     assert lse[0, 0, 4:].isnan().all()
 
@@ -283,7 +286,7 @@ def test_a_mask_of_the_lowest_number_weighs_all_keys_alike(dtype):
     mask = torch.zeros(1, 1, 30, 30, dtype=dtype)
     mask[..., 20:] = torch.finfo(dtype).min
     mask[..., 7, :] = torch.finfo(dtype).min
-    out, lse = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0)
+    out, lse, *_ = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0)
     torch.testing.assert_close(out[..., 7, :], v.mean(-2))
     assert lse[0, 0, 7] == torch.tensor(torch.finfo(dtype).min, dtype=lse.dtype)
     expected = reference.attention_forward(q, k, v, mask, scale=0.25)[0]
@@ -296,13 +299,13 @@ def test_an_empty_row_with_nan_harms_nobody():
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool)
     mask[:, :, 5] = False
     q[:, :, 5] = math.nan
-    out, lse = ops.attention_forward(q, k, v, mask, None, False, 0.3, 0.0)
+    out, lse, *softmax = ops.attention_forward(q, k, v, mask, None, False, 0.3, 0.0)
     assert not out[0, 0, 5].any()
     assert lse[0, 0, 5] == -math.inf
     grad = torch.randn_like(out)
     grad[:, :, 5] = math.inf
     grads = ops.attention_backward(
-        grad, None, q, k, v, mask, out, lse, None, False, 0.3, 0.0, [True] * 3 + [False]
+        grad, None, q, k, v, mask, out, *softmax, None, False, 0.3, 0.0, [True] * 3 + [False]
     )
     assert all(g.isfinite().all() for g in grads)
     assert not grads[0][0, 0, 5].any()
@@ -317,12 +320,12 @@ def test_sizes_of_zero(shape):
     q = torch.randn(shape)
     k = v = torch.randn(shape) if shape[0] != 1 else torch.randn(1, 1, 0, 4)
     mask = torch.zeros([1] * 4)
-    out, lse = ops.attention_forward(q, k, v, mask, None, False, 0.5, 0.0)
+    out, lse, *softmax = ops.attention_forward(q, k, v, mask, None, False, 0.5, 0.0)
     assert out.shape == q.shape
     assert not out.any()
     assert (lse == -math.inf).all()
     grads = ops.attention_backward(
-        out, None, q, k, v, mask, out, lse, None, False, 0.5, 0.0, [True] * 4
+        out, None, q, k, v, mask, out, *softmax, None, False, 0.5, 0.0, [True] * 4
     )
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape, mask.shape]
     assert not any(g.any() for g in grads)
@@ -360,11 +363,11 @@ def test_the_same_call_is_bitwise_equal(threads):
         mask = torch.randn(1, 1, 1, 700)
         runs = []
         for _ in range(3):
-            out, lse = ops.attention_forward(q, k, v, mask, None, True, 0.2, 0.0)
+            out, lse, *softmax = ops.attention_forward(q, k, v, mask, None, True, 0.2, 0.0)
             grads = ops.attention_backward(
-                out, lse, q, k, v, mask, out, lse, None, True, 0.2, 0.0, [True] * 4
+                out, lse, q, k, v, mask, out, *softmax, None, True, 0.2, 0.0, [True] * 4
             )
-            runs.append((out, lse, *grads))
+            runs.append((out, lse, *softmax, *grads))
         for run in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
     finally:
@@ -374,11 +377,11 @@ def test_the_same_call_is_bitwise_equal(threads):
 def test_more_than_one_batch_dimension_and_a_negative_scale():
     q, k, v = (torch.randn(2, 1, 3, 2, 20, 8) for _ in range(3))
     mask = torch.randn(1, 1, 3, 1, 20, 1)
-    out, lse = ops.attention_forward(q, k, v, mask, None, False, -0.7, 0.0)
+    out, lse, *softmax = ops.attention_forward(q, k, v, mask, None, False, -0.7, 0.0)
     expected = reference.attention_forward(*(x.double() for x in (q, k, v, mask)), scale=-0.7)
     torch.testing.assert_close((out.double(), lse.double()), expected, atol=1e-5, rtol=1e-5)
     grads = ops.attention_backward(
-        out, None, q, k, v, mask, out, lse, None, False, -0.7, 0.0, [True] * 4
+        out, None, q, k, v, mask, out, *softmax, None, False, -0.7, 0.0, [True] * 4
     )
     wanted = reference.attention_backward(
         out.double(), None, *(x.double() for x in (q, k, v, mask)), *expected, scale=-0.7
@@ -448,8 +451,10 @@ def test_a_direct_call_with_bad_metadata_raises(argument, change):
     [
         ("grad_out", torch.randn(1, 2, 5, 7)),
         ("out", torch.randn(1, 2, 4, 8)),
-        ("lse", torch.randn(1, 2, 4)),
-        ("lse", torch.randn(1, 2, 5).double()),
+        ("row_max", torch.randn(1, 2, 4)),
+        ("row_max", torch.randn(1, 2, 5).double()),
+        ("log_sum", torch.randn(1, 2, 1)),
+        ("log_sum", torch.randn(1, 2, 5).double()),
         ("grad_lse", torch.randn(1, 2, 6)),
         ("needs", [True, True, True, True]),
     ],
@@ -464,7 +469,8 @@ def test_a_direct_backward_call_with_bad_metadata_raises(argument, value):
         value=q,
         attn_mask=None,
         out=q,
-        lse=torch.zeros(1, 2, 5),
+        row_max=torch.zeros(1, 2, 5),
+        log_sum=torch.zeros(1, 2, 5),
         seed=None,
         is_causal=False,
         scale=1.0,
@@ -489,11 +495,11 @@ def test_keys_that_no_query_sees_may_be_nan(dtype, options):
     results = []
     for poison in (0.0, math.nan):
         k[:, :, seen:], v[:, :, seen:] = poison, poison
-        out, lse = ops.attention_forward(
+        out, lse, *softmax = ops.attention_forward(
             q, k, v, None, None, causal, 0.25, 0.0, None, None, None, window
         )
-        results.append([out, lse, *ops.attention_backward(
-            torch.ones_like(out), None, q, k, v, None, out, lse, None, causal, 0.25, 0.0,
+        results.append([out, lse, *softmax, *ops.attention_backward(
+            torch.ones_like(out), None, q, k, v, None, out, *softmax, None, causal, 0.25, 0.0,
             [True, True, True, False], None, None, None, window,
         )])  # fmt: skip
     for clean, poisoned in zip(*results, strict=True):

@@ -21,6 +21,7 @@ FILES = (
     "test_second_order_kernels.py",
     "test_error_policy.py",
     "test_extreme_scores.py",
+    "test_extreme_gradients.py",
 )
 SLOW_SHAPES = ("130x513", "400x270", "257x300")
 

@@ -102,17 +102,21 @@ class Case:
         self.numbers = (self.seed, options["is_causal"], options["scale"], options["dropout_p"])
         self.rest = (options.get("alibi_slopes"), None, None, ops.Options(*window, softcap))
         self.inputs = (self.q, self.k, self.v, self.mask)
-        self.out, self.lse = ops.attention_forward(*self.inputs, *self.numbers, *self.rest)
+        self.forward()
+
+    def forward(self) -> None:
+        out, _, *softmax = ops.attention_forward(*self.inputs, *self.numbers, *self.rest)
+        self.results = (out, *softmax)
 
     def jvp(self) -> tuple[Tensor, ...]:
         return ops.attention_jvp(
-            *self.inputs, *self.tangents, self.out, self.lse, *self.numbers, *self.rest
+            *self.inputs, *self.tangents, *self.results, *self.numbers, *self.rest
         )
 
     def double_backward(self, needs=(True,) * 5) -> tuple[Tensor, ...]:
         needs = [*needs[:4], needs[4] and self.has_float]
         return ops.attention_double_backward(
-            self.grad_out, self.grad_lse, *self.inputs, *self.tangents, self.out, self.lse,
+            self.grad_out, self.grad_lse, *self.inputs, *self.tangents, *self.results,
             *self.numbers, needs, *self.rest,
         )  # fmt: skip
 
@@ -140,7 +144,7 @@ class Case:
                 continue
             size = 1 + (oracle.abs().max().item() if oracle.numel() else 0.0)
             if name == "g_mask":  # a sum over what the mask is broadcast to, which may cancel
-                size *= 1 + math.sqrt(self.lse.numel() * self.k.shape[-2] / oracle.numel())
+                size *= 1 + math.sqrt(self.grad_lse.numel() * self.k.shape[-2] / oracle.numel())
             bound = roundings * unit_roundoff(self.q.dtype) * size
             assert_close(name, actual.double(), oracle, bound)
 
@@ -226,7 +230,7 @@ def test_packed_sequences_are_the_sequences_one_by_one(dtype, options):
     slopes, *_, extras = case.rest
     case.rest = (slopes, starts_q, starts_k, extras)
     case.numbers = (case.seed if case.seed is None else case.seed[:1], *case.numbers[1:])
-    case.out, case.lse = ops.attention_forward(*case.inputs, *case.numbers, *case.rest)
+    case.forward()
     results = (*case.jvp(), *case.double_backward())
     for b, (i, j) in enumerate(zip(starts_q.tolist(), starts_q.tolist()[1:], strict=False)):
         m, n = starts_k[b : b + 2].tolist()
@@ -261,13 +265,14 @@ def test_packed_sequences_are_the_sequences_one_by_one(dtype, options):
         ("t_value", lambda a: a.__setitem__(6, a[6][..., :1])),
         ("t_mask", lambda a: a.__setitem__(7, a[3])),
         ("out", lambda a: a.__setitem__(8, a[8][:1])),
-        ("lse", lambda a: a.__setitem__(9, a[9].double())),
-        ("seed", lambda a: (a.__setitem__(10, torch.arange(3)), a.__setitem__(13, 0.5))),
+        ("row_max", lambda a: a.__setitem__(9, a[9].double())),
+        ("log_sum", lambda a: a.__setitem__(10, a[10][..., :1])),
+        ("seed", lambda a: (a.__setitem__(11, torch.arange(3)), a.__setitem__(14, 0.5))),
     ],
 )
 def test_a_direct_call_with_bad_metadata_raises(argument, change):
     case = Case(torch.float32, SMALL, "bool")
-    arguments = [*case.inputs, *case.tangents, case.out, case.lse, *case.numbers, *case.rest]
+    arguments = [*case.inputs, *case.tangents, *case.results, *case.numbers, *case.rest]
     change(arguments)
     with pytest.raises(RuntimeError, match=f"attention_jvp: {argument}: expected"):
         ops.attention_jvp(*arguments)
@@ -292,9 +297,9 @@ for dtype in (torch.bfloat16, torch.float32):
     q, k = (torch.randn(1, 1, n, 8).to(dtype) for n in (rows, keys))
     rest = (None, None, None, ops.Options(*{window}))
     numbers = (None, False, 0.3, 0.0)
-    out, lse = ops.attention_forward(q, k, k, mask, *numbers, *rest)
-    needs, tangents = [True] * 4 + [False], (q, k, k, None, out, lse)
-    ops.attention_backward(out, None, q, k, k, mask, out, lse, *numbers, needs[1:], *rest)
+    out, _, *softmax = ops.attention_forward(q, k, k, mask, *numbers, *rest)
+    needs, tangents = [True] * 4 + [False], (q, k, k, None, out, *softmax)
+    ops.attention_backward(out, None, q, k, k, mask, out, *softmax, *numbers, needs[1:], *rest)
     ops.attention_jvp(q, k, k, mask, *tangents, *numbers, *rest)
     ops.attention_double_backward(out, None, q, k, k, mask, *tangents, *numbers, needs, *rest)
 """

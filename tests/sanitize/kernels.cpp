@@ -105,7 +105,7 @@ struct AttentionShape {
   int64_t batch, heads_q, heads_k, seq_q, seq_k, dim, dim_v;
   MaskKind mask = MaskKind::kNone;
   bool causal = false;
-  double dropout_p = 0.0;
+  double dropout_p = 0.0, scale = 0.3;
 };
 
 void call_attention(Dtype dtype, const AttentionShape& s) {
@@ -157,16 +157,21 @@ void call_attention(Dtype dtype, const AttentionShape& s) {
   }
   if (shared) p.mask.batch_strides[0] = 0;
   if (s.causal) p.right = 0;
-  p.scale = 0.3;
+  p.scale = s.scale;
   const int64_t seed = 5;
   p.dropout_p = s.dropout_p;
   p.seeds = &seed;
   const Numbers out(dtype, size_out), lse(accumulator(dtype), rows);
+  const Numbers row_max(accumulator(dtype), rows), log_sum(accumulator(dtype), rows);
   p.out = view_out(out);
   p.lse = lse.data();
+  p.row_max = row_max.data();
+  p.log_sum = log_sum.data();
   kernels.attention_forward(p, kParallel);
   out.expect_written("out");
   lse.expect_written("lse");
+  row_max.expect_written("row_max");
+  log_sum.expect_written("log_sum");
 
   const Numbers grad_out = random(size_out), grad_lse = Numbers::random(accumulator(dtype), rows);
   AttentionBackwardProblem b;
@@ -261,6 +266,8 @@ void call_everything() {
              AttentionShape{2, 2, 2, 130, 220, 24, 40, MaskKind::kBool, true, 0.3},
              AttentionShape{1, 1, 1, 300, 430, 17, 9, MaskKind::kNone, true},  // a block of rows
              AttentionShape{1, 4, 2, 2, 700, 40, 24},                          // few queries
+             // with large scores, whose forward pass the others repeat
+             AttentionShape{2, 4, 2, 2, 700, 40, 24, MaskKind::kNone, false, 0.0, 30.0},
          }) {
       call_attention(dtype, shape);
       ++calls;

@@ -56,6 +56,7 @@ TESTS = (
     "ops/test_linear_sizes_of_zero.py",
     "ops/test_second_order_kernels.py",
     "ops/test_extreme_scores.py",
+    "ops/test_extreme_gradients.py",
     "ops/test_error_policy.py",
     "functional/test_varlen.py",
 )

@@ -126,6 +126,9 @@ inline float max_or_nan(float a, float b) { return std::isnan(a) || a > b ? a : 
 inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
 inline float of_bits(uint32_t x) { return std::bit_cast<float>(x); }
 inline float log(float x) { return std::log(x); }
+inline float absolute(float x) { return std::abs(x); }
+inline float product(float a, float b) { return a * b; }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 template <class T>
 uint32_t pack(float low, float high) {
   const T pair[2] = {T(low), T(high)};

@@ -8,8 +8,8 @@
 // last block of keys to the first; tiles are taken in that order from a counter, the first ones
 // too, so that nobody waits for a tile that is not yet under way, however few blocks are resident.
 // Shared memory: k, v [kDim / 64][128][64], which dk, dv take at the end; q, do
-// [2][kDim / 64][kBlockQ][64]; ds [2][kBlockQ / 64][128][64]; dq [2][8][128][4]; lse, delta
-// [2][kBlockQ]; barriers.
+// [2][kDim / 64][kBlockQ][64]; ds [2][kBlockQ / 64][128][64]; dq [2][8][128][4];
+// softmax [2][kBlockQ][2]; delta [2][kBlockQ]; barriers.
 #pragma once
 
 #include "cuda/tile/softmax.h"
@@ -19,11 +19,13 @@ namespace fastattn::cuda {
 struct AttentionBackwardParameters {
   ptx::TensorMap q, k, v, grad_out;  // [batch, heads, seq, dim]; boxes of kBlockQ or 128 x 64
   ptx::TensorMap grad_k, grad_v;     // boxes of 64 x 64
-  const float* lse_log2;             // [batch, heads_q, padded_q], +inf for rows that see nothing
-  const float* delta;                // [batch, heads_q, padded_q]
-  float* grad_q;                     // [batch, heads_q, blocks_q][2][8][128][4]
-  int* turns;                        // [batch, heads_q, blocks_q], 0 at launch
-  int* next_tile;                    // 0 at launch
+  // [batch, heads_q, padded_q][2]: a row's maximum, +inf for one that sees nothing, and the
+  // logarithm in base 2 of its sum
+  const float* softmax;
+  const float* delta;  // [batch, heads_q, padded_q]
+  float* grad_q;       // [batch, heads_q, blocks_q][2][8][128][4]
+  int* turns;          // [batch, heads_q, blocks_q], 0 at launch
+  int* next_tile;      // 0 at launch
   Band band;
   HeadBlocks tiles;  // of keys
   bool empty_rows;   // whether a query may see no key
@@ -38,14 +40,15 @@ struct AttentionBackward {
   static constexpr int kBytesK = kBlockK * kDim * 2, kBytesQ = kBlockQ * kDim * 2;
   static constexpr int kChunkK = kBlockK * kRowBytes, kChunkQ = kBlockQ * kRowBytes;
   static constexpr int kBytesS = kBlockK * kBlockQ * 2, kBytesDq = kBlockQ * kDim * 4;
-  static constexpr int kBytesRow = kBlockQ * 4;
-  static constexpr int kSharedBytes = 2 * kBytesK + 2 * kStages * (kBytesQ + kBytesRow) +
+  static constexpr int kBytesDelta = kBlockQ * 4, kBytesSoftmax = 2 * kBytesDelta;
+  static constexpr int kSharedBytes = 2 * kBytesK +
+                                      kStages * (2 * kBytesQ + kBytesSoftmax + kBytesDelta) +
                                       2 * kBytesS + kBytesDq + (4 * kStages + 5) * 8;
   static_assert(kBlockQ * kDim == 2 * 64 * 64, "half of dQ is a tile of 64 x 64");
   static_assert(kSharedBytes <= 227 * 1024);
 
   struct Shared {
-    char *k, *v, *q, *grad_out, *ds, *dq, *lse, *delta;
+    char *k, *v, *q, *grad_out, *ds, *dq, *softmax, *delta;
     ptx::Barrier *kv_full, *kv_empty, *dq_full, *dq_empty, *q_full, *q_empty, *o_full, *o_empty;
     int* tile;  // beside full k, v: the block's tile, or -1 at the end
 
@@ -56,9 +59,9 @@ struct AttentionBackward {
       grad_out = q + kStages * kBytesQ;
       ds = grad_out + kStages * kBytesQ;
       dq = ds + 2 * kBytesS;
-      lse = dq + kBytesDq;
-      delta = lse + kStages * kBytesRow;
-      kv_full = reinterpret_cast<ptx::Barrier*>(delta + kStages * kBytesRow);
+      softmax = dq + kBytesDq;
+      delta = softmax + kStages * kBytesSoftmax;
+      kv_full = reinterpret_cast<ptx::Barrier*>(delta + kStages * kBytesDelta);
       kv_empty = kv_full + 1;
       dq_full = kv_empty + 1;
       dq_empty = dq_full + 1;
@@ -126,16 +129,17 @@ struct AttentionBackward {
     int parity = 1;
     const auto load_queries = [&](ptx::Barrier* full, ptx::Barrier* empty, char* to,
                                   const ptx::TensorMap* map, char* row_to, const float* row_from,
-                                  const Tile& tile, int head, int block) {
+                                  int row_bytes, const Tile& tile, int head, int block) {
       ptx::barrier_wait(empty + ring.stage, ring.parity);  // its last products have been done
-      ptx::barrier_arrive_expect(full + ring.stage, kBytesQ + kBytesRow);
+      ptx::barrier_arrive_expect(full + ring.stage, kBytesQ + row_bytes);
       FASTATTN_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         ptx::tma_load(to + ring.stage * kBytesQ + c * kChunkQ, map, full + ring.stage,
                       c * kRowElements, block * kBlockQ, tile.head * p.group + head, tile.batch);
       }
-      const int64_t row = (int64_t{tile.head_q(p, head)} * p.blocks_q + block) * kBlockQ;
-      ptx::bulk_load(row_to + ring.stage * kBytesRow, row_from + row, full + ring.stage, kBytesRow);
+      const int64_t place = int64_t{tile.head_q(p, head)} * p.blocks_q + block;
+      ptx::bulk_load(row_to + ring.stage * row_bytes, row_from + place * (row_bytes / 4),
+                     full + ring.stage, row_bytes);
     };
     const int tiles = p.tiles.tiles();
     for (int index = ptx::take(p.next_tile); index < tiles; index = ptx::take(p.next_tile)) {
@@ -154,10 +158,10 @@ struct AttentionBackward {
       if (tile.hidden) continue;
       for (int head = 0; head < p.group; ++head) {
         for (int block = tile.first; block < tile.last; ++block, ring.advance()) {
-          load_queries(smem.q_full, smem.q_empty, smem.q, &p.q, smem.lse, p.lse_log2, tile, head,
-                       block);
+          load_queries(smem.q_full, smem.q_empty, smem.q, &p.q, smem.softmax, p.softmax,
+                       kBytesSoftmax, tile, head, block);
           load_queries(smem.o_full, smem.o_empty, smem.grad_out, &p.grad_out, smem.delta, p.delta,
-                       tile, head, block);
+                       kBytesDelta, tile, head, block);
         }
       }
     }
@@ -227,7 +231,7 @@ struct AttentionBackward {
         uint32_t probabilities[kBlockQ / 4], scores[kBlockQ / 4];
         {
           float s[kBlockQ / 2], dp[kBlockQ / 2];
-          ptx::barrier_wait(smem.q_full + ring.stage, ring.parity);  // q and lse are there
+          ptx::barrier_wait(smem.q_full + ring.stage, ring.parity);  // q and softmax are there
           ptx::wgmma_fence();
           multiply_transposed(smem.k, warpgroup, q_smem, s);         // E1
           ptx::barrier_wait(smem.o_full + ring.stage, ring.parity);  // grad_out, delta are there
@@ -237,11 +241,14 @@ struct AttentionBackward {
           const int q0 = block * kBlockQ;
           if (tile.partial || !p.band.whole(q0, kBlockQ, k0, 64))
             hide_transposed<kBlockQ>(p.band, hidden_rows, q0, k0, t, s);
-          const char* lse = smem.lse + ring.stage * kBytesRow;
-          const char* delta = smem.delta + ring.stage * kBytesRow;
+          const char* softmax = smem.softmax + ring.stage * kBytesSoftmax;
+          const char* delta = smem.delta + ring.stage * kBytesDelta;
           FASTATTN_UNROLL
-          for (int i = 0; i < kBlockQ / 2; ++i)
-            s[i] = ptx::exp2(s[i] * p.scale_log2 - column_value(lse, t, i));  // E6
+          for (int i = 0; i < kBlockQ / 2; i += 2) {  // E6
+            const ptx::Floats4 rows = column_pair(softmax, t, i);
+            s[i] = power(s[i], p.scale_log2, rows.x, rows.y);
+            s[i + 1] = power(s[i + 1], p.scale_log2, rows.z, rows.w);
+          }
           settle(s);             // the powers run beside the products of dp, whose wait is here:
           ptx::wgmma_wait<0>();  // dp is there
           FASTATTN_UNROLL
@@ -283,6 +290,15 @@ struct AttentionBackward {
   // The same number for a column of the fragment's queries.
   FASTATTN_DEVICE static float column_value(const char* row, int t, int i) {
     return reinterpret_cast<const float*>(row)[8 * (i / 4) + column_of(t) + i % 2];
+  }
+
+  // Maxima and sums of the queries of columns i and i + 1.
+  FASTATTN_DEVICE static ptx::Floats4 column_pair(const char* rows, int t, int i) {
+    return reinterpret_cast<const ptx::Floats4*>(rows)[(8 * (i / 4) + column_of(t)) / 2];
+  }
+  // The difference first: it is exact near the largest score, however large that is.
+  FASTATTN_DEVICE static float power(float score, float scale_log2, float max, float log_sum) {
+    return ptx::exp2(ptx::multiply_add(score - max, scale_log2, -log_sum));
   }
 
   // d [64 keys, kBlockQ] = this warpgroup's rows of `keys` times the transpose of `queries`
@@ -347,7 +363,7 @@ struct AttentionBackward {
   // does it for itself, to the same end. Their scores are hidden, before or after.
   FASTATTN_DEVICE static void zero_empty_rows(const Shared& smem, int stage, int warpgroup, int t) {
     const int row = t % kBlockQ;
-    if (reinterpret_cast<const float*>(smem.lse + stage * kBytesRow)[row] == INFINITY) {
+    if (reinterpret_cast<const float*>(smem.softmax + stage * kBytesSoftmax)[2 * row] == INFINITY) {
       for (int i = t / kBlockQ; i < 2 * kChunks * 8; i += 128 / kBlockQ) {
         char* rows = (i % 2 == 0 ? smem.q : smem.grad_out) + stage * kBytesQ;
         ptx::store_shared(rows + i / 16 * kChunkQ + row * kRowBytes + i / 2 % 8 * 16,

@@ -13,9 +13,9 @@ namespace fastattn::cuda {
 
 struct AttentionForwardParameters {
   ptx::TensorMap q, k, v,
-      o;           // [batch, heads, seq, dim]; boxes of 64 x 64, for k and v kBlockK x 64
-  float* lse;      // [batch, heads_q, seq_q]
-  int* next_tile;  // 0 at launch
+      o;  // [batch, heads, seq, dim]; boxes of 64 x 64, for k and v kBlockK x 64
+  float *lse, *row_max, *log_sum;  // [batch, heads_q, seq_q]
+  int* next_tile;                  // 0 at launch
   Band band;
   HeadBlocks tiles;
   int heads_q, group;  // query heads; query heads for each key head
@@ -256,16 +256,24 @@ struct AttentionForward {
     FASTATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
       const float sum = row_sum(softmax.sum[half]);
-      const float inverse = 1.0f / sum;
+      const int row = q0 + row_of(t) + 8 * half;
+      // What sees nothing is 0; what sees scores of -inf alone, products that overflowed, is NaN,
+      // as a softmax of them is.
+      const bool none = sum == 0.0f && !p.band.sees_a_key(tile.batch, row, kKeyWords);
+      const float inverse = none ? 0.0f : sum == 0.0f ? NAN : 1.0f / sum;
       FASTATTN_UNROLL
       for (int i = 2 * half; i < kDim / 2; i += 4) {
-        o[i] = sum == 0.0f ? 0.0f : o[i] * inverse;
-        o[i + 1] = sum == 0.0f ? 0.0f : o[i + 1] * inverse;
+        o[i] *= inverse;
+        o[i + 1] *= inverse;
       }
-      const int row = q0 + row_of(t) + 8 * half;
       if (t % 4 == 0 && row < p.band.seq_q) {
-        p.lse[(int64_t{tile.batch} * p.heads_q + tile.head) * p.band.seq_q + row] =
-            sum == 0.0f ? -INFINITY : softmax.max[half] * p.scale + ptx::log(sum);
+        const int64_t at = (int64_t{tile.batch} * p.heads_q + tile.head) * p.band.seq_q + row;
+        const float log_sum =
+            none ? 0.0f : softmax.log_sum(half, sum == 0.0f ? NAN : sum, p.scale_log2);
+        const float max = log_sum == log_sum ? softmax.max[half] : NAN;
+        p.lse[at] = max * p.scale + log_sum;
+        p.row_max[at] = max;
+        p.log_sum[at] = log_sum;
       }
     }
   }

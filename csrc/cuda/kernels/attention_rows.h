@@ -1,5 +1,5 @@
 // What is done for attention row by row, beside the kernels that multiply: the bits of a key mask,
-// the backward's LSE and delta before it, dQ's conversion behind it. Bound by memory.
+// the backward's softmax and delta before it, dQ's conversion behind it. Bound by memory.
 #pragma once
 
 #include "cuda/tile/band.h"
@@ -66,16 +66,16 @@ FASTATTN_DEVICE void key_words(const KeyWordsParameters& p) {
   p.key_words[index] = word;
 }
 
-// E6's Δ = rowsum(dO∘O) − dLSE, and LSE in base 2; a block of threads a block of queries, a lane 8
-// columns of a row. Rows that see nothing and rows behind the last have LSE +inf: their powers are
-// 0.
+// E6's Δ = rowsum(dO∘O) − dLSE, and the softmax's two numbers side by side; a block of threads a
+// block of queries, a lane 8 columns of a row. Rows that see nothing and rows behind the last have
+// a maximum of +inf: their powers are 0.
 struct DeltaParameters {
   Rows out, grad_out;
-  const float* lse;       // [batch, heads, seq]
-  const float* grad_lse;  // likewise, or absent
+  const float *row_max, *log_sum;  // [batch, heads, seq]
+  const float* grad_lse;           // likewise, or absent
   int heads, seq, blocks, dim;
-  float* lse_log2;  // [batch, heads, blocks][8192 / kDim]
-  float* delta;     // likewise
+  float* softmax;  // [batch, heads, blocks][8192 / kDim][2]: row_max, log_sum in base 2
+  float* delta;    // [batch, heads, blocks][8192 / kDim]
 };
 
 // Over `count` elements, of which it takes up to 8, in order.
@@ -105,10 +105,11 @@ FASTATTN_DEVICE void delta(const DeltaParameters& p) {
   FASTATTN_NO_UNROLL
   for (int row = ptx::thread_id() / kLanes; row < kBlockQ; row += kRowThreads / kLanes) {
     const int i = block * kBlockQ + row;
-    float lse = -INFINITY, grad_lse = 0.0f, sum = 0.0f;
+    float row_max = -INFINITY, log_sum = 0.0f, grad_lse = 0.0f, sum = 0.0f;
     if (i < p.seq) {
       const int64_t at = int64_t{head} * p.seq + i;
-      lse = p.lse[at];
+      row_max = p.row_max[at];
+      log_sum = p.log_sum[at];
       if (p.grad_lse != nullptr) grad_lse = p.grad_lse[at];
       sum = sum_of_products(out + i * p.out.row_stride, grad_out + i * p.grad_out.row_stride,
                             p.dim - column);
@@ -117,8 +118,9 @@ FASTATTN_DEVICE void delta(const DeltaParameters& p) {
     for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
     if (column > 0) continue;
     const int64_t to = int64_t{ptx::block_id()} * kBlockQ + row;
-    const bool empty = lse == -INFINITY;  // its sum may be NaN
-    p.lse_log2[to] = empty ? INFINITY : lse * 1.44269504f;
+    const bool empty = row_max == -INFINITY;  // its sum may be NaN
+    p.softmax[2 * to] = empty ? INFINITY : row_max;
+    p.softmax[2 * to + 1] = empty ? 0.0f : log_sum * 1.44269504f;
     p.delta[to] = empty ? 0.0f : sum - grad_lse;
   }
 }
@@ -126,8 +128,8 @@ FASTATTN_DEVICE void delta(const DeltaParameters& p) {
 // dQ from the order of fragments in which the backward adds it up; a block of threads a block of
 // queries, a thread 8 columns of two rows twice: the fragments of four threads.
 struct GradQueryParameters {
-  const float* sums;      // [batch, heads, blocks][2][8][128][4]
-  const float* lse_log2;  // [batch, heads, padded]
+  const float* sums;     // [batch, heads, blocks][2][8][128][4]
+  const float* softmax;  // [batch, heads, padded][2]
   Rows grad_q;
   int heads, seq, blocks, dim;
   float scale;
@@ -165,7 +167,7 @@ FASTATTN_DEVICE void grad_query(const GradQueryParameters& p) {
       const int within = (kDim == 64 ? 64 * warpgroup : 0) + row_of(t) + 8 * half;
       const int row = block * kBlockQ + within;
       if (row >= p.seq) continue;
-      const bool empty = p.lse_log2[int64_t{ptx::block_id()} * kBlockQ + within] == INFINITY;
+      const bool empty = p.softmax[2 * (int64_t{ptx::block_id()} * kBlockQ + within)] == INFINITY;
       ptx::Words4 pairs;
       FASTATTN_UNROLL
       for (int i = 0; i < 4; ++i) {  // E8

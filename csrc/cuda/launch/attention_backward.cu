@@ -1,4 +1,4 @@
-// Attention backward: delta and LSE, the kernel, dQ's conversion.
+// Attention backward: delta and softmax, the kernel, dQ's conversion.
 #include "cuda/launch/attention.cuh"
 #include "cuda/launch/key_words.cuh"
 
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kRowThreads)
 struct Workspace {
   int *next_tile, *turns;  // turns follow
   uint32_t* key_words;
-  float *lse_log2, *delta, *grad_q;
+  float *softmax, *delta, *grad_q;
   int blocks_q;
   int64_t blocks;  // of queries, of all heads
   size_t counter_bytes, bytes;
@@ -38,7 +38,7 @@ struct Workspace {
     turns = carver.take<int>(blocks);
     counter_bytes = carver.bytes();
     key_words = carver.take<uint32_t>(p.batch * words_of(p, 128));
-    lse_log2 = carver.take<float>(blocks * block);
+    softmax = carver.take<float>(2 * blocks * block);
     delta = carver.take<float>(blocks * block);
     grad_q = carver.take<float>(blocks * block * dim);
     bytes = carver.bytes();
@@ -63,13 +63,14 @@ void launch_tile(const AttentionBackwardProblem& b, const Launch& launch) {
   const int64_t reached = reached_keys(p), group = p.heads_q / p.heads_k;
   const DeltaParameters of_rows{rows_of(p.out),
                                 rows_of(b.grad_out),
-                                static_cast<const float*>(p.lse),
+                                static_cast<const float*>(p.row_max),
+                                static_cast<const float*>(p.log_sum),
                                 static_cast<const float*>(b.grad_lse),
                                 narrow(p.heads_q),
                                 narrow(p.seq_q),
                                 blocks_q,
                                 narrow(p.head_dim_v),
-                                workspace.lse_log2,
+                                workspace.softmax,
                                 workspace.delta};
   delta_kernel<T, Tile::kDim><<<grid(workspace.blocks), kRowThreads, 0, stream>>>(of_rows);
   check(cudaGetLastError(), "launch of delta");
@@ -80,7 +81,7 @@ void launch_tile(const AttentionBackwardProblem& b, const Launch& launch) {
       map_of(p, b.grad_out, p.heads_q, p.seq_q, p.head_dim_v, Tile::kBlockQ),
       map_of(p, b.grad_k, p.heads_k, p.seq_k, p.head_dim, 64),
       map_of(p, b.grad_v, p.heads_k, p.seq_k, p.head_dim_v, 64),
-      workspace.lse_log2,
+      workspace.softmax,
       workspace.delta,
       workspace.grad_q,
       workspace.turns,
@@ -100,8 +101,8 @@ void launch_tile(const AttentionBackwardProblem& b, const Launch& launch) {
                     launch);
   if (!b.needs_q) return;
   const GradQueryParameters of_grad_q{
-      workspace.grad_q, workspace.lse_log2, rows_of(b.grad_q),  narrow(p.heads_q),
-      narrow(p.seq_q),  blocks_q,           narrow(p.head_dim), static_cast<float>(p.scale)};
+      workspace.grad_q, workspace.softmax, rows_of(b.grad_q),  narrow(p.heads_q),
+      narrow(p.seq_q),  blocks_q,          narrow(p.head_dim), static_cast<float>(p.scale)};
   grad_query_kernel<T, Tile::kDim><<<grid(workspace.blocks), kRowThreads, 0, stream>>>(of_grad_q);
   check(cudaGetLastError(), "launch of grad_query");
 }

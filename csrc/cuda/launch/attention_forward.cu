@@ -38,6 +38,8 @@ void launch_tile(const AttentionProblem& p, const Launch& launch) {
       map_of(p, p.v, p.heads_k, reached, p.head_dim_v, Tile::kBlockK),
       map_of(p, p.out, p.heads_q, p.seq_q, p.head_dim_v, 64),
       static_cast<float*>(p.lse),
+      static_cast<float*>(p.row_max),
+      static_cast<float*>(p.log_sum),
       workspace.next_tile,
       band_of(p, workspace.key_words, words),
       blocks_of(p.batch * p.heads_q, p.seq_q, Tile::kBlockQ,

@@ -67,6 +67,10 @@ FASTATTN_DEVICE float max_or_nan(float a, float b) {
 FASTATTN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 FASTATTN_DEVICE float of_bits(uint32_t x) { return __uint_as_float(x); }
 FASTATTN_DEVICE float log(float x) { return logf(x); }
+FASTATTN_DEVICE float absolute(float x) { return fabsf(x); }
+// a * b, rounded whatever it is added to, and a * b + c, rounded once.
+FASTATTN_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+FASTATTN_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 // Two floats rounded to T, the first in the low half.
 template <class T>
 FASTATTN_DEVICE uint32_t pack(float low, float high) {

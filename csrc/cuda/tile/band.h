@@ -37,6 +37,17 @@ struct Band {
   FASTATTN_DEVICE bool whole(int q0, int rows, int k0, int keys) const {
     return k0 + keys - 1 <= q0 + right && k0 >= q0 + rows - 1 - left && k0 + keys <= seq_k;
   }
+  // Whether query i of a batch element sees a key.
+  FASTATTN_DEVICE bool sees_a_key(int batch, int i, bool has_words) const {
+    const int from = i > left ? i - left : 0, to = i + right + 1 < seq_k ? i + right + 1 : seq_k;
+    if (!has_words) return from < to;
+    const uint32_t* word = key_words + int64_t{batch} * words;
+    for (int key = from; key < to; key = key / 32 * 32 + 32) {
+      const uint32_t seen = word[key / 32] >> key % 32;
+      if ((to - key < 32 ? seen & ((1u << (to - key)) - 1) : seen) != 0) return true;
+    }
+    return false;
+  }
 };
 
 // The words of a block of kBlock keys; with none (!kHas) all keys are seen.

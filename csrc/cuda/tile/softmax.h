@@ -68,6 +68,17 @@ FASTATTN_DEVICE float exp2_by_polynomial(float x) {
   return p * ptx::of_bits(ptx::bits_of(shifted) << 23);
 }
 
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+// Where a row's powers have their origin: the product of its maximum and the scale in base 2,
+// rounded. All powers of a row are off by what rounding took, which log_sum makes good; from kLarge
+// on they might overflow, and the difference is taken first.
+constexpr float kLarge = 16777216.0f;
+FASTATTN_DEVICE float origin_of(float max, float scale_log2) {
+  return max == -INFINITY ? 0.0f : ptx::product(max, scale_log2);
+}
+FASTATTN_DEVICE bool is_large(float origin) { return !(ptx::absolute(origin) < kLarge); }
+
 // Of every 16 groups of 8 columns kPolynomial take their powers by polynomial: the units for powers
 // have less to do, those for multiply-adds more. A row's maximum stays what it was until it has
 // grown by more than a factor of 2^kSlack: sums are then seldom scaled again, and powers are at
@@ -75,7 +86,7 @@ FASTATTN_DEVICE float exp2_by_polynomial(float x) {
 template <int kPolynomial, int kSlack>
 struct OnlineSoftmax {
   float max[2] = {-INFINITY, -INFINITY};  // of a row's scores, but for the slack
-  float sum[2] = {};                      // of e^(score - max), this thread's share
+  float sum[2] = {};                      // of 2^(score - origin), this thread's share
 
   // Scores become their powers; rescale is what sums so far must be multiplied by. Returns whether
   // that is 1 for all rows of the warp.
@@ -90,22 +101,44 @@ struct OnlineSoftmax {
       most = row_max(most);
       const bool keep = !((most - max[half]) * scale_log2 > float{kSlack});
       if (keep) most = max[half];
-      const float origin = most == -INFINITY ? 0.0f : most * scale_log2;
-      rescale[half] = keep ? 1.0f : ptx::exp2(max[half] * scale_log2 - origin);
+      const float origin = origin_of(most, scale_log2);
+      const bool large = is_large(origin);
+      const float grown =
+          large ? (max[half] - most) * scale_log2 : ptx::product(max[half], scale_log2) - origin;
+      rescale[half] = keep ? 1.0f : ptx::exp2(grown);
       max[half] = most;
+      if (large) {  // seldom: scores are products of 10^7
+        FASTATTN_UNROLL
+        for (int i = 2 * half; i < kCount; i += 4) {
+          s[i] = (s[i] - most) * scale_log2;
+          s[i + 1] = (s[i + 1] - most) * scale_log2;
+        }
+      } else {
+        FASTATTN_UNROLL
+        for (int i = 2 * half; i < kCount; i += 4) {
+          s[i] = ptx::multiply_add(s[i], scale_log2, -origin);
+          s[i + 1] = ptx::multiply_add(s[i + 1], scale_log2, -origin);
+        }
+      }
       float total = 0.0f;
       FASTATTN_UNROLL
       for (int i = 2 * half; i < kCount; i += 4) {
         FASTATTN_UNROLL
-        for (int j = i; j < i + 2; ++j) {
-          const float x = s[j] * scale_log2 - origin;
-          s[j] = i / 4 % 16 < kPolynomial ? exp2_by_polynomial(x) : ptx::exp2(x);
-        }
+        for (int j = i; j < i + 2; ++j)
+          s[j] = i / 4 % 16 < kPolynomial ? exp2_by_polynomial(s[j]) : ptx::exp2(s[j]);
         total += s[i] + s[i + 1];
       }
       sum[half] = sum[half] * rescale[half] + total;  // E3
     }
     return !ptx::any(rescale[0] != 1.0f || rescale[1] != 1.0f);
+  }
+
+  // The logarithm of the sum of e^(score - max) in the row of `half`, from the sum over all
+  // threads.
+  FASTATTN_DEVICE float log_sum(int half, float of_all, float scale_log2) const {
+    const float origin = origin_of(max[half], scale_log2);
+    const float rest = is_large(origin) ? 0.0f : ptx::multiply_add(max[half], scale_log2, -origin);
+    return ptx::log(of_all) - rest * kLn2;
   }
 };
 

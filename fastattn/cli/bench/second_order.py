@@ -88,17 +88,17 @@ def _beside_first_order(layer: Attention) -> Iterator[Case]:
         q, k, v = layer.inputs()
         tangents, cotangent = layer.inputs(), layer.inputs()[0]
         numbers = (None, causal, scale, 0.0)
-        out, lse = ops.attention_forward(q, k, v, None, *numbers)
+        out, _, *softmax = ops.attention_forward(q, k, v, None, *numbers)
+        results = (out, *softmax, *numbers)
 
         def kernel(op: Callable[..., Sequence[Tensor]], *args: object) -> Run:
             return torch.no_grad()(lambda: op(*args))
 
         if direction == "jvp":
             return {
-                OURS: kernel(ops.attention_jvp, q, k, v, None, *tangents, None, out, lse, *numbers),
+                OURS: kernel(ops.attention_jvp, q, k, v, None, *tangents, None, *results),
                 "our forward": kernel(ops.attention_forward, q, k, v, None, *numbers),
             }
-        results = (out, lse, *numbers)
         return {
             OURS: kernel(
                 ops.attention_double_backward, cotangent, None, q, k, v, None, *tangents, None,

@@ -1,8 +1,6 @@
-"""What the demo hangs on the Trainer: a bar with the last loss beside it, a clock."""
+"""What the demo hangs on the Trainer: a bar with the last loss beside it."""
 
 from __future__ import annotations
-
-import time
 
 from rich.console import Console
 from rich.progress import (
@@ -58,16 +56,3 @@ class ProgressBar(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         self._progress.stop()
         self._evaluation = None
-
-
-class StepTimes(TrainerCallback):
-    """Appends the seconds of each training step to a list."""
-
-    def __init__(self, seconds: list[float]) -> None:
-        self._seconds, self._start = seconds, 0.0
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self._seconds.append(time.perf_counter() - self._start)

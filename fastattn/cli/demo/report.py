@@ -39,7 +39,7 @@ def _speed(digits: Sequence[DigitsResult], bert: BertResult | None) -> str:
     if bert is not None:
         names = ("patched", "compiled")
         for name, run in zip(names, bert.runs[1:], strict=True):
-            bars[f"BERT fine-tuning\n{name}"] = bert.speedup(run)
+            bars[f"BERT fine-tuning\n{name}"] = run.speedup
     figure, ax = plt.subplots(figsize=(8, 3))
     ax.bar(list(bars), list(bars.values()), width=0.5)
     ax.axhline(1.0, color="black", linewidth=1)

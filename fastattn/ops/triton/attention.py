@@ -17,7 +17,7 @@ from fastattn.ops.triton.attention_forward import attention_forward_kernel
 from fastattn.ops.triton.attention_parts import (
     check_cotangents,
     check_results,
-    make_delta,
+    make_rows,
     mask_gradient,
     mask_lists,
 )
@@ -48,14 +48,14 @@ def attention_forward(
     left: int,
     right: int,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """out ``[*, Hq, Sq, Dv]`` and LSE ``[*, Hq, Sq]``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out ``[*, Hq, Sq, Dv]``, LSE ``[*, Hq, Sq]`` and its parts, row_max and log_sum."""
     p = make_problem(
         query, key, value, attn_mask, slopes, seed, starts_q, starts_k, max_q, max_k, is_causal,
         scale, dropout_p, left, right, softcap,
     )  # fmt: skip
     out = like_rows(p.q, value.shape[-1], starts_q is not None)
-    lse = torch.empty(p.q.shape[:3], dtype=p.dtype, device=query.device)
+    rows = [torch.empty(p.q.shape[:3], dtype=p.dtype, device=query.device) for _ in range(3)]
     tile = p.tile("forward", p.k, p.v)
     k, v = p.walked(tile, tile.block_k, p.k, p.v)
     lists, counts, list_strides = mask_lists(p, tile, by_key=False)
@@ -66,7 +66,7 @@ def attention_forward(
         k,
         v,
         out,
-        lse,
+        *rows,
         p.mask,
         lists,
         counts,
@@ -75,7 +75,7 @@ def attention_forward(
         row_strides(p.k),
         row_strides(p.v),
         row_strides(out),
-        lse.stride()[:2],
+        rows[0].stride()[:2],
         mask_strides(p.mask),
         list_strides,
         p.heads_q,
@@ -85,7 +85,8 @@ def attention_forward(
         *p.tokens(),
         **p.common("forward", tile),
     )
-    return out.view(*query.shape[:-1], value.shape[-1]), lse.view(query.shape[:-1])
+    out = out.view(*query.shape[:-1], value.shape[-1])
+    return out, *(x.view(query.shape[:-1]) for x in rows)
 
 
 def attention_backward(
@@ -97,7 +98,8 @@ def attention_backward(
     attn_mask: Tensor | None,
     slopes: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     seed: Tensor | None,
     starts_q: Tensor | None,
     starts_k: Tensor | None,
@@ -116,15 +118,16 @@ def attention_backward(
         query, key, value, attn_mask, slopes, seed, starts_q, starts_k, max_q, max_k, is_causal,
         scale, dropout_p, left, right, softcap,
     )  # fmt: skip
-    check_results(p, query, value, out, lse)
-    check_cotangents(grad_out, grad_lse, attn_mask, out, lse, needs[3])
+    check_results(p, query, value, out, row_max, log_sum)
+    check_cotangents(grad_out, grad_lse, attn_mask, out, row_max, needs[3])
 
     varlen = starts_q is not None
-    do, lse = four_dims(grad_out), lse.reshape(p.q.shape[:3]).contiguous()
+    do = four_dims(grad_out)
+    softmax = [x.reshape(p.q.shape[:3]).contiguous() for x in (row_max, log_sum)]
     p.widen(do)
-    delta = make_delta(p, do, four_dims(out), lse, grad_lse)
+    rows = make_rows(p, do, four_dims(out), softmax, grad_lse)
     grads = [query.new_empty((0,)) for _ in range(4)]  # none may be another
-    strides = (*map(row_strides, (p.q, p.k, p.v, do)), lse.stride()[:2], delta.stride()[:2])
+    strides = (*map(row_strides, (p.q, p.k, p.v, do)), rows.stride()[:2])
     if needs[0]:
         dq = like_rows(p.q, query.shape[-1], varlen)
         tile = p.tile("queries", p.k, p.v)
@@ -137,8 +140,7 @@ def attention_backward(
             k,
             v,
             do,
-            lse,
-            delta,
+            rows,
             dq,
             p.mask,
             lists,
@@ -153,7 +155,6 @@ def attention_backward(
             p.group,
             p.section(p.seq_k, p.heads_k) * p.group,
             *p.tokens(),
-            out_scale=p.scale,
             **p.common("queries", tile),
         )
         grads[0] = dq.view(query.shape)
@@ -170,8 +171,7 @@ def attention_backward(
             p.k,
             p.v,
             d_out,
-            lse,
-            delta,
+            rows,
             dk,
             dv,
             p.mask,
@@ -188,11 +188,10 @@ def attention_backward(
             p.group,
             p.section(p.seq_q * p.group, p.heads_k),
             *p.tokens(),
-            out_scale=p.scale,
             **p.common("keys", tile),
         )
         grads[1] = dk.view(key.shape) if needs[1] else grads[1]
         grads[2] = dv.view(value.shape) if needs[2] else grads[2]
     if needs[3]:
-        grads[3] = mask_gradient(p, do, (lse, delta), attn_mask, query.shape[:-3])
+        grads[3] = mask_gradient(p, do, rows, attn_mask, query.shape[:-3])
     return tuple(grads)

@@ -9,22 +9,32 @@ from fastattn.ops.triton.primitives import LOG2_E
 
 
 @triton.jit
-def load_lse(p_lse, o_q, seq_q, FLAGS: tl.constexpr):
-    """LSE in the units of the scores. An empty row's becomes +inf, which makes its weights 0; so
-    do rows beyond seq_q."""
-    lse = tl.load(p_lse + o_q, mask=o_q < seq_q, other=float("inf"))
-    if flags.MAY_BE_EMPTY & FLAGS:
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    if not (flags.FLOAT_MASK & FLAGS):
-        lse *= LOG2_E
-    return lse
+def load_softmax(p_max, p_log_sum, o_q, seq_q):
+    """The maximum of a row's scores, and the logarithm in base 2 of the sum of its powers. An empty
+    row's maximum becomes +inf, which makes its weights 0; so do rows beyond seq_q."""
+    most = tl.load(p_max + o_q, mask=o_q < seq_q, other=float("inf"))
+    log_sum = tl.load(p_log_sum + o_q, mask=o_q < seq_q, other=0.0)
+    return tl.where(most == float("-inf"), float("inf"), most), log_sum * LOG2_E
 
 
 @triton.jit
-def load_statistics(p_lse, p_delta, o_q, seq_q, FLAGS: tl.constexpr):
-    """load_lse's LSE and Δ."""
-    delta = tl.load(p_delta + o_q, mask=o_q < seq_q, other=0.0)
-    return load_lse(p_lse, o_q, seq_q, FLAGS), delta
+def load_statistics(p_rows, o_q, seq_q, WIDTH: tl.constexpr):
+    """load_softmax's pair, and Δ. What is known of a row lies side by side, because there are no
+    registers for more pointers."""
+    p_rows += o_q * WIDTH
+    most = tl.load(p_rows, mask=o_q < seq_q, other=float("inf"))
+    log_sum = tl.load(p_rows + 1, mask=o_q < seq_q, other=0.0)
+    delta = tl.load(p_rows + 2, mask=o_q < seq_q, other=0.0)
+    return (most, log_sum), delta
+
+
+@triton.jit
+def load_second_statistics(p_rows, o_q, seq_q, WIDTH: tl.constexpr):
+    """μ and β."""
+    p_rows += o_q * WIDTH
+    mu = tl.load(p_rows + 3, mask=o_q < seq_q, other=0.0)
+    beta = tl.load(p_rows + 4, mask=o_q < seq_q, other=0.0)
+    return mu, beta
 
 
 @triton.jit
@@ -43,8 +53,9 @@ def score_gradient(
 @triton.jit
 def weights_and_gradient(
     qk,
-    dp,  # dO Vᵀ
-    lse,  # of the rows, shaped like i
+    a,  # dP is A Bᵀ: dO and V, or V and dO where it is transposed
+    b,
+    softmax,  # of the rows, as load_softmax has it, shaped like i
     delta,
     keep,
     i,
@@ -60,6 +71,7 @@ def weights_and_gradient(
     keep_scale,
     p_mask,
     mask_strides,
+    ACC: tl.constexpr,
     EDGE: tl.constexpr,
     FLAGS: tl.constexpr,
 ):
@@ -81,7 +93,8 @@ def weights_and_gradient(
         EDGE,
         FLAGS,
     )
-    p = primitives.power(s - lse, FLAGS)  # E6
+    p = primitives.weights(s, softmax, scale, FLAGS)  # E6
+    dp = primitives.dot(a, tl.trans(b), ACC, FLAGS)  # behind P: both fit into the registers then
     ds = score_gradient(p, dp, delta, keep, keep_scale, visible, EDGE, FLAGS)
     return p, ds, capped, visible
 
@@ -90,22 +103,26 @@ def weights_and_gradient(
 def attention_delta_kernel(
     p_o,
     p_do,
-    p_lse,
+    p_max,  # [B, Hq, Sq], as what follows
+    p_log_sum,
+    p_mu,  # of the second order
     p_grad_lse,
-    p_delta,  # [B, Hq, Sq]
+    p_rows,  # [B, Hq, Sq, WIDTH]
     o_strides,
     do_strides,
-    lse_strides,
+    max_strides,  # of batch, head; of μ too
     grad_lse_strides,  # of batch, head, row
-    delta_strides,
+    row_strides,  # of batch, head
     heads,
     seq_q,
+    WIDTH: tl.constexpr,
+    BETA: tl.constexpr,  # o is the output's tangent, and μ and β are what is left
     HEAD_DIM_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     FLAGS: tl.constexpr,
 ):
-    ACC: tl.constexpr = p_delta.dtype.element_ty
+    ACC: tl.constexpr = p_rows.dtype.element_ty
     blocks = tl.cdiv(seq_q, BLOCK_Q)
     i_bh = tl.program_id(0) // blocks
     i_b64, i_h64 = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
@@ -115,11 +132,18 @@ def attention_delta_kernel(
     p_do += i_b64 * do_strides[0] + i_h64 * do_strides[1]
     o = primitives.load_rows(p_o, o_q, o_strides[2], seq_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
     do = primitives.load_rows(p_do, o_q, do_strides[2], seq_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
-    delta = tl.sum(o.to(ACC) * do.to(ACC), 1)  # E6
+    product = tl.sum(o.to(ACC) * do.to(ACC), 1)  # E6, E14
     if flags.LSE_GRADIENT & FLAGS:
         p_grad_lse += i_b64 * grad_lse_strides[0] + i_h64 * grad_lse_strides[1]
-        delta -= tl.load(p_grad_lse + o_q * grad_lse_strides[2], mask=m_q, other=0.0)  # E6
-    p_lse += i_b64 * lse_strides[0] + i_h64 * lse_strides[1]
-    lse = tl.load(p_lse + o_q, mask=m_q, other=0.0)
-    delta = tl.where(lse == float("-inf"), 0.0, delta)
-    tl.store(p_delta + i_b64 * delta_strides[0] + i_h64 * delta_strides[1] + o_q, delta, mask=m_q)
+        product -= tl.load(p_grad_lse + o_q * grad_lse_strides[2], mask=m_q, other=0.0)  # E6
+    row = i_b64 * max_strides[0] + i_h64 * max_strides[1]
+    most, log_sum = load_softmax(p_max + row, p_log_sum + row, o_q, seq_q)
+    product = tl.where(most == float("inf"), 0.0, product)
+    p_rows += i_b64 * row_strides[0] + i_h64 * row_strides[1] + o_q * WIDTH
+    if BETA:
+        tl.store(p_rows + 3, tl.load(p_mu + row + o_q, mask=m_q), mask=m_q)
+        tl.store(p_rows + 4, product, mask=m_q)
+    else:
+        tl.store(p_rows, most, mask=m_q)
+        tl.store(p_rows + 1, log_sum, mask=m_q)
+        tl.store(p_rows + 2, product, mask=m_q)

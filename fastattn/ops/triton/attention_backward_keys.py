@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.triton import flags, primitives
-from fastattn.ops.triton.attention_backward import load_statistics, weights_and_gradient
+from fastattn.ops.triton.attention_backward import (
+    load_statistics,
+    weights_and_gradient,
+)
 
 
 @triton.jit
@@ -24,8 +27,7 @@ def _keys_step(
     i_h,
     p_q,
     p_do,
-    p_lse,
-    p_delta,
+    p_rows,
     p_mask,
     stride_q,
     stride_do,
@@ -61,19 +63,19 @@ def _keys_step(
     do = primitives.load_block(
         p_do, i_b, i_h, i_first, o_q, stride_do, seq_q, HEAD_DIM_V, BLOCK_Q, BLOCK_DV, True, FLAGS
     )
-    lse, delta = load_statistics(p_lse, p_delta, o_q, seq_q, FLAGS)
+    softmax, delta = load_statistics(p_rows, o_q, seq_q, flags.ROW)
     if flags.MAY_BE_EMPTY & FLAGS:
-        q = primitives.clear_rows(q, lse != float("inf"))
-        do = primitives.clear_rows(do, lse != float("inf"))
+        q = primitives.clear_rows(q, softmax[0] != float("inf"))
+        do = primitives.clear_rows(do, softmax[0] != float("inf"))
     qk = primitives.dot(k, tl.trans(q), ACC, FLAGS)  # [BLOCK_K, BLOCK_Q]
-    dp = primitives.dot(v, tl.trans(do), ACC, FLAGS)
     keep = True
     if flags.DROPOUT & FLAGS:
         keep = tl.trans(primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K))
     p, ds, capped, _ = weights_and_gradient(
         qk,
-        dp,
-        lse[None, :],
+        v,
+        do,
+        primitives.as_row(softmax),
         delta[None, :],
         keep,
         o_q[None, :],
@@ -89,6 +91,7 @@ def _keys_step(
         keep_scale,
         p_mask,
         mask_strides,
+        ACC,
         EDGE,
         FLAGS,
     )
@@ -112,8 +115,7 @@ def attention_backward_keys_kernel(
     p_k,  # [B, Hk, Sk, D]
     p_v,  # [B, Hk, Sk, Dv]
     p_do,  # [B, Hq, Sq, Dv]; the same
-    p_lse,  # [B, Hq, Sq]
-    p_delta,  # [B, Hq, Sq]
+    p_rows,  # [B, Hq, Sq, ROW]
     p_dk,
     p_dv,
     p_mask,
@@ -127,8 +129,7 @@ def attention_backward_keys_kernel(
     k_strides,
     v_strides,
     do_strides,
-    lse_strides,
-    delta_strides,
+    row_strides,  # of batch, head
     dk_strides,
     dv_strides,
     mask_strides,
@@ -149,7 +150,6 @@ def attention_backward_keys_kernel(
     cap_scale: "fp64",
     cap: "fp64",
     keep_scale: "fp64",
-    out_scale: "fp64",
     SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
     FLAGS: tl.constexpr,
 ):
@@ -160,7 +160,7 @@ def attention_backward_keys_kernel(
     BLOCK_DV: tl.constexpr = SHAPE[3]
     BLOCK_Q: tl.constexpr = SHAPE[4]
     BLOCK_K: tl.constexpr = SHAPE[5]
-    ACC: tl.constexpr = p_lse.dtype.element_ty
+    ACC: tl.constexpr = p_rows.dtype.element_ty
     blocks = tl.cdiv(seq_k, BLOCK_K)
     query_blocks = tl.cdiv(seq_q, BLOCK_Q)
     # Under a causal mask the first keys are seen by the most queries.
@@ -178,8 +178,6 @@ def attention_backward_keys_kernel(
     # this program's tensors
     p_k += i_b64 * k_strides[0] + i_hk64 * k_strides[1] + start_k * k_strides[2]
     p_v += i_b64 * v_strides[0] + i_hk64 * v_strides[1] + start_k * v_strides[2]
-    p_lse += i_b64 * lse_strides[0] + start_q
-    p_delta += i_b64 * delta_strides[0] + start_q
     p_dk += i_b64 * dk_strides[0] + i_hk64 * dk_strides[1] + start_k * dk_strides[2]
     p_dv += i_b64 * dv_strides[0] + i_hk64 * dv_strides[1] + start_k * dv_strides[2]
     scale = primitives.scalar(scale, ACC)
@@ -210,8 +208,7 @@ def attention_backward_keys_kernel(
             i_h,
             primitives.head_pointer(p_q, i_b64, i_h64, start_q, q_strides, FLAGS),
             primitives.head_pointer(p_do, i_b64, i_h64, start_q, do_strides, FLAGS),
-            p_lse + i_h64 * lse_strides[1],
-            p_delta + i_h64 * delta_strides[1],
+            p_rows + i_b64 * row_strides[0] + i_h64 * row_strides[1] + start_q * flags.ROW,
             p_mask_h,
             q_strides[2],
             do_strides[2],
@@ -254,7 +251,7 @@ def attention_backward_keys_kernel(
                     dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, True, FLAGS)
 
     # epilogue
-    dk *= primitives.scalar(out_scale, ACC)
+    dk *= scale
     if flags.DROPOUT & FLAGS:
         dv *= keep_scale
     primitives.store_rows(p_dk, o_k, dk, dk_strides[2], seq_k, HEAD_DIM, BLOCK_D, FLAGS)

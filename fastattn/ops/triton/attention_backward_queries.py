@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.triton import flags, primitives
-from fastattn.ops.triton.attention_backward import load_statistics, weights_and_gradient
+from fastattn.ops.triton.attention_backward import (
+    load_statistics,
+    weights_and_gradient,
+)
 
 
 @triton.jit
@@ -16,7 +19,7 @@ def _queries_step(
     dq,  # [BLOCK_Q, BLOCK_D]
     q,
     do,
-    lse,
+    softmax,
     delta,
     j_first,
     i_first,
@@ -61,14 +64,14 @@ def _queries_step(
         p_v, i_b, i_hk, j_first, o_k, stride_v, seq_k, HEAD_DIM_V, BLOCK_K, BLOCK_DV, EDGE, FLAGS
     )
     qk = primitives.dot(q, tl.trans(k), ACC, FLAGS)  # [BLOCK_Q, BLOCK_K]
-    dp = primitives.dot(do, tl.trans(v), ACC, FLAGS)
     keep = True
     if flags.DROPOUT & FLAGS:
         keep = primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K)
     _, ds, capped, visible = weights_and_gradient(
         qk,
-        dp,
-        lse[:, None],
+        do,
+        v,
+        primitives.as_column(softmax),
         delta[:, None],
         keep,
         o_q[:, None],
@@ -84,6 +87,7 @@ def _queries_step(
         keep_scale,
         p_mask,
         mask_strides,
+        ACC,
         EDGE,
         FLAGS,
     )
@@ -109,8 +113,7 @@ def attention_backward_queries_kernel(
     p_k,  # [B, Hk, Sk, D]; with TMA the tensor's descriptor
     p_v,  # [B, Hk, Sk, Dv]; the same
     p_do,  # [B, Hq, Sq, Dv]
-    p_lse,  # [B, Hq, Sq]
-    p_delta,  # [B, Hq, Sq]
+    p_rows,  # [B, Hq, Sq, ROW]
     p_dq,
     p_mask,
     p_lists,  # [..., 2, key blocks]
@@ -123,8 +126,7 @@ def attention_backward_queries_kernel(
     k_strides,
     v_strides,
     do_strides,
-    lse_strides,
-    delta_strides,
+    row_strides,  # of batch, head
     dq_strides,
     mask_strides,
     list_strides,  # of batch, head, query block
@@ -144,7 +146,6 @@ def attention_backward_queries_kernel(
     cap_scale: "fp64",
     cap: "fp64",
     keep_scale: "fp64",
-    out_scale: "fp64",
     SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
     FLAGS: tl.constexpr,
 ):
@@ -155,7 +156,7 @@ def attention_backward_queries_kernel(
     BLOCK_DV: tl.constexpr = SHAPE[3]
     BLOCK_Q: tl.constexpr = SHAPE[4]
     BLOCK_K: tl.constexpr = SHAPE[5]
-    ACC: tl.constexpr = p_lse.dtype.element_ty
+    ACC: tl.constexpr = p_rows.dtype.element_ty
     blocks = tl.cdiv(seq_q, BLOCK_Q)
     key_blocks = tl.cdiv(seq_k, BLOCK_K)
     i_block, i_h, i_b = primitives.scheduled_block(blocks, heads, batch_heads, section, True)
@@ -175,8 +176,7 @@ def attention_backward_queries_kernel(
     p_v = primitives.head_pointer(p_v, i_b64, i_hk64, start_k, v_strides, FLAGS)
     p_do += i_b64 * do_strides[0] + i_h64 * do_strides[1] + start_q * do_strides[2]
     p_dq += i_b64 * dq_strides[0] + i_h64 * dq_strides[1] + start_q * dq_strides[2]
-    p_lse += i_b64 * lse_strides[0] + i_h64 * lse_strides[1] + start_q
-    p_delta += i_b64 * delta_strides[0] + i_h64 * delta_strides[1] + start_q
+    p_rows += i_b64 * row_strides[0] + i_h64 * row_strides[1] + start_q * flags.ROW
     scale = primitives.scalar(scale, ACC)
     cap_scale = primitives.scalar(cap_scale, ACC)
     cap = primitives.scalar(cap, ACC)
@@ -193,10 +193,10 @@ def attention_backward_queries_kernel(
     # prologue
     q = primitives.load_rows(p_q, o_q, q_strides[2], seq_q, HEAD_DIM, BLOCK_D, True, FLAGS)
     do = primitives.load_rows(p_do, o_q, do_strides[2], seq_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
-    lse, delta = load_statistics(p_lse, p_delta, o_q, seq_q, FLAGS)
+    softmax, delta = load_statistics(p_rows, o_q, seq_q, flags.ROW)
     if flags.MAY_BE_EMPTY & FLAGS:
-        q = primitives.clear_rows(q, lse != float("inf"))
-        do = primitives.clear_rows(do, lse != float("inf"))
+        q = primitives.clear_rows(q, softmax[0] != float("inf"))
+        do = primitives.clear_rows(do, softmax[0] != float("inf"))
     dq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
     args = (
         i_first,
@@ -226,24 +226,28 @@ def attention_backward_queries_kernel(
     if flags.MASKED & FLAGS:
         for n in range(0, tl.load(p_counts)):
             j_first = tl.load(p_lists + n) * BLOCK_K
-            dq = _queries_step(dq, q, do, lse, delta, j_first, *args, SHAPE, ACC, True, FLAGS)
+            dq = _queries_step(dq, q, do, softmax, delta, j_first, *args, SHAPE, ACC, True, FLAGS)
         if flags.BOOL_MASK & FLAGS:
             for n in range(0, tl.load(p_counts + 1)):
                 j_first = tl.load(p_lists + key_blocks + n) * BLOCK_K
-                dq = _queries_step(dq, q, do, lse, delta, j_first, *args, SHAPE, ACC, False, FLAGS)
+                dq = _queries_step(
+                    dq, q, do, softmax, delta, j_first, *args, SHAPE, ACC, False, FLAGS
+                )
     else:
         lo, full_lo, full_hi, hi = primitives.key_range(
             i_first, seq_q, seq_k, left, right, BLOCK_Q, BLOCK_K, FLAGS
         )
         if flags.WINDOW_LEFT & FLAGS:
             for j_first in range(lo, full_lo, BLOCK_K):
-                dq = _queries_step(dq, q, do, lse, delta, j_first, *args, SHAPE, ACC, True, FLAGS)
+                dq = _queries_step(
+                    dq, q, do, softmax, delta, j_first, *args, SHAPE, ACC, True, FLAGS
+                )
         for j_first in range(full_lo, full_hi, BLOCK_K):
             j_first = tl.multiple_of(j_first, BLOCK_K)
-            dq = _queries_step(dq, q, do, lse, delta, j_first, *args, SHAPE, ACC, False, FLAGS)
+            dq = _queries_step(dq, q, do, softmax, delta, j_first, *args, SHAPE, ACC, False, FLAGS)
         for j_first in range(full_hi, hi, BLOCK_K):
-            dq = _queries_step(dq, q, do, lse, delta, j_first, *args, SHAPE, ACC, True, FLAGS)
+            dq = _queries_step(dq, q, do, softmax, delta, j_first, *args, SHAPE, ACC, True, FLAGS)
 
     # epilogue
-    dq *= primitives.scalar(out_scale, ACC)
+    dq *= scale
     primitives.store_rows(p_dq, o_q, dq, dq_strides[2], seq_q, HEAD_DIM, BLOCK_D, FLAGS)

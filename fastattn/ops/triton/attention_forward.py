@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.triton import flags, primitives
-from fastattn.ops.triton.primitives import LN_2
+from fastattn.ops.triton.primitives import LN_2, LOG2_E
 
 
 @triton.jit
@@ -61,7 +61,8 @@ def _forward_step(
     v = primitives.load_block(
         p_v, i_b, i_hk, j_first, o_k, stride_v, seq_k, HEAD_DIM_V, BLOCK_K, BLOCK_DV, EDGE, FLAGS
     )
-    if EDGE or ((flags.SOFTCAP | flags.ALIBI | flags.NEGATIVE_SCALE) & FLAGS):
+    s = qk
+    if EDGE or (flags.SCALED & FLAGS):
         s, _, visible = primitives.scores(
             qk,
             o_q[:, None],
@@ -79,24 +80,18 @@ def _forward_step(
             EDGE,
             FLAGS,
         )
-        m_new = tl.maximum(m, tl.max(s, 1))  # E2
-        m_safe = m_new
-        if flags.MAY_BE_EMPTY & FLAGS:
-            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = primitives.power(s - m_safe[:, None], FLAGS)  # E3
         if EDGE and ((flags.MASKED | flags.WINDOWED) & FLAGS):
             used = primitives.used_keys(
                 visible, o_k, i_first, seq_q, seq_k, left, right, BLOCK_Q, FLAGS
             )
             v = primitives.clear_rows(v, used)
-    else:
-        # The scale is not negative, so the maximum may be taken first and one FMA does the rest.
-        m_new = tl.maximum(m, tl.max(qk, 1) * scale)  # E2
-        m_safe = m_new
-        if flags.MAY_BE_EMPTY & FLAGS:
-            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = primitives.power(qk * scale - m_safe[:, None], FLAGS)  # E3
-    shrink = primitives.power(m - m_safe, FLAGS)
+    m_new = tl.maximum(m, tl.max(s, 1))  # E2
+    m_safe = m_new
+    if flags.MAY_BE_EMPTY & FLAGS:
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    factor = primitives.unit_of_scores(scale, FLAGS) * LOG2_E
+    p = tl.exp2((s - m_safe[:, None]) * factor)  # E3
+    shrink = tl.exp2((m - m_safe) * factor)
     l = l * shrink + tl.sum(p, 1)  # E3
     o_acc = o_acc * shrink[:, None]  # E4
     if flags.DROPOUT & FLAGS:
@@ -104,6 +99,44 @@ def _forward_step(
         p = tl.where(keep, p, 0.0)
     o_acc += primitives.dot(p.to(v.dtype), v, ACC, FLAGS)  # E4
     return o_acc, m_new, l
+
+
+@triton.jit
+def _overflowed(
+    empty,  # [BLOCK_Q]: rows without a sum
+    o_q,
+    p_counts,
+    p_lists,
+    p_mask,
+    mask_strides,
+    seq_q,
+    seq_k,
+    left,
+    right,
+    BLOCK_K: tl.constexpr,
+    FLAGS: tl.constexpr,
+):
+    """Which of the empty rows see a key after all: their scores are -inf, products that
+    overflowed."""
+    see = o_q * 0
+    if flags.MASKED & FLAGS:
+        if tl.max(empty.to(tl.int32), 0) != 0:
+            if flags.BOOL_MASK & FLAGS:
+                see += tl.load(p_counts + 1)  # blocks that every row sees
+            for n in range(0, tl.load(p_counts)):
+                o_k = tl.load(p_lists + n) * BLOCK_K + tl.arange(0, BLOCK_K)
+                visible, _ = primitives.visible_keys(
+                    o_q[:, None], o_k[None, :], seq_k, left, right, p_mask, mask_strides, seq_q,
+                    FLAGS,
+                )  # fmt: skip
+                see += tl.max(visible.to(tl.int32), 1)
+    else:
+        first = tl.maximum(see, o_q - left)
+        last = see + seq_k - 1
+        if flags.WINDOW_RIGHT & FLAGS:
+            last = tl.minimum(last, o_q + right)
+        see = (first <= last).to(tl.int32)
+    return empty & (see != 0)
 
 
 @triton.jit(
@@ -117,11 +150,13 @@ def attention_forward_kernel(
     p_k,  # [B, Hk, Sk, D]; with TMA the tensor's descriptor
     p_v,  # [B, Hk, Sk, Dv]; the same
     p_o,  # [B, Hq, Sq, Dv]
-    p_lse,  # [B, Hq, Sq], natural log
+    p_lse,  # [B, Hq, Sq]
+    p_max,  # its parts, laid out alike
+    p_log_sum,
     p_mask,  # [B, Hq, Sq, Sk]: bytes or floats
     p_lists,  # [..., 2, key blocks]: those that the mask leaves in part; in full
     p_counts,  # [..., 2]
-    p_slopes,  # [B, Hq], in the units of the scores
+    p_slopes,  # [B, Hq]
     p_seed,  # [B / seed_batch]
     p_starts_q,  # [B + 1]
     p_starts_k,  # [B + 1]
@@ -177,7 +212,7 @@ def attention_forward_kernel(
     p_k = primitives.head_pointer(p_k, i_b64, i_hk64, start_k, k_strides, FLAGS)
     p_v = primitives.head_pointer(p_v, i_b64, i_hk64, start_k, v_strides, FLAGS)
     p_o += i_b64 * o_strides[0] + i_h64 * o_strides[1] + start_q * o_strides[2]
-    p_lse += i_b64 * lse_strides[0] + i_h64 * lse_strides[1] + start_q
+    row = i_b64 * lse_strides[0] + i_h64 * lse_strides[1] + start_q
     scale = primitives.scalar(scale, ACC)
     cap_scale = primitives.scalar(cap_scale, ACC)
     cap = primitives.scalar(cap, ACC)
@@ -249,10 +284,18 @@ def attention_forward_kernel(
         o_acc = o_acc * primitives.scalar(keep_scale, ACC)
     total = tl.where(empty, 1.0, l)
     o = tl.where(empty[:, None], 0.0, o_acc / total[:, None])  # E5
-    if flags.FLOAT_MASK & FLAGS:
-        lse = m + tl.log2(total) * LN_2  # E5
-    else:
-        lse = (m + tl.log2(total)) * LN_2  # E5
-    lse = tl.where(empty, float("-inf"), lse)
+    log_sum = tl.log2(total) * LN_2
+    m = tl.where(log_sum == log_sum, m, log_sum)  # a NaN in all the row
+    if flags.MAY_BE_EMPTY & FLAGS:  # a NaN, as a softmax of -inf alone is
+        overflowed = _overflowed(
+            empty, o_q, p_counts, p_lists, p_mask, mask_strides, seq_q, seq_k, left, right,
+            BLOCK_K, FLAGS,
+        )  # fmt: skip
+        o = tl.where(overflowed[:, None], float("nan"), o)
+        m = tl.where(overflowed, float("nan"), m)
     primitives.store_rows(p_o, o_q, o, o_strides[2], seq_q, HEAD_DIM_V, BLOCK_DV, FLAGS)
-    tl.store(p_lse + o_q, lse, mask=o_q < seq_q)
+    row += o_q
+    lse = m * primitives.unit_of_scores(scale, FLAGS) + log_sum  # E5
+    tl.store(p_lse + row, lse, mask=o_q < seq_q)
+    tl.store(p_max + row, m, mask=o_q < seq_q)
+    tl.store(p_log_sum + row, log_sum, mask=o_q < seq_q)

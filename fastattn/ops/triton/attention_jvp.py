@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.triton import flags, primitives
-from fastattn.ops.triton.attention_backward import load_lse
+from fastattn.ops.triton.attention_backward import load_softmax
 from fastattn.ops.triton.attention_tangent import weights_and_tangent
 
 
@@ -20,7 +20,7 @@ def _jvp_step(
     j_first,
     q,
     t_q,
-    lse,
+    softmax,
     i_first,
     i_b,
     i_h,
@@ -42,7 +42,6 @@ def _jvp_step(
     left,
     right,
     scale,
-    raw_scale,
     cap_scale,
     cap,
     slope,
@@ -76,7 +75,7 @@ def _jvp_step(
         t_q,
         k,
         t_k,
-        lse[:, None],
+        primitives.as_column(softmax),
         0.0,
         o_q[:, None],
         o_k[None, :],
@@ -85,7 +84,6 @@ def _jvp_step(
         left,
         right,
         scale,
-        raw_scale,
         cap_scale,
         cap,
         slope,
@@ -146,7 +144,8 @@ def attention_jvp_kernel(
     p_t_k,
     p_t_v,
     p_o,  # [B, Hq, Sq, Dv]
-    p_lse,  # [B, Hq, Sq]
+    p_max,  # [B, Hq, Sq]: of the forward's softmax, as p_log_sum
+    p_log_sum,
     p_t_o,  # [B, Hq, Sq, Dv]
     p_mu,  # [B, Hq, Sq]
     p_mask,
@@ -164,7 +163,7 @@ def attention_jvp_kernel(
     t_k_strides,
     t_v_strides,
     o_strides,
-    lse_strides,
+    max_strides,
     t_o_strides,
     mu_strides,
     mask_strides,
@@ -186,7 +185,6 @@ def attention_jvp_kernel(
     cap_scale: "fp64",
     cap: "fp64",
     keep_scale: "fp64",
-    raw_scale: "fp64",  # without the change of base
     SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
     FLAGS: tl.constexpr,
 ):
@@ -197,7 +195,7 @@ def attention_jvp_kernel(
     BLOCK_DV: tl.constexpr = SHAPE[3]
     BLOCK_Q: tl.constexpr = SHAPE[4]
     BLOCK_K: tl.constexpr = SHAPE[5]
-    ACC: tl.constexpr = p_lse.dtype.element_ty
+    ACC: tl.constexpr = p_max.dtype.element_ty
     blocks = tl.cdiv(seq_q, BLOCK_Q)
     key_blocks = tl.cdiv(seq_k, BLOCK_K)
     i_block, i_h, i_b = primitives.scheduled_block(blocks, heads, batch_heads, section, True)
@@ -220,7 +218,7 @@ def attention_jvp_kernel(
     if flags.T_VALUE & FLAGS:
         p_t_v = primitives.head_pointer(p_t_v, i_b64, i_hk64, start_k, t_v_strides, FLAGS)
     p_o += i_b64 * o_strides[0] + i_h64 * o_strides[1] + start_q * o_strides[2]
-    p_lse += i_b64 * lse_strides[0] + i_h64 * lse_strides[1] + start_q
+    row = i_b64 * max_strides[0] + i_h64 * max_strides[1] + start_q
     p_t_o += i_b64 * t_o_strides[0] + i_h64 * t_o_strides[1] + start_q * t_o_strides[2]
     p_mu += i_b64 * mu_strides[0] + i_h64 * mu_strides[1] + start_q
     scale = primitives.scalar(scale, ACC)
@@ -246,16 +244,16 @@ def attention_jvp_kernel(
         t_q = primitives.load_rows(
             p_t_q, o_q, t_q_strides[2], seq_q, HEAD_DIM, BLOCK_D, True, FLAGS
         )
-    lse = load_lse(p_lse, o_q, seq_q, FLAGS)
+    softmax = load_softmax(p_max + row, p_log_sum + row, o_q, seq_q)
     if flags.MAY_BE_EMPTY & FLAGS:
-        q = primitives.clear_rows(q, lse != float("inf"))
-        t_q = primitives.clear_rows(t_q, lse != float("inf"))
+        q = primitives.clear_rows(q, softmax[0] != float("inf"))
+        t_q = primitives.clear_rows(t_q, softmax[0] != float("inf"))
     t_acc = tl.zeros((BLOCK_Q, BLOCK_DV), ACC)
     mu = tl.zeros((BLOCK_Q,), ACC)
     args = (
         q,
         t_q,
-        lse,
+        softmax,
         i_first,
         i_b,
         i_h,
@@ -277,7 +275,6 @@ def attention_jvp_kernel(
         left,
         right,
         scale,
-        primitives.scalar(raw_scale, ACC),
         cap_scale,
         cap,
         slope,

@@ -5,7 +5,7 @@ the second order's, E14.
    each tile.
 2. ``mask_list_kernel``: from a row of the map the lists of its tiles of 1 and of 2.
 3. ``attention_mask_gradient_kernel``: a program owns a tile of dM and walks everything that the
-   mask was broadcast to, in a fixed order. With SECOND_ORDER the gradient is E instead of dS.
+   mask was broadcast to, in a fixed order. With flags.SECOND_ROW the gradient is E instead of dS.
 """
 
 import triton
@@ -13,6 +13,7 @@ import triton.language as tl
 
 from fastattn.ops.triton import flags, primitives
 from fastattn.ops.triton.attention_backward import (
+    load_second_statistics,
     load_statistics,
     score_gradient,
     weights_and_gradient,
@@ -97,10 +98,7 @@ def attention_mask_gradient_kernel(
     p_t_q,  # like what they are tangents of, of the second order only
     p_t_k,
     p_t_v,
-    p_lse,  # [B, Hq, Sq], as those that follow
-    p_delta,
-    p_mu,
-    p_beta,
+    p_rows,  # [B, Hq, Sq, WIDTH]
     p_dm,  # fp32 or fp64
     p_mask,
     p_t_mask,
@@ -113,7 +111,7 @@ def attention_mask_gradient_kernel(
     t_q_strides,
     t_k_strides,
     t_v_strides,
-    row_strides,  # of LSE, Δ, μ, β: batch, head
+    row_strides,  # of batch, head
     dm_strides,  # of batch, head, row, column
     mask_strides,
     t_mask_strides,
@@ -135,7 +133,6 @@ def attention_mask_gradient_kernel(
     cap_scale: "fp64",
     cap: "fp64",
     keep_scale: "fp64",
-    raw_scale: "fp64",  # without the change of base
     SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
     SHARED_ROWS: tl.constexpr,
     SHARED_COLUMNS: tl.constexpr,
@@ -148,7 +145,8 @@ def attention_mask_gradient_kernel(
     BLOCK_DV: tl.constexpr = SHAPE[3]
     BLOCK_Q: tl.constexpr = SHAPE[4]
     BLOCK_K: tl.constexpr = SHAPE[5]
-    ACC: tl.constexpr = p_lse.dtype.element_ty
+    ACC: tl.constexpr = p_rows.dtype.element_ty
+    WIDTH: tl.constexpr = flags.SECOND_ROW if flags.SECOND_ORDER & FLAGS else flags.ROW
     pid = tl.program_id(0)
     i_column = pid % column_blocks
     i_row = pid // column_blocks % row_blocks
@@ -159,7 +157,6 @@ def attention_mask_gradient_kernel(
     cap_scale = primitives.scalar(cap_scale, ACC)
     cap = primitives.scalar(cap, ACC)
     keep_scale = primitives.scalar(keep_scale, ACC)
-    raw_scale = primitives.scalar(raw_scale, ACC)
     dm = tl.zeros((BLOCK_Q, BLOCK_K), ACC)
 
     # main loop
@@ -189,7 +186,7 @@ def attention_mask_gradient_kernel(
             o_k, v_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, True, FLAGS,
         )  # fmt: skip
         row = b64 * row_strides[0] + h64 * row_strides[1]
-        lse, delta = load_statistics(p_lse + row, p_delta + row, o_q, seq_q, FLAGS)
+        softmax, delta = load_statistics(p_rows + row, o_q, seq_q, WIDTH)
         slope = 0.0
         if flags.ALIBI & FLAGS:
             slope = tl.load(p_slopes + b * heads + h)
@@ -217,14 +214,13 @@ def attention_mask_gradient_kernel(
             p_t_mask_here = 0
             if flags.T_MASK & FLAGS:
                 p_t_mask_here = p_t_mask + b64 * t_mask_strides[0] + h64 * t_mask_strides[1]
-            mu = tl.load(p_mu + row + o_q, mask=o_q < seq_q, other=0.0)
-            beta = tl.load(p_beta + row + o_q, mask=o_q < seq_q, other=0.0)
+            mu, beta = load_second_statistics(p_rows + row, o_q, seq_q, WIDTH)
             p, tangent, _, _, visible = weights_and_tangent(
                 q,
                 t_q,
                 k,
                 t_k,
-                lse[:, None],
+                primitives.as_column(softmax),
                 mu[:, None],
                 o_q[:, None],
                 o_k[None, :],
@@ -233,7 +229,6 @@ def attention_mask_gradient_kernel(
                 left,
                 right,
                 scale,
-                raw_scale,
                 cap_scale,
                 cap,
                 slope,
@@ -256,8 +251,9 @@ def attention_mask_gradient_kernel(
         else:
             _, gradient, _, _ = weights_and_gradient(
                 primitives.dot(q, tl.trans(k), ACC, FLAGS),
-                primitives.dot(do, tl.trans(v), ACC, FLAGS),
-                lse[:, None],
+                do,
+                v,
+                primitives.as_column(softmax),
                 delta[:, None],
                 keep,
                 o_q[:, None],
@@ -273,6 +269,7 @@ def attention_mask_gradient_kernel(
                 keep_scale,
                 p_mask_here,
                 mask_strides,
+                ACC,
                 True,
                 FLAGS,
             )

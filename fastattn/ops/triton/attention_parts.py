@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn.ops.triton import config
-from fastattn.ops.triton.attention_backward import attention_delta_kernel
+from fastattn.ops.triton import config, flags
+from fastattn.ops.triton.attention_backward import (
+    attention_delta_kernel,
+)
 from fastattn.ops.triton.attention_mask import (
     attention_mask_gradient_kernel,
     mask_list_kernel,
@@ -23,12 +26,15 @@ _MAP_TILE = 1024  # entries of the mask's map that one step turns into lists
 _MAP_FLAGS = FLAG["MASKED"] | FLAG["WINDOWED"] | FLAG["WIDE"]
 
 
-def check_results(p: Problem, query: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
-    """out and lse are the forward's."""
+def check_results(
+    p: Problem, query: Tensor, value: Tensor, out: Tensor, row_max: Tensor, log_sum: Tensor
+) -> None:
+    """out, row_max and log_sum are the forward's."""
     good = out.shape == (*query.shape[:-1], value.shape[-1])
     require(good, "out", "the forward's output", tuple(out.shape))
-    good = lse.shape == query.shape[:-1] and lse.dtype == p.dtype
-    require(good, "lse", f"{p.dtype} {tuple(query.shape[:-1])}", (lse.dtype, tuple(lse.shape)))
+    for name, x in (("row_max", row_max), ("log_sum", log_sum)):
+        good = x.shape == query.shape[:-1] and x.dtype == p.dtype
+        require(good, name, f"{p.dtype} {tuple(query.shape[:-1])}", (x.dtype, tuple(x.shape)))
 
 
 def check_cotangents(
@@ -36,50 +42,88 @@ def check_cotangents(
     grad_lse: Tensor | None,
     attn_mask: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
     needs_mask: bool,
 ) -> None:
-    """What a gradient comes from is shaped like out and lse; only a float mask has one."""
+    """What a gradient comes from is shaped like out and the LSE; only a float mask has one."""
     require(grad_out.shape == out.shape, "grad_out", f"{tuple(out.shape)}", tuple(grad_out.shape))
     if grad_lse is not None:
-        good = grad_lse.shape == lse.shape
-        require(good, "grad_lse", f"{tuple(lse.shape)}", tuple(grad_lse.shape))
+        good = grad_lse.shape == row_max.shape
+        require(good, "grad_lse", f"{tuple(row_max.shape)}", tuple(grad_lse.shape))
     good = not needs_mask or (attn_mask is not None and attn_mask.dtype != torch.bool)
     require(good, "attn_mask", "a float mask where its gradient is needed", attn_mask)
 
 
-def make_delta(p: Problem, do: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """E6's Δ, ``[B, Hq, Sq]``: packed sequences are one batch element of all tokens here."""
-    delta = torch.empty_like(lse)
-    batch, heads, rows, dim = out.shape
-    flags = FLAG["WIDE"] if is_wide(out, do) else 0
+def make_rows(
+    p: Problem,
+    do: Tensor,
+    out: Tensor,
+    softmax: Sequence[Tensor],
+    grad_lse: Tensor | None,
+    width: int = flags.ROW.value,
+) -> Tensor:
+    """What the backward's kernels know of each row, ``[B, Hq, Sq, width]``; packed sequences are
+    one batch element of all tokens here."""
+    rows = softmax[0].new_empty((*softmax[0].shape, width))
+    _add_product(p, do, out, softmax, None, grad_lse, rows)
+    return rows
+
+
+def make_second_rows(
+    p: Problem,
+    do: Tensor,
+    out: Tensor,
+    t_out: Tensor,
+    softmax: Sequence[Tensor],
+    mu: Tensor,
+    grad_lse: Tensor | None,
+) -> Tensor:
+    """The same of the second order: μ and β = rowsum(dO∘tO), E14, too."""
+    rows = make_rows(p, do, out, softmax, grad_lse, flags.SECOND_ROW.value)
+    _add_product(p, do, t_out, softmax, mu, None, rows)
+    return rows
+
+
+def _add_product(
+    p: Problem,
+    do: Tensor,
+    out: Tensor,
+    softmax: Sequence[Tensor],
+    mu: Tensor | None,
+    grad_lse: Tensor | None,
+    rows: Tensor,
+) -> None:
+    batch, heads, seq_q, dim = out.shape
+    bits = FLAG["WIDE"] if is_wide(out, do) else 0
     strides = None
     if grad_lse is not None:
-        flags |= FLAG["LSE_GRADIENT"]
-        grad_lse = grad_lse.reshape(lse.shape)
+        bits |= FLAG["LSE_GRADIENT"]
+        grad_lse = grad_lse.reshape(softmax[0].shape)
         strides = grad_lse.stride()
     launch(
         attention_delta_kernel,
-        (cdiv(rows, _DELTA_ROWS) * batch * heads,),
+        (cdiv(seq_q, _DELTA_ROWS) * batch * heads,),
         out,
         do,
-        lse,
+        *softmax,
+        mu,
         grad_lse,
-        delta,
+        rows,
         row_strides(out),
         row_strides(do),
-        lse.stride()[:2],
+        softmax[0].stride()[:2],
         strides,
-        delta.stride()[:2],
+        rows.stride()[:2],
         heads,
-        rows,
+        seq_q,
+        WIDTH=rows.shape[-1],
+        BETA=mu is not None,
         HEAD_DIM_V=dim,
         BLOCK_DV=p.blocks_d[1],
         BLOCK_Q=_DELTA_ROWS,
-        FLAGS=flags,
+        FLAGS=bits,
         device=out.device,
     )
-    return delta
 
 
 class Tangents(NamedTuple):
@@ -94,14 +138,14 @@ class Tangents(NamedTuple):
 def mask_gradient(
     p: Problem,
     do: Tensor,
-    rows: tuple[Tensor, ...],
+    rows: Tensor,
     attn_mask: Tensor,
     batch: torch.Size,
     tangents: Tangents | None = None,
 ) -> Tensor:
-    """E11 from the rows' LSE and Δ; beside tangents E14 from LSE, Δ, μ and β. What is small is kept
-    for every batch element and head, and added up by torch: more programs, and the same order of
-    additions."""
+    """E11 from the rows' softmax and Δ; beside tangents E14, from μ and β too. What is small is
+    kept for every batch element and head, and added up by torch: more programs, and the same order
+    of additions."""
     if p.mask is None:
         return torch.zeros_like(attn_mask)
     kernel = "mask_gradient" if tangents is None else "second_mask"
@@ -129,14 +173,13 @@ def mask_gradient(
         p.v,
         do,
         *t[:3],
-        *rows,
-        *[None] * (4 - len(rows)),
+        rows,
         dm,
         p.mask,
         t.mask,
         *p.shared()[:2],
         *map(row_strides, (p.q, p.k, p.v, do, *t[:3])),
-        rows[0].stride()[:2],
+        rows.stride()[:2],
         dm.stride(),
         mask_strides(p.mask),
         mask_strides(t.mask),
@@ -150,7 +193,6 @@ def mask_gradient(
         each_column=blocks[1] // column_blocks,
         SHARED_ROWS=shared_rows,
         SHARED_COLUMNS=shared_columns,
-        raw_scale=p.scale,
         **options,
     )
     dm = dm.sum_to_size(p.mask.shape)

@@ -9,7 +9,11 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.triton import flags, primitives
-from fastattn.ops.triton.attention_backward import load_statistics, score_gradient
+from fastattn.ops.triton.attention_backward import (
+    load_second_statistics,
+    load_statistics,
+    score_gradient,
+)
 from fastattn.ops.triton.attention_tangent import (
     before_softcap,
     second_gradient,
@@ -32,7 +36,7 @@ def _second_keys_step(
     p_q,
     p_t_q,
     p_do,
-    p_rows,  # of LSE, Δ, μ, β
+    p_rows,
     p_mask,
     p_t_mask,
     stride_q,
@@ -45,7 +49,6 @@ def _second_keys_step(
     left,
     right,
     scale,
-    raw_scale,
     cap_scale,
     cap,
     slope,
@@ -78,20 +81,19 @@ def _second_keys_step(
             p_t_q, i_b, i_h, i_first, o_q, t_q_strides[2], seq_q, HEAD_DIM, BLOCK_Q, BLOCK_D, True,
             FLAGS,
         )  # fmt: skip
-    lse, delta = load_statistics(p_rows[0], p_rows[1], o_q, seq_q, FLAGS)
-    mu = tl.load(p_rows[2] + o_q, mask=o_q < seq_q, other=0.0)
-    beta = tl.load(p_rows[3] + o_q, mask=o_q < seq_q, other=0.0)
+    softmax, delta = load_statistics(p_rows, o_q, seq_q, flags.SECOND_ROW)
+    mu, beta = load_second_statistics(p_rows, o_q, seq_q, flags.SECOND_ROW)
     if flags.MAY_BE_EMPTY & FLAGS:
-        q = primitives.clear_rows(q, lse != float("inf"))
-        t_q = primitives.clear_rows(t_q, lse != float("inf"))
-        do = primitives.clear_rows(do, lse != float("inf"))
+        q = primitives.clear_rows(q, softmax[0] != float("inf"))
+        t_q = primitives.clear_rows(t_q, softmax[0] != float("inf"))
+        do = primitives.clear_rows(do, softmax[0] != float("inf"))
     # Each product is used before the next is made: four of them do not fit into the registers.
     p, tangent, x, capped, visible = weights_and_tangent(  # [BLOCK_K, BLOCK_Q]
         k,
         t_k,
         q,
         t_q,
-        lse[None, :],
+        primitives.as_row(softmax),
         mu[None, :],
         o_q[None, :],
         o_k[:, None],
@@ -100,7 +102,6 @@ def _second_keys_step(
         left,
         right,
         scale,
-        raw_scale,
         cap_scale,
         cap,
         slope,
@@ -149,10 +150,7 @@ def attention_second_keys_kernel(
     p_t_k,
     p_t_v,
     p_do,  # [B, Hq, Sq, Dv]; with TMA the tensor's descriptor
-    p_lse,  # [B, Hq, Sq], as those that follow
-    p_delta,
-    p_mu,
-    p_beta,
+    p_rows,  # [B, Hq, Sq, SECOND_ROW]
     p_gk,
     p_gv,
     p_mask,
@@ -170,7 +168,7 @@ def attention_second_keys_kernel(
     t_k_strides,
     t_v_strides,
     do_strides,
-    row_strides,  # of LSE, Δ, μ, β: batch, head
+    row_strides,  # of batch, head
     gk_strides,
     gv_strides,
     mask_strides,
@@ -192,7 +190,6 @@ def attention_second_keys_kernel(
     cap_scale: "fp64",
     cap: "fp64",
     keep_scale: "fp64",
-    raw_scale: "fp64",  # without the change of base
     SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
     FLAGS: tl.constexpr,
 ):
@@ -203,7 +200,7 @@ def attention_second_keys_kernel(
     BLOCK_DV: tl.constexpr = SHAPE[3]
     BLOCK_Q: tl.constexpr = SHAPE[4]
     BLOCK_K: tl.constexpr = SHAPE[5]
-    ACC: tl.constexpr = p_lse.dtype.element_ty
+    ACC: tl.constexpr = p_rows.dtype.element_ty
     blocks = tl.cdiv(seq_k, BLOCK_K)
     query_blocks = tl.cdiv(seq_q, BLOCK_Q)
     # Under a causal mask the first keys are seen by the most queries.
@@ -224,7 +221,6 @@ def attention_second_keys_kernel(
     p_gk += i_b64 * gk_strides[0] + i_hk64 * gk_strides[1] + start_k * gk_strides[2]
     p_gv += i_b64 * gv_strides[0] + i_hk64 * gv_strides[1] + start_k * gv_strides[2]
     scale = primitives.scalar(scale, ACC)
-    raw_scale = primitives.scalar(raw_scale, ACC)
     cap_scale = primitives.scalar(cap_scale, ACC)
     cap = primitives.scalar(cap, ACC)
     keep_scale = primitives.scalar(keep_scale, ACC)
@@ -255,7 +251,7 @@ def attention_second_keys_kernel(
         slope = 0.0
         if flags.ALIBI & FLAGS:
             slope = tl.load(p_slopes + i_b * (heads * group) + i_h)
-        row = i_b64 * row_strides[0] + i_h64 * row_strides[1] + start_q
+        row = i_b64 * row_strides[0] + i_h64 * row_strides[1] + start_q * flags.SECOND_ROW
         p_mask_h, p_t_mask_h, p_t_q_h = 0, 0, 0
         if flags.MASKED & FLAGS:
             p_mask_h = p_mask + i_b64 * mask_strides[0] + i_h64 * mask_strides[1]
@@ -274,7 +270,7 @@ def attention_second_keys_kernel(
             primitives.head_pointer(p_q, i_b64, i_h64, start_q, q_strides, FLAGS),
             p_t_q_h,
             primitives.head_pointer(p_do, i_b64, i_h64, start_q, do_strides, FLAGS),
-            (p_lse + row, p_delta + row, p_mu + row, p_beta + row),
+            p_rows + row,
             p_mask_h,
             p_t_mask_h,
             q_strides[2],
@@ -287,7 +283,6 @@ def attention_second_keys_kernel(
             left,
             right,
             scale,
-            raw_scale,
             cap_scale,
             cap,
             slope,
@@ -321,7 +316,7 @@ def attention_second_keys_kernel(
                     gk, gv = _second_keys_step(gk, gv, i_first, *args, SHAPE, ACC, True, FLAGS)
 
     # epilogue
-    gk *= raw_scale
+    gk *= scale
     if flags.DROPOUT & FLAGS:
         gv *= keep_scale
     primitives.store_rows(p_gk, o_k, gk, gk_strides[2], seq_k, HEAD_DIM, BLOCK_D, FLAGS)

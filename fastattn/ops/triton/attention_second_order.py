@@ -16,7 +16,7 @@ from fastattn.ops.triton.attention_parts import (
     Tangents,
     check_cotangents,
     check_results,
-    make_delta,
+    make_second_rows,
     mask_gradient,
     mask_lists,
 )
@@ -73,10 +73,12 @@ def _make_tangents(
     return t
 
 
-def _jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _jvp(
+    p: Problem, t: Tangents, out: Tensor, row_max: Tensor, log_sum: Tensor
+) -> tuple[Tensor, Tensor]:
     """tO ``[B, Hq, Sq, Dv]`` and μ ``[B, Hq, Sq]``, E12."""
     t_out = like_rows(p.q, p.v.shape[-1], p.starts_q is not None)
-    mu = torch.empty_like(lse)
+    mu = torch.empty_like(row_max)
     tile = p.tile("jvp", p.k, p.v, t.k, t.v)
     k, v, t_k, t_v = p.walked(tile, tile.block_k, p.k, p.v, t.k, t.v)
     lists, counts, list_strides = mask_lists(p, tile, by_key=False)
@@ -90,7 +92,8 @@ def _jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor) -> tuple[Tensor, Ten
         t_k,
         t_v,
         out,
-        lse,
+        row_max,
+        log_sum,
         t_out,
         mu,
         p.mask,
@@ -99,7 +102,7 @@ def _jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor) -> tuple[Tensor, Ten
         counts,
         *p.shared(),
         *map(row_strides, (p.q, p.k, p.v, t.q, t.k, t.v, out)),
-        lse.stride()[:2],
+        row_max.stride()[:2],
         row_strides(t_out),
         mu.stride()[:2],
         mask_strides(p.mask),
@@ -110,7 +113,6 @@ def _jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor) -> tuple[Tensor, Ten
         p.group,
         p.section(p.seq_k, p.heads_k) * p.group,
         *p.tokens(),
-        raw_scale=p.scale,
         **p.common("jvp", tile),
     )
     return t_out, mu
@@ -127,7 +129,8 @@ def attention_jvp(
     t_value: Tensor | None,
     t_mask: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     seed: Tensor | None,
     starts_q: Tensor | None,
     starts_k: Tensor | None,
@@ -145,15 +148,16 @@ def attention_jvp(
         query, key, value, attn_mask, slopes, seed, starts_q, starts_k, max_q, max_k, is_causal,
         scale, dropout_p, left, right, softcap,
     )  # fmt: skip
-    check_results(p, query, value, out, lse)
+    check_results(p, query, value, out, row_max, log_sum)
     t = _make_tangents(p, query, key, value, attn_mask, t_query, t_key, t_value, t_mask)
     o = four_dims(out)
     p.widen(o)
-    t_out, mu = _jvp(p, t, o, lse.reshape(p.q.shape[:3]).contiguous())
-    return t_out.view(out.shape), mu.view(lse.shape)
+    softmax = [x.reshape(p.q.shape[:3]).contiguous() for x in (row_max, log_sum)]
+    t_out, mu = _jvp(p, t, o, *softmax)
+    return t_out.view(out.shape), mu.view(row_max.shape)
 
 
-def _gradient_of_queries(p: Problem, t: Tangents, do: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+def _gradient_of_queries(p: Problem, t: Tangents, do: Tensor, rows: Tensor) -> Tensor:
     gq = like_rows(p.q, p.q.shape[-1], p.starts_q is not None)
     tile = p.tile("second_queries", p.k, p.v, t.k, t.v)
     k, v, t_k, t_v = p.walked(tile, tile.block_k, p.k, p.v, t.k, t.v)
@@ -168,7 +172,7 @@ def _gradient_of_queries(p: Problem, t: Tangents, do: Tensor, rows: tuple[Tensor
         t_k,
         t_v,
         do,
-        *rows,
+        rows,
         gq,
         p.mask,
         t.mask,
@@ -176,7 +180,7 @@ def _gradient_of_queries(p: Problem, t: Tangents, do: Tensor, rows: tuple[Tensor
         counts,
         *p.shared(),
         *map(row_strides, (p.q, p.k, p.v, t.q, t.k, t.v, do)),
-        rows[0].stride()[:2],
+        rows.stride()[:2],
         row_strides(gq),
         mask_strides(p.mask),
         mask_strides(t.mask),
@@ -186,15 +190,12 @@ def _gradient_of_queries(p: Problem, t: Tangents, do: Tensor, rows: tuple[Tensor
         p.group,
         p.section(p.seq_k, p.heads_k) * p.group,
         *p.tokens(),
-        raw_scale=p.scale,
         **p.common("second_queries", tile),
     )
     return gq
 
 
-def _gradients_of_keys(
-    p: Problem, t: Tangents, do: Tensor, rows: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
+def _gradients_of_keys(p: Problem, t: Tangents, do: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     packed = p.starts_q is not None
     gk, gv = (like_rows(x, x.shape[-1], packed) for x in (p.k, p.v))
     tile = p.tile("second_keys", p.q, t.q, do)
@@ -210,7 +211,7 @@ def _gradients_of_keys(
         t.k,
         t.v,
         d_out,
-        *rows,
+        rows,
         gk,
         gv,
         p.mask,
@@ -219,7 +220,7 @@ def _gradients_of_keys(
         counts,
         *p.shared(),
         *map(row_strides, (p.q, p.k, p.v, t.q, t.k, t.v, do)),
-        rows[0].stride()[:2],
+        rows.stride()[:2],
         row_strides(gk),
         row_strides(gv),
         mask_strides(p.mask),
@@ -230,7 +231,6 @@ def _gradients_of_keys(
         p.group,
         p.section(p.seq_q * p.group, p.heads_k),
         *p.tokens(),
-        raw_scale=p.scale,
         **p.common("second_keys", tile),
     )
     return gk, gv
@@ -249,7 +249,8 @@ def attention_double_backward(
     t_value: Tensor | None,
     t_mask: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     seed: Tensor | None,
     starts_q: Tensor | None,
     starts_k: Tensor | None,
@@ -270,22 +271,23 @@ def attention_double_backward(
         query, key, value, attn_mask, slopes, seed, starts_q, starts_k, max_q, max_k, is_causal,
         scale, dropout_p, left, right, softcap,
     )  # fmt: skip
-    check_results(p, query, value, out, lse)
-    check_cotangents(grad_out, grad_lse, attn_mask, out, lse, needs[4])
+    check_results(p, query, value, out, row_max, log_sum)
+    check_cotangents(grad_out, grad_lse, attn_mask, out, row_max, needs[4])
     t = _make_tangents(p, query, key, value, attn_mask, t_query, t_key, t_value, t_mask)
-    do, o, lse4 = four_dims(grad_out), four_dims(out), lse.reshape(p.q.shape[:3]).contiguous()
+    do, o = four_dims(grad_out), four_dims(out)
+    softmax = [x.reshape(p.q.shape[:3]).contiguous() for x in (row_max, log_sum)]
     p.widen(do, o)
-    like = (query, lse, query, key, value, query)
+    like = (query, row_max, query, key, value, query)
     results = [x.new_empty((0,)) for x in like]  # none may be another
     if not any(needs):
         return tuple(results)
-    t_out, mu = _jvp(p, t, o, lse4)
+    t_out, mu = _jvp(p, t, o, *softmax)
     if needs[0]:
-        results[:2] = t_out.view(out.shape), mu.view(lse.shape)
+        results[:2] = t_out.view(out.shape), mu.view(row_max.shape)
     if not any(needs[1:]):
         return tuple(results)
     # β, as Δ: the row's weighted sum of what E14 subtracts it from
-    rows = (lse4, make_delta(p, do, o, lse4, grad_lse), mu, make_delta(p, do, t_out, lse4, None))
+    rows = make_second_rows(p, do, o, t_out, softmax, mu, grad_lse)
     if needs[1]:
         results[2] = _gradient_of_queries(p, t, do, rows).view(query.shape)
     if needs[2] or needs[3]:

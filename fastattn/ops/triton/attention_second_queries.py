@@ -8,7 +8,11 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.triton import flags, primitives
-from fastattn.ops.triton.attention_backward import load_statistics, score_gradient
+from fastattn.ops.triton.attention_backward import (
+    load_second_statistics,
+    load_statistics,
+    score_gradient,
+)
 from fastattn.ops.triton.attention_tangent import (
     before_softcap,
     second_gradient,
@@ -23,7 +27,7 @@ def _second_queries_step(
     q,
     t_q,
     do,
-    rows,  # LSE, Δ, μ, β
+    rows,  # softmax, Δ, μ, β
     i_first,
     i_b,
     i_h,
@@ -45,7 +49,6 @@ def _second_queries_step(
     left,
     right,
     scale,
-    raw_scale,
     cap_scale,
     cap,
     slope,
@@ -78,14 +81,14 @@ def _second_queries_step(
             p_t_k, i_b, i_hk, j_first, o_k, t_k_strides[2], seq_k, HEAD_DIM, BLOCK_K, BLOCK_D, EDGE,
             FLAGS,
         )  # fmt: skip
-    lse, delta, mu, beta = rows
+    softmax, delta, mu, beta = rows
     # Each product is used before the next is made: four of them do not fit into the registers.
     p, tangent, x, capped, visible = weights_and_tangent(  # [BLOCK_Q, BLOCK_K]
         q,
         t_q,
         k,
         t_k,
-        lse[:, None],
+        primitives.as_column(softmax),
         mu[:, None],
         o_q[:, None],
         o_k[None, :],
@@ -94,7 +97,6 @@ def _second_queries_step(
         left,
         right,
         scale,
-        raw_scale,
         cap_scale,
         cap,
         slope,
@@ -149,10 +151,7 @@ def attention_second_queries_kernel(
     p_t_k,
     p_t_v,
     p_do,  # [B, Hq, Sq, Dv]
-    p_lse,  # [B, Hq, Sq], as those that follow
-    p_delta,
-    p_mu,
-    p_beta,
+    p_rows,  # [B, Hq, Sq, SECOND_ROW]
     p_gq,
     p_mask,
     p_t_mask,
@@ -169,7 +168,7 @@ def attention_second_queries_kernel(
     t_k_strides,
     t_v_strides,
     do_strides,
-    row_strides,  # of LSE, Δ, μ, β: batch, head
+    row_strides,  # of batch, head
     gq_strides,
     mask_strides,
     t_mask_strides,
@@ -190,7 +189,6 @@ def attention_second_queries_kernel(
     cap_scale: "fp64",
     cap: "fp64",
     keep_scale: "fp64",
-    raw_scale: "fp64",  # without the change of base
     SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
     FLAGS: tl.constexpr,
 ):
@@ -201,7 +199,7 @@ def attention_second_queries_kernel(
     BLOCK_DV: tl.constexpr = SHAPE[3]
     BLOCK_Q: tl.constexpr = SHAPE[4]
     BLOCK_K: tl.constexpr = SHAPE[5]
-    ACC: tl.constexpr = p_lse.dtype.element_ty
+    ACC: tl.constexpr = p_rows.dtype.element_ty
     blocks = tl.cdiv(seq_q, BLOCK_Q)
     key_blocks = tl.cdiv(seq_k, BLOCK_K)
     i_block, i_h, i_b = primitives.scheduled_block(blocks, heads, batch_heads, section, True)
@@ -225,9 +223,8 @@ def attention_second_queries_kernel(
         p_t_v = primitives.head_pointer(p_t_v, i_b64, i_hk64, start_k, t_v_strides, FLAGS)
     p_do += i_b64 * do_strides[0] + i_h64 * do_strides[1] + start_q * do_strides[2]
     p_gq += i_b64 * gq_strides[0] + i_h64 * gq_strides[1] + start_q * gq_strides[2]
-    row = i_b64 * row_strides[0] + i_h64 * row_strides[1] + start_q
+    row = i_b64 * row_strides[0] + i_h64 * row_strides[1] + start_q * flags.SECOND_ROW
     scale = primitives.scalar(scale, ACC)
-    raw_scale = primitives.scalar(raw_scale, ACC)
     cap_scale = primitives.scalar(cap_scale, ACC)
     cap = primitives.scalar(cap, ACC)
     slope = 0.0
@@ -245,9 +242,8 @@ def attention_second_queries_kernel(
     # prologue
     q = primitives.load_rows(p_q, o_q, q_strides[2], seq_q, HEAD_DIM, BLOCK_D, True, FLAGS)
     do = primitives.load_rows(p_do, o_q, do_strides[2], seq_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
-    lse, delta = load_statistics(p_lse + row, p_delta + row, o_q, seq_q, FLAGS)
-    mu = tl.load(p_mu + row + o_q, mask=o_q < seq_q, other=0.0)
-    beta = tl.load(p_beta + row + o_q, mask=o_q < seq_q, other=0.0)
+    softmax, delta = load_statistics(p_rows + row, o_q, seq_q, flags.SECOND_ROW)
+    mu, beta = load_second_statistics(p_rows + row, o_q, seq_q, flags.SECOND_ROW)
     t_q = q
     if flags.T_QUERY & FLAGS:
         p_t_q += i_b64 * t_q_strides[0] + i_h64 * t_q_strides[1] + start_q * t_q_strides[2]
@@ -255,15 +251,15 @@ def attention_second_queries_kernel(
             p_t_q, o_q, t_q_strides[2], seq_q, HEAD_DIM, BLOCK_D, True, FLAGS
         )
     if flags.MAY_BE_EMPTY & FLAGS:
-        q = primitives.clear_rows(q, lse != float("inf"))
-        t_q = primitives.clear_rows(t_q, lse != float("inf"))
-        do = primitives.clear_rows(do, lse != float("inf"))
+        q = primitives.clear_rows(q, softmax[0] != float("inf"))
+        t_q = primitives.clear_rows(t_q, softmax[0] != float("inf"))
+        do = primitives.clear_rows(do, softmax[0] != float("inf"))
     gq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
     args = (
         q,
         t_q,
         do,
-        (lse, delta, mu, beta),
+        (softmax, delta, mu, beta),
         i_first,
         i_b,
         i_h,
@@ -285,7 +281,6 @@ def attention_second_queries_kernel(
         left,
         right,
         scale,
-        raw_scale,
         cap_scale,
         cap,
         slope,
@@ -317,5 +312,5 @@ def attention_second_queries_kernel(
             gq = _second_queries_step(gq, j_first, *args, SHAPE, ACC, True, FLAGS)
 
     # epilogue
-    gq *= raw_scale
+    gq *= scale
     primitives.store_rows(p_gq, o_q, gq, gq_strides[2], seq_q, HEAD_DIM, BLOCK_D, FLAGS)

@@ -1,7 +1,7 @@
 """What the kernels of the second order share: E12's A, and E14.
 
 A tangent without its bit in FLAGS is absent: its operand is never loaded, its products are not
-made. Scores and their tangents are natural here, whatever unit the exponents have.
+made.
 """
 
 import triton
@@ -27,7 +27,7 @@ def weights_and_tangent(
     t_a,
     b,
     t_b,
-    lse,  # of the rows, shaped like i
+    softmax,  # of the rows, as load_softmax has it, shaped like i
     mu,
     i,
     j,
@@ -36,7 +36,6 @@ def weights_and_tangent(
     left,
     right,
     scale,
-    raw_scale,
     cap_scale,
     cap,
     slope,
@@ -68,11 +67,11 @@ def weights_and_tangent(
         EDGE,
         FLAGS,
     )
-    p = primitives.power(s - lse, FLAGS)  # E6
+    p = primitives.weights(s, softmax, scale, FLAGS)  # E6
     x = cross(a, t_a, b, t_b, ACC, T_A, T_B, FLAGS)
     if EDGE:
         x = tl.where(visible, x, 0.0)  # a hidden key's tangent may be NaN
-    tangent = x * raw_scale
+    tangent = x * scale
     if flags.SOFTCAP & FLAGS:
         tangent *= 1.0 - capped * capped
     if flags.T_MASK & FLAGS:

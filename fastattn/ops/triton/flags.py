@@ -14,7 +14,7 @@ FLOAT_MASK = tl.constexpr(8)
 SOFTCAP = tl.constexpr(16)
 ALIBI = tl.constexpr(32)
 DROPOUT = tl.constexpr(64)
-NEGATIVE_SCALE = tl.constexpr(128)
+NEGATIVE_SCALE = tl.constexpr(128)  # or 0
 VARLEN = tl.constexpr(256)
 WIDE = tl.constexpr(512)  # a head's offsets pass 2^31
 UPCAST = tl.constexpr(1024)  # the interpreter multiplies bfloat16 as integers
@@ -29,6 +29,12 @@ SECOND_ORDER = tl.constexpr(1 << 18)  # the mask's gradient is E14's
 TF32X3 = tl.constexpr(1 << 19)  # float32 products: three of rounded operands and remainders
 
 MASKED = tl.constexpr(4 + 8)
+SCALED = tl.constexpr(8 + 16 + 32 + 128)  # the scores are more than products times a factor > 0
 WINDOWED = tl.constexpr(1 + 2)
 MAY_BE_EMPTY = tl.constexpr(1 + 4 + 8)  # a right bound alone leaves key 0 to every row
 T_SCORES = tl.constexpr((1 << 14) + (1 << 15) + (1 << 17))  # tangents that move the scores
+
+# What the backward's kernels know of a row, in so many numbers side by side: row_max, log_sum in
+# base 2, Δ; of the second order μ and β too.
+ROW = tl.constexpr(4)
+SECOND_ROW = tl.constexpr(8)

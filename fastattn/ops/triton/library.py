@@ -16,10 +16,10 @@ _ATTENTION = (
     "Tensor? starts_q, Tensor? starts_k, SymInt max_q, SymInt max_k, bool is_causal, float scale, "
     "float dropout_p, SymInt left, SymInt right, float softcap"
 )
-_RESULTS = "Tensor out, Tensor lse, "
+_RESULTS = "Tensor out, Tensor row_max, Tensor log_sum, "
 _TANGENTS = "Tensor? t_query, Tensor? t_key, Tensor? t_value, Tensor? t_mask, "
 _SCHEMAS = {
-    "attention_forward": f"({_ATTENTION.format('')}) -> (Tensor, Tensor)",
+    "attention_forward": f"({_ATTENTION.format('')}) -> (Tensor, Tensor, Tensor, Tensor)",
     "attention_backward": (
         f"(Tensor grad_out, Tensor? grad_lse, {_ATTENTION.format(_RESULTS)}, "
         "bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"

@@ -1,9 +1,10 @@
 """What the attention kernels share: tile loads, block ranges, scores, dropout, the schedule.
 
 i is a query position and j a key position, shaped to broadcast against the tile: ``[Q, 1]`` and
-``[1, K]``, or, where a kernel works on the transposed tile, ``[1, Q]`` and ``[K, 1]``. Inside the
-kernels scores, running maxima and LSEs are in units of ln 2 (the log2 domain), but natural beside a
-float mask: its numbers may be so large (finfo.min) that the change of base would overflow.
+``[1, K]``, or, where a kernel works on the transposed tile, ``[1, Q]`` and ``[K, 1]``. Without one
+of the flags SCALED a tile of scores and the running maxima are the products themselves, and the
+scale is left to the exponent. An exponent begins with a difference, which is exact where e^x is not
+small: it is as right for large scores as for small ones.
 """
 
 import triton
@@ -38,11 +39,31 @@ def dot(a, b, ACC: tl.constexpr, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def power(x, FLAGS: tl.constexpr):
-    """2^x, or e^x beside a float mask."""
-    if flags.FLOAT_MASK & FLAGS:
-        return tl.exp2(x * LOG2_E)
-    return tl.exp2(x)
+def unit_of_scores(scale, FLAGS: tl.constexpr):
+    """The factor that makes a tile of scores natural scores."""
+    if flags.SCALED & FLAGS:
+        return tl.full((), 1.0, scale.dtype)
+    return scale
+
+
+@triton.jit
+def weights(s, softmax, scale, FLAGS: tl.constexpr):
+    """P of a tile of scores, E6; softmax: the row's maximum, and its sum's logarithm in base 2,
+    shaped like i."""
+    factor = unit_of_scores(scale, FLAGS) * LOG2_E
+    return tl.exp2((s - softmax[0]) * factor - softmax[1])
+
+
+@triton.jit
+def as_column(pair):
+    """``[Q]`` -> ``[Q, 1]``."""
+    return pair[0][:, None], pair[1][:, None]
+
+
+@triton.jit
+def as_row(pair):
+    """``[Q]`` -> ``[1, Q]``."""
+    return pair[0][None, :], pair[1][None, :]
 
 
 @triton.jit
@@ -264,8 +285,10 @@ def scores(
     if flags.SOFTCAP & FLAGS:
         capped = tanh(qk * cap_scale)
         s = capped * cap  # E1
-    else:
+    elif flags.SCALED & FLAGS:
         s = qk * scale  # E1
+    else:
+        s = qk
     if flags.ALIBI & FLAGS:
         s -= slope * tl.abs(i - j).to(qk.dtype)  # E1
     visible = j < seq_k

@@ -12,7 +12,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastattn.ops.triton import MAX_HEAD_DIM, capability, config, flags, interpreting
 from fastattn.ops.triton.launch import next_power_of_2
 
-_LOG2_E = 1 / math.log(2)
 FLAG = {
     name: getattr(flags, name).value
     for name in (
@@ -122,22 +121,21 @@ class Problem:
             "SOFTCAP": self.softcap > 0,
             "ALIBI": self.slopes is not None,
             "DROPOUT": self.dropout_p > 0,
-            "NEGATIVE_SCALE": self.scale < 0,
+            "NEGATIVE_SCALE": self.scale <= 0,
             "VARLEN": self.starts_q is not None,
             "WIDE": is_wide(q, self.k, self.v, self.mask),
             "UPCAST": interpreting() and q.dtype == torch.bfloat16,
         }
         self.flags = sum(FLAG[name] for name, on in bits.items() if on)
-        unit = 1.0 if bits["FLOAT_MASK"] else _LOG2_E
         cap = self.softcap
         self.numbers = {
-            "scale": self.scale * unit,
+            "scale": self.scale,
             "cap_scale": self.scale / cap if cap > 0 else 0.0,
-            "cap": cap * unit,
+            "cap": cap,
             "keep_scale": 1.0 / (1.0 - self.dropout_p),
         }
         if self.slopes is not None:
-            slopes = self.slopes.to(self.dtype) * unit
+            slopes = self.slopes.to(self.dtype)
             self.slopes = slopes.expand(self.batch, self.heads_q).contiguous()
         if bits["BOOL_MASK"]:
             self.mask = self.mask.view(torch.uint8)

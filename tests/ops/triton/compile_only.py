@@ -79,10 +79,10 @@ def _compile(architecture: int, dtype: torch.dtype, head_dim: int, mask: str, or
     needs = [True] * (order + 2) + [bias is not None]
     if order == 1:
         attention.attention_forward(q, k, k, attn_mask, None, *more)
-        attention.attention_backward(q, None, q, k, k, attn_mask, None, q, lse, *more, needs)
+        attention.attention_backward(q, None, q, k, k, attn_mask, None, q, lse, lse, *more, needs)
     else:
         attention_second_order.attention_double_backward(
-            q, None, q, k, k, attn_mask, None, q, k, k, bias, q, lse, *more, needs
+            q, None, q, k, k, attn_mask, None, q, k, k, bias, q, lse, lse, *more, needs
         )
     return count
 

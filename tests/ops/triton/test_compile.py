@@ -87,12 +87,13 @@ def attend(dtype, head_dim, mask=None, order=1, **options) -> None:
     if order == 2:
         out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=_wide(dtype))
         attention_second_order.attention_double_backward(
-            out, lse, q, k, k, mask, slopes, q, k, k, bias, out, lse, seed, *packed, *more, needs
-        )
+            out, lse, q, k, k, mask, slopes, q, k, k, bias, out, lse, lse, seed, *packed, *more,
+            needs,
+        )  # fmt: skip
         return
-    out, lse = attention.attention_forward(q, k, k, mask, slopes, seed, *packed, *more)
+    out, lse, *softmax = attention.attention_forward(q, k, k, mask, slopes, seed, *packed, *more)
     attention.attention_backward(
-        out, lse, q, k, k, mask, slopes, out, lse, seed, *packed, *more, needs
+        out, lse, q, k, k, mask, slopes, out, *softmax, seed, *packed, *more, needs
     )
 
 

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.skipif(
 # An argument that is None costs the binder 0.1 us and the launcher nothing, a tensor 0.3 us and a
 # question to the driver. What is left: operands, their strides, sizes, five scalars.
 LIVE = {
-    "attention_forward_kernel": 30,
-    "attention_delta_kernel": 16,
-    "attention_backward_queries_kernel": 38,
-    "attention_backward_keys_kernel": 42,
+    "attention_forward_kernel": 32,
+    "attention_delta_kernel": 18,
+    "attention_backward_queries_kernel": 34,
+    "attention_backward_keys_kernel": 38,
     "attention_jvp_kernel": 42,
     "attention_second_queries_kernel": 48,
     "attention_second_keys_kernel": 51,
@@ -62,12 +62,12 @@ def attend(mask: torch.Tensor | None = None, **tangents: torch.Tensor) -> None:
     if tangents:
         given = [tangents.get(name) for name in ("q", "k", "v", "mask")]
         attention_second_order.attention_double_backward(
-            q, None, q, q, q, mask, None, *given, q, lse, *more, [True] * 4 + [False]
+            q, None, q, q, q, mask, None, *given, q, lse, lse, *more, [True] * 4 + [False]
         )
         return
     attention.attention_forward(q, q, q, mask, None, *more)
     needs = [True] * 3 + [False]
-    attention.attention_backward(q, None, q, q, q, mask, None, q, lse, *more, needs)
+    attention.attention_backward(q, None, q, q, q, mask, None, q, lse, lse, *more, needs)
 
 
 def test_a_plain_launch_binds_few_arguments(launches):

@@ -99,7 +99,7 @@ def run_and_check(shape, options, mask_kind, dtype, device, aligned=False) -> No
     is_causal, p = options.pop("is_causal", False), options.pop("dropout_p", 0.0)
     slopes, window = options.get("alibi_slopes"), options.get("window_size", (-1, -1))
     extra = (slopes, None, None, ops.Options(*window, options.get("softcap", 0.0)), "triton")
-    out, lse = ops.attention_forward(q, k, v, mask, seed, is_causal, scale, p, *extra)
+    out, lse, *softmax = ops.attention_forward(q, k, v, mask, seed, is_causal, scale, p, *extra)
 
     options |= {"is_causal": is_causal, "scale": scale, "dropout_p": p, "seed": seed}
     wide = [x.double() if x is not None and x.dtype == dtype else x for x in (q, k, v, mask)]
@@ -112,7 +112,7 @@ def run_and_check(shape, options, mask_kind, dtype, device, aligned=False) -> No
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
     needs = [True, True, True, mask is not None and mask.dtype != torch.bool]
     grads = ops.attention_backward(
-        grad_out, grad_lse, q, k, v, mask, out, lse, seed, is_causal, scale, p, needs, *extra
+        grad_out, grad_lse, q, k, v, mask, out, *softmax, seed, is_causal, scale, p, needs, *extra
     )
     expected = reference.attention_backward(
         grad_out.double(), grad_lse.double(), *wide, expected_out, expected_lse, needs=needs,
@@ -178,7 +178,7 @@ def test_what_tensor_descriptors_cannot_do_goes_by_pointers(change, device, monk
         "odd rows": wide[..., :17].contiguous()[..., :16],
         "broadcast": wide[:, :1, :, :16].expand(1, 2, 20, 16),
     }[change]
-    out, _ = ops.attention_forward(q, k, v, None, None, True, 0.3, 0.0, backend="triton")
+    out = ops.attention_forward(q, k, v, None, None, True, 0.3, 0.0, backend="triton")[0]
     expected, _ = reference.attention(q.double(), k.double(), v.double(), is_causal=True, scale=0.3)
     check("out", out, expected, bound(v.dtype, v.abs().max().cpu(), 2))
 
@@ -215,10 +215,11 @@ def test_keys_hidden_from_every_query_never_matter(kind, device):
     extra = (None, None, None, options, "triton")
     clean = ops.attention_forward(q, k, v, *arguments, *extra)
     k[:, :, hidden], v[:, :, hidden] = math.nan, math.inf
-    out, lse = ops.attention_forward(q, k, v, *arguments, *extra)
-    torch.testing.assert_close((out, lse), clean)
+    results = ops.attention_forward(q, k, v, *arguments, *extra)
+    torch.testing.assert_close(results, clean)
+    out, _, *softmax = results
     grads = ops.attention_backward(
-        torch.ones_like(out), None, q, k, v, mask, out, lse, *arguments[1:],
+        torch.ones_like(out), None, q, k, v, mask, out, *softmax, *arguments[1:],
         [True] * 3 + [kind == "float"], *extra,
     )  # fmt: skip
     assert all(g.isfinite().all() for g in grads)
@@ -232,14 +233,14 @@ def test_empty_rows_with_nan_harm_nobody(device):
     mask[:, :, 5] = False
     q[:, :, 5] = math.nan
     arguments = (None, False, 0.3, 0.0)
-    out, lse = ops.attention_forward(q, k, v, mask, *arguments, backend="triton")
+    out, lse, *softmax = ops.attention_forward(q, k, v, mask, *arguments, backend="triton")
     assert not out[0, 0, 5].any()
     assert lse[0, 0, 5] == -math.inf
     grad = torch.randn_like(out)
     grad[:, :, 5] = math.inf
     needs = [True] * 3 + [False]
     grads = ops.attention_backward(
-        grad, None, q, k, v, mask, out, lse, *arguments, needs, backend="triton"
+        grad, None, q, k, v, mask, out, *softmax, *arguments, needs, backend="triton"
     )
     assert all(g.isfinite().all() for g in grads)
     assert not grads[0][0, 0, 5].any()
@@ -248,7 +249,7 @@ def test_empty_rows_with_nan_harm_nobody(device):
 def test_a_nan_in_a_used_key_stays(device):
     q, k, v = (torch.randn(1, 1, 9, 8, device=device) for _ in range(3))
     k[0, 0, 4, 2] = math.nan
-    out, lse = ops.attention_forward(q, k, v, None, None, True, 0.3, 0.0, backend="triton")
+    out, lse, *_ = ops.attention_forward(q, k, v, None, None, True, 0.3, 0.0, backend="triton")
     assert out[0, 0, 4:].isnan().all()
     assert lse[0, 0, 4:].isnan().all()
 
@@ -257,7 +258,7 @@ def test_a_mask_of_the_lowest_number_weighs_all_keys_alike(device):
     q, k, v = (torch.randn(1, 1, 20, 16, device=device) for _ in range(3))
     mask = torch.zeros(1, 1, 20, 20, device=device)
     mask[..., 7, :] = torch.finfo(torch.float32).min
-    out, _ = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0, backend="triton")
+    out = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0, backend="triton")[0]
     torch.testing.assert_close(out[..., 7, :], v.mean(-2))
 
 
@@ -268,11 +269,12 @@ def test_sizes_of_zero(shape, device):
     q = torch.randn(shape, device=device)
     k = v = torch.randn(shape if shape[0] != 1 or not shape[3] else (1, 1, 0, 4), device=device)
     mask = torch.zeros([1] * 4, device=device)
-    out, lse = ops.attention_forward(q, k, v, mask, None, False, 0.5, 0.0, backend="triton")
+    arguments = (None, False, 0.5, 0.0)
+    out, lse, *softmax = ops.attention_forward(q, k, v, mask, *arguments, backend="triton")
     expected = reference.attention_forward(q, k, v, mask, scale=0.5)
     torch.testing.assert_close((out, lse), expected)
     grads = ops.attention_backward(
-        out, None, q, k, v, mask, out, lse, None, False, 0.5, 0.0, [True] * 4, backend="triton"
+        out, None, q, k, v, mask, out, *softmax, *arguments, [True] * 4, backend="triton"
     )
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape, mask.shape]
     assert not any(g.any() for g in grads)
@@ -282,12 +284,12 @@ def test_more_than_one_batch_dimension(device):
     q, k, v = (torch.randn(2, 1, 3, 2, 20, 8, device=device) for _ in range(3))
     mask = torch.randn(1, 1, 3, 1, 20, 1, device=device)
     arguments = (None, False, 0.4, 0.0)
-    out, lse = ops.attention_forward(q, k, v, mask, *arguments, backend="triton")
+    out, lse, *softmax = ops.attention_forward(q, k, v, mask, *arguments, backend="triton")
     wide = [x.double() for x in (q, k, v, mask)]
     expected = reference.attention_forward(*wide, scale=0.4)
     torch.testing.assert_close((out.double(), lse.double()), expected, atol=1e-5, rtol=1e-5)
     grads = ops.attention_backward(
-        out, None, q, k, v, mask, out, lse, *arguments, [True] * 4, backend="triton"
+        out, None, q, k, v, mask, out, *softmax, *arguments, [True] * 4, backend="triton"
     )
     wanted = reference.attention_backward(out.double(), None, *wide, *expected, scale=0.4)
     for a, b in zip(grads, wanted, strict=True):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.triton
 
 def check_case(case: Case, present=ALL, needs=(True,) * 5, lse_gradient=True) -> None:
     """The double backward, whose first two results are the jvp's."""
-    out, lse = case.op("attention_forward")
+    out, lse, *softmax = case.op("attention_forward")
     tangents = case.tangents(present)
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse) if lse_gradient else None
     needs = [*needs[:4], needs[4] and case.differentiable[3]]
@@ -26,7 +26,7 @@ def check_case(case: Case, present=ALL, needs=(True,) * 5, lse_gradient=True) ->
         "attention_double_backward",
         grad_out,
         grad_lse,
-        between=(*tangents, out, lse),
+        between=(*tangents, out, *softmax),
         after=(needs,),
     )
     if needs[0]:
@@ -92,7 +92,7 @@ def test_a_seed_for_each_share_of_the_batch(seeds, device):
     case = Case(
         (4, 2, 1, 5, 18, 4, 4), {"dropout_p": 0.4}, "key bias", torch.float64, device, seeds
     )
-    torch.testing.assert_close(case.op("attention_forward"), case.oracle(*case.wide()))
+    torch.testing.assert_close(case.op("attention_forward")[:2], case.oracle(*case.wide()))
     check_case(case)
 
 
@@ -104,13 +104,13 @@ def test_tensor_descriptors(mask, device, monkeypatch):
     check_case(case)
 
 
-def double_backward(case: Case, grad_out, grad_lse, tangents, out, lse):
+def double_backward(case: Case, grad_out, grad_lse, tangents, out, *softmax):
     needs = [True] * 4 + [case.differentiable[3]]
     return case.op(
         "attention_double_backward",
         grad_out,
         grad_lse,
-        between=(*tangents, out, lse),
+        between=(*tangents, out, *softmax),
         after=(needs,),
     )
 
@@ -128,16 +128,16 @@ def test_hidden_keys_and_their_tangents_never_matter(kind, device):
             mask = torch.zeros(1, 1, 1, 24, device=device).masked_fill(hidden, -math.inf)
         case.inputs[3] = mask
         case.differentiable[3] = kind == "float"
-    out, lse = case.op("attention_forward")
+    out, lse, *softmax = case.op("attention_forward")
     tangents, cotangents = case.tangents(), (torch.randn_like(out), torch.randn_like(lse))
-    clean = double_backward(case, *cotangents, tangents, out, lse)
+    clean = double_backward(case, *cotangents, tangents, out, *softmax)
     case.inputs[1] = nan_where(case.inputs[1], hidden)
     case.inputs[2] = nan_where(case.inputs[2], hidden, math.inf)
     tangents[1] = nan_where(tangents[1], hidden)
     tangents[2] = nan_where(tangents[2], hidden, -math.inf)
     if tangents[3] is not None:
         tangents[3][..., hidden] = math.nan
-    results = double_backward(case, *cotangents, tangents, out, lse)
+    results = double_backward(case, *cotangents, tangents, out, *softmax)
     torch.testing.assert_close(results, clean)
     assert not results[3][:, :, hidden].any()
     assert not results[4][:, :, hidden].any()
@@ -148,15 +148,15 @@ def test_empty_rows_with_nan_harm_nobody(device):
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool, device=device)
     mask[:, :, 5] = False
     case.inputs[3] = mask
-    out, lse = case.op("attention_forward")
+    out, lse, *softmax = case.op("attention_forward")
     tangents, cotangents = case.tangents(), [torch.randn_like(out), torch.randn_like(lse)]
-    clean = double_backward(case, *cotangents, tangents, out, lse)
+    clean = double_backward(case, *cotangents, tangents, out, *softmax)
     empty = ~mask.any(-1)[0, 0]
     case.inputs[0] = nan_where(case.inputs[0], empty)
     tangents[0] = nan_where(tangents[0], empty, math.inf)
     cotangents[0] = nan_where(cotangents[0], empty)
     cotangents[1] = cotangents[1].masked_fill(empty, math.nan)
-    results = double_backward(case, *cotangents, tangents, out, lse)
+    results = double_backward(case, *cotangents, tangents, out, *softmax)
     torch.testing.assert_close(results, clean)
     assert not results[0][:, :, empty].any()
     assert not results[1][:, :, empty].any()
@@ -180,10 +180,10 @@ def test_packed_sequences(seeds, device):
             *packed.scalars, *after,
         )  # fmt: skip
 
-    out, lse = op("attention_forward")
+    out, lse, *softmax = op("attention_forward")
     tangents, grad_out, grad_lse = packed.tangents(), torch.randn_like(out), torch.randn_like(lse)
     results = op(
-        "attention_double_backward", grad_out, grad_lse, between=(*tangents, out, lse),
+        "attention_double_backward", grad_out, grad_lse, between=(*tangents, out, *softmax),
         after=([True] * 4 + [False],),
     )  # fmt: skip
     assert results[0].transpose(1, 2).is_contiguous()
@@ -222,9 +222,9 @@ def test_sizes_of_zero(shape, device):
     case = Case((batch, heads, heads, seq_q, seq_k, dim, dim), {}, "none", torch.float32, device)
     case.inputs[3] = torch.zeros(1, 1, 1, 1, device=device)
     case.differentiable[3] = True
-    out, lse = case.op("attention_forward")
+    out, lse, *softmax = case.op("attention_forward")
     tangents = case.tangents()
-    results = double_backward(case, torch.ones_like(out), None, tangents, out, lse)
+    results = double_backward(case, torch.ones_like(out), None, tangents, out, *softmax)
     assert [r.shape for r in results] == [out.shape, lse.shape, *(x.shape for x in case.inputs)]
     assert not any(r.any() for r in results)
 
@@ -243,8 +243,8 @@ def test_any_strides_and_more_than_one_batch_dimension(device):
     flat = Case((6, 2, 1, 5, 18, 3, 5), {"alibi_slopes": True}, "none", torch.float64, device)
     flat.inputs = [*case.inputs[:3], case.inputs[3][0]]
     flat.differentiable, flat.options["alibi_slopes"] = case.differentiable, slopes
-    out, lse = flat.op("attention_forward")
-    expected = double_backward(flat, grad_out, grad_lse, tangents, out, lse)
+    out, _, *softmax = flat.op("attention_forward")
+    expected = double_backward(flat, grad_out, grad_lse, tangents, out, *softmax)
     case.inputs[:3] = (x.unflatten(0, (2, 3)) for x in case.inputs[:3])
 
     def scattered(x):
@@ -256,7 +256,7 @@ def test_any_strides_and_more_than_one_batch_dimension(device):
     moved = [*map(scattered, tangents[:3]), tangents[3][None].expand(1, 1, 2, 5, 1)]
     results = double_backward(
         case, grad_out.unflatten(0, (2, 3)), scattered(grad_lse), moved, scattered(out),
-        scattered(lse),
+        *map(scattered, softmax),
     )  # fmt: skip
     for actual, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(actual.reshape(wanted.shape), wanted)
@@ -264,21 +264,21 @@ def test_any_strides_and_more_than_one_batch_dimension(device):
 
 def test_the_same_call_is_bitwise_equal_and_its_fake_agrees(device):
     case = Case((2, 2, 1, 5, 18, 6, 5), {"dropout_p": 0.2}, "key bias", torch.float32, device, 2)
-    out, lse = case.op("attention_forward")
+    out, lse, *softmax = case.op("attention_forward")
     tangents = case.tangents()
-    runs = [double_backward(case, out, lse, tangents, out, lse) for _ in range(2)]
+    runs = [double_backward(case, out, lse, tangents, out, *softmax) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     tests = ("test_schema", "test_faketensor")
     tail = (case.seed, None, None, 0, 0, *case.scalars)
     for needs in ([True] * 5, [False, True, False, False, False]):
         torch.library.opcheck(
             torch.ops.fastattn_triton.attention_double_backward,
-            (out, lse, *case.inputs, None, *tangents, out, lse, *tail, needs),
+            (out, lse, *case.inputs, None, *tangents, out, *softmax, *tail, needs),
             test_utils=tests,
         )
     torch.library.opcheck(
         torch.ops.fastattn_triton.attention_jvp,
-        (*case.inputs, None, *tangents, out, lse, *tail),
+        (*case.inputs, None, *tangents, out, *softmax, *tail),
         test_utils=tests,
     )
 
@@ -292,13 +292,15 @@ def test_the_same_call_is_bitwise_equal_and_its_fake_agrees(device):
         ("t_value", {"t_value": torch.randn(4, 2, 5, 8).double()}),
         ("t_mask", {"t_mask": torch.randn(1, 1, 1, 5)}),
         ("out", {"out": torch.randn(4, 2, 5, 7)}),
-        ("lse", {"lse": torch.randn(4, 2, 4)}),
+        ("row_max", {"row_max": torch.randn(4, 2, 4)}),
+        ("log_sum", {"log_sum": torch.randn(4, 2, 5).double()}),
     ],
 )
 def test_a_direct_call_with_bad_metadata_raises(argument, change, device):
     q = torch.randn(4, 2, 5, 8, device=device)
     names = ("attn_mask", "slopes", "t_query", "t_key", "t_value", "t_mask", "starts_q", "starts_k")
-    good = {"query": q, "key": q, "value": q, "out": q, "lse": q[..., 0], **dict.fromkeys(names)}
+    good = {"query": q, "key": q, "value": q, "out": q, **dict.fromkeys(names)}
+    good |= {"row_max": q[..., 0], "log_sum": q[..., 0]}
     good |= {"seed": torch.zeros(2, dtype=torch.int64, device=device), "max_q": 0, "max_k": 0}
     good |= {"is_causal": False, "scale": 1.0, "dropout_p": 0.5, "left": -1, "right": -1}
     change = {name: x.to(device) for name, x in change.items()}
