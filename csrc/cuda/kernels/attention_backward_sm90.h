@@ -246,8 +246,8 @@ struct AttentionBackward {
           FASTATTN_UNROLL
           for (int i = 0; i < kBlockQ / 2; i += 2) {  // E6
             const ptx::Floats4 rows = column_pair(softmax, t, i);
-            s[i] = power(s[i], p.scale_log2, rows.x, rows.y);
-            s[i + 1] = power(s[i + 1], p.scale_log2, rows.z, rows.w);
+            s[i] = weight(s[i], p.scale_log2, rows.x, rows.y);
+            s[i + 1] = weight(s[i + 1], p.scale_log2, rows.z, rows.w);
           }
           settle(s);             // the powers run beside the products of dp, whose wait is here:
           ptx::wgmma_wait<0>();  // dp is there
@@ -295,10 +295,6 @@ struct AttentionBackward {
   // Maxima and sums of the queries of columns i and i + 1.
   FASTATTN_DEVICE static ptx::Floats4 column_pair(const char* rows, int t, int i) {
     return reinterpret_cast<const ptx::Floats4*>(rows)[(8 * (i / 4) + column_of(t)) / 2];
-  }
-  // The difference first: it is exact near the largest score, however large that is.
-  FASTATTN_DEVICE static float power(float score, float scale_log2, float max, float log_sum) {
-    return ptx::exp2(ptx::multiply_add(score - max, scale_log2, -log_sum));
   }
 
   // d [64 keys, kBlockQ] = this warpgroup's rows of `keys` times the transpose of `queries`

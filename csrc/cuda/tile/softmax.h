@@ -79,6 +79,12 @@ FASTATTN_DEVICE float origin_of(float max, float scale_log2) {
 }
 FASTATTN_DEVICE bool is_large(float origin) { return !(ptx::absolute(origin) < kLarge); }
 
+// A score's P, from its row's numbers. The difference first: it is exact near the largest score,
+// however large that is.  // E6
+FASTATTN_DEVICE float weight(float score, float scale_log2, float max, float log_sum_log2) {
+  return ptx::exp2(ptx::multiply_add(score - max, scale_log2, -log_sum_log2));
+}
+
 // Of every 16 groups of 8 columns kPolynomial take their powers by polynomial: the units for powers
 // have less to do, those for multiply-adds more. A row's maximum stays what it was until it has
 // grown by more than a factor of 2^kSlack: sums are then seldom scaled again, and powers are at
