@@ -68,7 +68,7 @@ FASTATTN_DEVICE float exp2_by_polynomial(float x) {
   return p * ptx::of_bits(ptx::bits_of(shifted) << 23);
 }
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLn2 = 0.693147181f;
 
 // Where a row's powers have their origin: the product of its maximum and the scale in base 2,
 // rounded. All powers of a row are off by what rounding took, which log_sum makes good; from kLarge
