@@ -36,7 +36,7 @@ template <class T, bool kKeyWords>
 struct ForwardTile<T, 256, kKeyWords> : AttentionForward<T, 256, 64, 2, 2, kKeyWords, 0, 8> {};
 
 // Attention backward: head dim, queries a step; always 128 keys.
-//   D = 64       194 KB            232: s and dp of 128 queries, 128 of them
+//   D = 64       195 KB            232: s and dp of 128 queries, 128 of them
 //   D = 128      193 KB            232: dk and dv, 128 of them
 template <class T, int kDim, bool kKeyWords>
 struct BackwardTile;

@@ -21,7 +21,7 @@ from fastattn.ops.triton.attention_mask import (
 from fastattn.ops.triton.launch import cdiv, launch, next_power_of_2
 from fastattn.ops.triton.problem import FLAG, Problem, is_wide, mask_strides, require, row_strides
 
-_DELTA_ROWS = 64
+_DELTA_ROWS = 32
 _MAP_TILE = 1024  # entries of the mask's map that one step turns into lists
 _MAP_FLAGS = FLAG["MASKED"] | FLAG["WINDOWED"] | FLAG["WIDE"]
 

@@ -104,7 +104,7 @@ _ATTENTION: dict[str, dict[int, dict[int, dict[int, Tile]]]] = {
     },
     "second_keys": {
         80: {
-            2: {64: Tile(32, 64, 8, 2), 128: Tile(32, 64, 8, 1), 256: Tile(16, 32, 8, 1)},
+            2: {64: Tile(32, 32, 4, 2), 128: Tile(32, 64, 8, 1), 256: Tile(16, 32, 8, 1)},
             4: {64: Tile(16, 16, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 8, 8, 1)},
             8: {64: Tile(16, 16, 4, 1), 128: Tile(16, 8, 4, 1), 256: Tile(16, 4, 4, 1)},
         },
@@ -145,7 +145,10 @@ _ATTENTION: dict[str, dict[int, dict[int, dict[int, Tile]]]] = {
 # of 16 bytes. It needs no registers for addresses, which larger tiles make use of.
 _TMA: dict[str, dict[int, dict[int, Tile]]] = {
     "forward": {90: {64: Tile(128, 128, 8, 3, True), 128: Tile(128, 128, 8, 2, True)}},
-    "keys": {90: {64: Tile(64, 128, 8, 2, True), 128: Tile(32, 128, 8, 3, True)}},
+    "keys": {
+        90: {64: Tile(64, 128, 8, 2, True), 128: Tile(32, 128, 8, 3, True)},
+        100: {64: Tile(64, 64, 8, 2, True), 128: Tile(32, 128, 8, 3, True)},
+    },
     "queries": {90: {64: Tile(128, 128, 8, 2, True), 128: Tile(128, 64, 8, 2, True)}},
     "jvp": {
         90: {64: Tile(128, 128, 8, 2, True), 128: Tile(128, 64, 8, 2, True)},
