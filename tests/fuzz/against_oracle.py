@@ -118,11 +118,14 @@ def terms_of_attention(problem: Problem) -> dict[str, float]:
         return float(x.double().norm(dim=-1).max()) if x.numel() else 0.0
 
     q, k, v = (longest(x) for x in problem.leaves[:3])
+    values = problem.leaves[2].double()
+    largest = float(values.abs().max()) if values.numel() else 0.0
     rows = problem.leaves[0].numel() // max(1, problem.leaves[0].shape[-1])
     far = 4.0  # of normal numbers' rows
     dp = 1.0 + far * v * problem.dropped  # of the output's and the LSE's cotangents of about 1
     tangent = 1.0 + far * problem.scale * (k + q) + far  # of scores, in a direction of about 1
     size = {
+        "result 0": problem.dropped * largest,
         "result 1": 1.0,  # a sum of weights of about 1, before the logarithm
         "gradient 0": dp * problem.scale * k,
         "gradient 1": dp * problem.scale * q * rows**0.5,
@@ -162,8 +165,9 @@ def _over_allowed(
     """The largest error over what is allowed; infinite for a NaN or an infinity on one side."""
     if not ours.numel():
         return 0.0
-    # A result too large for the dtype is infinite in it.
-    oracle = torch.where(oracle.abs() > torch.finfo(ours.dtype).max, peer.double(), oracle)
+    # A result too large for the dtype is infinite in it, and no number where infinities meet.
+    beyond = (oracle.abs() > torch.finfo(ours.dtype).max) | ~peer.isfinite()
+    oracle = torch.where(beyond, peer.double(), oracle)
     same = [torch.equal(f(ours), f(oracle)) for f in (torch.isnan, torch.isposinf, torch.isneginf)]
     if not all(same):
         return math.inf
@@ -175,6 +179,8 @@ def _over_allowed(
     allowed += 4 * torch.finfo(dtype).tiny  # subnormal results may be flushed
     size = float(oracle.abs().max()) + terms
     allowed += 8 * size * (rounding + accumulator * (1 + problem.score))
+    if dtype == torch.float64:
+        allowed *= 4  # the oracle's own sums are rounded as often
     return float((ours - oracle).abs().max()) / allowed
 
 
