@@ -99,7 +99,7 @@ def _compare_nans(problem: Problem, actual: dict[str, Tensor], expected: dict[st
     q, k, v, *mask = problem.leaves
     if not v.isnan().any():
         for name, oracle in expected.items():
-            assert torch.equal(actual[name].isfinite(), oracle.isfinite()), f"{name}: NaN elsewhere"
+            assert actual[name].isnan().equal(oracle.isnan()), f"{name}: NaN elsewhere"
         return
     torch.default_generator.manual_seed(5)
     leaves = [q, k, v.isnan(), *mask]
@@ -166,8 +166,13 @@ def _over_allowed(
     if not ours.numel():
         return 0.0
     # A result too large for the dtype is infinite in it, and no number where infinities meet.
-    beyond = (oracle.abs() > torch.finfo(ours.dtype).max) | ~peer.isfinite()
+    exact = oracle.double()
+    beyond = (exact.abs() > torch.finfo(ours.dtype).max) | ~peer.isfinite()
     oracle = torch.where(beyond, peer.double(), oracle)
+    # Rounding decides on which side of the largest number a result near it is.
+    most = torch.finfo(ours.dtype).max
+    near = (exact.abs() > most / 1.05) & (exact.abs() < most * 1.05)
+    oracle, ours = oracle.masked_fill(near, 0.0), ours.masked_fill(near, 0.0)
     same = [torch.equal(f(ours), f(oracle)) for f in (torch.isnan, torch.isposinf, torch.isneginf)]
     if not all(same):
         return math.inf
