@@ -40,7 +40,7 @@ FASTATTN_INLINE int64_t lse_offset(const AttentionProblem& p, int64_t batch, int
   return (batch * p.heads_q + head) * p.seq_q;
 }
 
-// Those of rows, from the forward pass.
+// The SoftmaxRow of each query row, as the forward pass left it.
 template <class A>
 struct SoftmaxRows {
   const A *max = nullptr, *log_sum = nullptr;

@@ -1,7 +1,8 @@
-// The results of the forward pass for the passes behind one of few queries. That pass adds up its
-// products in another order than the blocked passes, and where scores are large their last digits
-// decide: rows of P from the one's scores and the other's sums would not sum to 1, and dO . out
-// would not be the mean of dP.
+// The results of the forward pass once more, for the derivatives of few queries.
+// AttentionFewQueries adds up the products of a score in another order than the blocked passes of
+// the derivatives do. Where scores are large their last digits decide: rows of P, made from the
+// scores of the blocked passes and the sums of AttentionFewQueries, would not sum to 1, and dO .
+// out would not be the mean of dP.
 #pragma once
 
 #include "cpu/attention_forward.h"

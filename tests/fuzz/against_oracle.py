@@ -165,27 +165,27 @@ def _over_allowed(
     """The largest error over what is allowed; infinite for a NaN or an infinity on one side."""
     if not ours.numel():
         return 0.0
+    dtype, most = problem.leaves[0].dtype, torch.finfo(ours.dtype).max
     # A result too large for the dtype is infinite in it, and no number where infinities meet.
     exact = oracle.double()
-    beyond = (exact.abs() > torch.finfo(ours.dtype).max) | ~peer.isfinite()
-    oracle = torch.where(beyond, peer.double(), oracle)
-    # Rounding decides on which side of the largest number a result near it is.
-    most = torch.finfo(ours.dtype).max
-    near = (exact.abs() > most / 1.05) & (exact.abs() < most * 1.05)
+    beyond = (exact.abs() > most) | ~peer.isfinite()
+    oracle = torch.where(beyond, peer.double(), exact)
+    numbers, theirs = (x.double().nan_to_num(0.0, 0.0, 0.0) for x in (oracle, peer))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    accumulator, rounding = unit_roundoff(wide), unit_roundoff(dtype)
+    allowed = 2 * float((theirs - numbers).abs().max())
+    allowed += 4 * torch.finfo(dtype).tiny  # subnormal results may be flushed
+    size = float(numbers.abs().max()) + terms
+    allowed += 8 * size * (rounding + accumulator * (1 + problem.score))
+    if dtype == torch.float64:  # the oracle is no wider: both round each of a sum's terms
+        allowed += 2 * size * rounding * max(max(x.shape, default=0) for x in problem.leaves)
+    # An error decides on which side of the largest number a result near it is.
+    near = (exact.abs() - most).abs() <= allowed
     oracle, ours = oracle.masked_fill(near, 0.0), ours.masked_fill(near, 0.0)
     same = [torch.equal(f(ours), f(oracle)) for f in (torch.isnan, torch.isposinf, torch.isneginf)]
     if not all(same):
         return math.inf
-    oracle, ours, peer = (x.double().nan_to_num(0.0, 0.0, 0.0) for x in (oracle, ours, peer))
-    dtype = problem.leaves[0].dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    accumulator, rounding = unit_roundoff(wide), unit_roundoff(dtype)
-    allowed = 2 * float((peer - oracle).abs().max())
-    allowed += 4 * torch.finfo(dtype).tiny  # subnormal results may be flushed
-    size = float(oracle.abs().max()) + terms
-    allowed += 8 * size * (rounding + accumulator * (1 + problem.score))
-    if dtype == torch.float64:
-        allowed *= 4  # the oracle's own sums are rounded as often
+    oracle, ours = (x.double().nan_to_num(0.0, 0.0, 0.0) for x in (oracle, ours))
     return float((ours - oracle).abs().max()) / allowed
 
 

@@ -5,7 +5,7 @@ the second order's, E14.
    each tile.
 2. ``mask_list_kernel``: from a row of the map the lists of its tiles of 1 and of 2.
 3. ``attention_mask_gradient_kernel``: a program owns a tile of dM and walks everything that the
-   mask was broadcast to, in a fixed order. With flags.SECOND_ROW the gradient is E instead of dS.
+   mask was broadcast to, in a fixed order. With SECOND_ORDER the gradient is E instead of dS.
 """
 
 import triton
