@@ -91,7 +91,8 @@ struct AttentionDoubleBackwardProblem {
   AttentionBackwardProblem backward;
   AttentionTangents tangents;
   TensorView t_out;
-  void* t_lse = nullptr;  // as lse; here and in beta whether needed or not
+  void* t_lse = nullptr;  // as lse; written whether needed or not, as are rest and beta
+  void* rest = nullptr;   // as lse: scratch
   void* beta = nullptr;   // as lse: scratch
   bool needs_tangents = false;
 };

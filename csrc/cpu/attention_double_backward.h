@@ -140,11 +140,11 @@ class AttentionDoubleBackward {
       tile.first(block, terms, operands_, q, 0, w.keys, block.j0);
     });
     const int64_t offset = lse_offset(p_, batch, head) + i0;
-    A *t_lse = static_cast<A*>(s_.t_lse) + offset, *beta = static_cast<A*>(s_.beta) + offset;
     for (int64_t i = 0; i < rows; ++i) {
-      q.beta[i] -= q.mu[i] * q.out_product[i];
-      t_lse[i] = q.mu[i];
-      beta[i] = q.beta[i];
+      q.finish(i);
+      static_cast<A*>(s_.t_lse)[offset + i] = q.mu[i];
+      static_cast<A*>(s_.rest)[offset + i] = q.rest[i];
+      static_cast<A*>(s_.beta)[offset + i] = q.beta[i];
     }
     if (!s_.needs_tangents && !b_.needs_q && !b_.needs_k && !b_.needs_v) return;
     for (int64_t e = 0; e < rows * dim_padded_; ++e) w.gq[e] = A(0);

@@ -6,7 +6,7 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
-// E of blocks; mu and beta of all rows are there.
+// E of blocks; the sums of all rows are there.
 template <class T>
 struct SecondGradientTiles {
   using A = Acc<T>;
@@ -49,6 +49,7 @@ struct SecondGradientTiles {
     const int64_t offset = lse_offset(p, block.batch, block.head) + block.i0;
     for (int64_t i = 0; i < block.rows; ++i) {
       q.mu[i] = static_cast<const A*>(s.t_lse)[offset + i];
+      q.rest[i] = static_cast<const A*>(s.rest)[offset + i];
       q.beta[i] = static_cast<const A*>(s.beta)[offset + i];
     }
     tile.second_pass(block, q, 0, take);

@@ -1,6 +1,10 @@
-// Tiles of the second derivative, E12-E14. A first pass leaves P, A, G and H of a block of scores
-// and what its rows add to mu and beta; once those are known, a second one turns them in place into
+// Tiles of the second derivative, E12-E14. A first pass leaves P, A, G - dO.O and H of a block of
+// scores and what its rows add to their sums; once those are known, a second one turns them in place
+// into
 //   Z P, Z P (A - mu), dS and E.
+// Large scores have large A, and A G is the larger the more weight its key has. The sums are thus
+//   mu = sum(P A),  rest = sum(P (G - dO.O)),  beta = sum(P (A (G - dO.O) + H)) - mu rest:
+// G - dO.O is small where P is 1, and `rest` is what the rounding of O leaves of Delta.
 #pragma once
 
 #include "cpu/attention_tangents.h"
@@ -17,12 +21,13 @@ struct SecondQueryRows {
   int64_t dim_padded, dim_v_padded, grad_out_stride;
   E *q, *grad_out;                          // [count, q_words], [count, grad_out_stride]
   E *q_depth, *t_q_depth, *grad_out_depth;  // [words(count), padded]: depth runs along the rows
-  A *delta, *out_product, *mu, *beta;       // [count]; out_product: rowsum(dO * O)
+  A *out_product, *grad_lse;                // [count]; out_product: rowsum(dO * O)
+  A *mu, *rest, *beta;                      // [count]; `finish` completes them
   SoftmaxRows<A> softmax;
 
   static int64_t elements(const AttentionProblem& p, int64_t count) {
     const int64_t dim = round_up(p.head_dim, kWidth<A>), dim_v = round_up(p.head_dim_v, kWidth<A>);
-    return (count + 1) * (4 * dim + 2 * dim_v) + 4 * count;
+    return (count + 1) * (4 * dim + 2 * dim_v) + 5 * count;
   }
 
   SecondQueryRows(const AttentionDoubleBackwardProblem& s, const ScoreOperands<T>& operands,
@@ -39,14 +44,13 @@ struct SecondQueryRows {
     q_depth = grad_out + count * grad_out_stride;
     t_q_depth = q_depth + depth * dim_padded;
     grad_out_depth = t_q_depth + depth * dim_padded;
-    delta = reinterpret_cast<A*>(grad_out_depth + depth * dim_v_padded);
-    out_product = delta + count;
-    mu = out_product + count;
-    beta = mu + count;
+    out_product = reinterpret_cast<A*>(grad_out_depth + depth * dim_v_padded);
+    grad_lse = out_product + count;
+    mu = grad_lse + count;
+    rest = mu + count;
+    beta = rest + count;
 
     const int64_t offset = lse_offset(p, batch, head) + first;
-    const A* grad_lse =
-        b.grad_lse == nullptr ? nullptr : static_cast<const A*>(b.grad_lse) + offset;
     const auto rows = [&](const TensorView& x) {
       return query_rows<T>(p, x, batch, head) + first * x.row_stride;
     };
@@ -60,11 +64,11 @@ struct SecondQueryRows {
     }
     pack_depth_rows(grad_out_depth, dim_v_padded, go, b.grad_out.row_stride, count, p.head_dim_v);
     for (int64_t i = 0; i < count; ++i) {
-      mu[i] = beta[i] = A(0);
+      mu[i] = rest[i] = beta[i] = out_product[i] = grad_lse[i] = A(0);
       if (!softmax[i].sees_nothing()) {
         out_product[i] =
             row_dot(go + i * b.grad_out.row_stride, out + i * p.out.row_stride, p.head_dim_v);
-        delta[i] = out_product[i] - (grad_lse == nullptr ? A(0) : grad_lse[i]);  // E6
+        if (b.grad_lse) grad_lse[i] = static_cast<const A*>(b.grad_lse)[offset + i];
         continue;
       }
       for (int64_t d = 0; d < operands.q_words; ++d) q[i * operands.q_words + d] = E{};
@@ -72,8 +76,13 @@ struct SecondQueryRows {
       clear_depth_row(q_depth, dim_padded, i);
       if (operands.t_q) clear_depth_row(t_q_depth, dim_padded, i);
       clear_depth_row(grad_out_depth, dim_v_padded, i);
-      out_product[i] = delta[i] = A(0);
     }
+  }
+
+  // Of the sums over all keys: Delta but for dO.O, and beta.
+  void finish(int64_t i) const {
+    beta[i] -= mu[i] * rest[i];
+    rest[i] -= grad_lse[i];  // E6
   }
 };
 
@@ -170,7 +179,7 @@ struct SecondTile {
   bool with_values;     // there are tangents of values
   bool with_gradient;   // G, H, dS and E are wanted
   A *probs, *tangents;  // [rows, kStride] P, then Z P; A, then Z P (A - mu)
-  A *dscores, *second;  // [rows, kStride] G, then dS; H, then E
+  A *dscores, *second;  // [rows, kStride] G - dO.O, then dS; H, then E
   A *capped, *before;   // [rows, kStride] with a softcap: its tanh, and the tangent before it
   A* keep;              // [rows, kStride] with dropout: Z
 
@@ -224,7 +233,7 @@ struct SecondTile {
       }
       for (int r = 0; r < strip_rows; ++r) {
         const int64_t i = strip + r;
-        first_row(block, terms, i, q.softmax[row0 + i], q.mu[row0 + i], q.beta[row0 + i]);
+        first_row(block, terms, i, q, row0 + i);
       }
     }
   }
@@ -234,13 +243,14 @@ struct SecondTile {
   void second_pass(const Block& block, const SecondQueryRows<T>& q, int64_t row0,
                    const Take& take) const {
     for (int64_t i = 0; i < block.rows; ++i) {
-      second_row(i, q.delta[row0 + i], q.mu[row0 + i], q.beta[row0 + i], take);
+      second_row(i, q.rest[row0 + i], q.mu[row0 + i], q.beta[row0 + i], take);
     }
   }
 
  private:
   void first_row(const Block& block, const TangentTerms<T>& terms, int64_t i,
-                 const SoftmaxRow<A>& softmax, A& mu, A& beta) const {
+                 const SecondQueryRows<T>& q, int64_t row) const {
+    const SoftmaxRow<A> softmax = q.softmax[row];
     A *s = probs + i * kStride, *a = tangents + i * kStride;
     A *g = dscores + i * kStride, *h = second + i * kStride;
     const int64_t from = block.from(i);
@@ -261,33 +271,35 @@ struct SecondTile {
     }
     for (int64_t j = 0; j < from; ++j) s[j] = a[j] = g[j] = h[j] = A(0);
     for (int64_t j = to; j < kBlockK; ++j) s[j] = a[j] = g[j] = h[j] = A(0);
-    Vec<A> mean{}, product{};
-    const Vec<A> zero{};
+    Vec<A> mean{}, product{}, rest{};
+    const Vec<A> zero{}, centre = broadcast(q.out_product[row]);
     for (int64_t j = begin; j < end; j += kWidth<A>) {
       const Vec<A> weight = load(s + j), tangent = load(a + j);
       mean += weight * tangent;
       if (!with_gradient) continue;
       // A hidden key's may be NaN.
-      const Vec<A> gradient = weight == zero ? zero : load(g + j);
+      const Vec<A> gradient = weight == zero ? zero : load(g + j) - centre;
       store(g + j, gradient);
       const Vec<A> of_values = with_values ? (weight == zero ? zero : load(h + j)) : zero;
       store(h + j, of_values);
+      rest += weight * gradient;
       product += weight * (tangent * gradient + of_values);
     }
-    mu += reduce_add(mean);
-    beta += reduce_add(product);
+    q.mu[row] += reduce_add(mean);
+    q.rest[row] += reduce_add(rest);
+    q.beta[row] += reduce_add(product);
   }
 
   template <class Take>
-  FASTATTN_INLINE void second_row(int64_t i, A delta, A mu, A beta, const Take& take) const {
+  FASTATTN_INLINE void second_row(int64_t i, A rest, A mu, A beta, const Take& take) const {
     A *s = probs + i * kStride, *a = tangents + i * kStride;
     A *g = dscores + i * kStride, *h = second + i * kStride;
-    const Vec<A> means = broadcast(mu), deltas = broadcast(delta), betas = broadcast(beta);
+    const Vec<A> means = broadcast(mu), rests = broadcast(rest), betas = broadcast(beta);
     for (int64_t j = 0; j < kBlockK; j += kWidth<A>) {
       const Vec<A> weight = load(s + j), centred = weight * (load(a + j) - means);
       store(a + j, centred);
       if (!with_gradient) continue;
-      const Vec<A> gradient = load(g + j) - deltas;
+      const Vec<A> gradient = load(g + j) - rests;
       store(h + j, centred * gradient + weight * (load(h + j) - betas));  // E14
       store(g + j, weight * gradient);                                    // E7
     }

@@ -210,8 +210,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_back
   }
   const ScalarType accumulator = accumulator_type(query.scalar_type());
   Tensor t_lse = empty_like_device(query, in.lse_shape(), accumulator);
+  const Tensor rest = empty_like_device(query, in.lse_shape(), accumulator);
   const Tensor beta = empty_like_device(query, in.lse_shape(), accumulator);
   s.t_lse = t_lse.data_ptr();
+  s.rest = rest.data_ptr();
   s.beta = beta.data_ptr();
   run_kernel(op, [&] { kernels(in.problem.dtype).attention_double_backward(s, parallel()); });
   if (!needs[0]) t_lse = empty_like_device(query, {0}, accumulator);
