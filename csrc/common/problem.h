@@ -77,24 +77,20 @@ struct AttentionTangents {
   bool of_scores() const { return q.data || k.data || mask.data; }
 };
 
-// The tangents of out and lse; forward.out, row_max and log_sum are the forward's.
-struct AttentionJvpProblem {
-  AttentionProblem forward;
-  AttentionTangents tangents;
-  TensorView t_out;       // [*batch, heads_q, seq_q, head_dim_v]
-  void* t_lse = nullptr;  // as lse
-};
-
 // The derivatives of backward's gradients in the direction of the tangents, left where the
 // gradients would be, and the tangents of out (if needed) and lse.
 struct AttentionDoubleBackwardProblem {
   AttentionBackwardProblem backward;
   AttentionTangents tangents;
-  TensorView t_out;
-  void* t_lse = nullptr;  // as lse; written whether needed or not, as are rest and beta
-  void* rest = nullptr;   // as lse: scratch
-  void* beta = nullptr;   // as lse: scratch
+  TensorView t_out;       // [*batch, heads_q, seq_q, head_dim_v]
+  void* t_lse = nullptr;  // as lse; written whether needed or not
+  void* rest = nullptr;   // as lse, scratch; this and beta where gradients of scores are needed
+  void* beta = nullptr;
   bool needs_tangents = false;
+
+  bool needs_gradient_of_scores() const {
+    return backward.needs_q || backward.needs_k || backward.needs_mask;
+  }
 };
 
 // One linear layer: y [m, n] = epilogue(x [m, k] w[n, k]^T + bias [n]).

@@ -1,8 +1,9 @@
-// The second derivative of attention, E12-E14: what backward's gradients become in a direction of
-// q, k, v and the mask, and with them the tangent of the output. A task owns query rows of a key
-// head's group; a block of them keeps its scores, four arrays, for all keys it sees between two
-// passes: twelve products a tile. dK and dV are summed in the task, and where query rows are split
-// over tasks, in buffers that are added up in a fixed order. Memory is O(S).
+// Forward mode and the second derivative of attention, E12-E14: the tangent of the output in a
+// direction of q, k, v and the mask, and what backward's gradients become in it. A task owns query
+// rows of a key head's group; a block of them keeps its scores, two arrays or four, for all keys it
+// sees between two passes: five products a tile for the tangent alone, twelve for all. dK and dV are
+// summed in the task, and where query rows are split over tasks, in buffers that are added up in a
+// fixed order. Memory is O(S).
 #pragma once
 
 #include "cpu/attention_own_forward.h"
@@ -32,23 +33,23 @@ class AttentionDoubleBackward {
     const int64_t units = p_.batch * p_.heads_k;
     if (units == 0) return;
     clear_hidden_ = must_clear_hidden_keys<T>(p_, parallel_, s_.tangents);
-    gradient_ = b_.needs_q || b_.needs_k || b_.needs_mask;
+    gradient_ = s_.needs_gradient_of_scores();
     dim_padded_ = round_up(p_.head_dim, kWidth<A>);
     dim_v_padded_ = round_up(p_.head_dim_v, kWidth<A>);
     key_blocks_ = max64(1, ceil_div(p_.seq_k, kBlockK));
     // So many rows that their scores stay near.
     const int64_t row_bytes =
-        SecondTile<T>::elements(p_, 1) * key_blocks_ * static_cast<int64_t>(sizeof(A));
+        SecondTile<T>::elements(p_, gradient_, 1) * key_blocks_ * static_cast<int64_t>(sizeof(A));
     block_rows_ = max64(2 * kRows, min64(kMostRows, kScoreBytes / row_bytes / kRows * kRows));
     const int64_t blocks = max64(1, ceil_div(p_.seq_q, block_rows_));
-    const int64_t part = p_.seq_k * (dim_padded_ + dim_v_padded_);
+    const int64_t part = elements_of_keys();
     int64_t ranges = 1;
     if (units < 4 * parallel_.threads && units % parallel_.threads != 0) {
       ranges = min64(parallel_.threads, blocks);
       const int64_t bytes = max64(1, units * part * static_cast<int64_t>(sizeof(A)));
       ranges = max64(1, min64(ranges, kPartialBytes / bytes));
     }
-    parts_ = ranges > 1 ? thread_scratch<A>(3, units * ranges * part) : nullptr;
+    parts_ = ranges > 1 && part > 0 ? thread_scratch<A>(3, units * ranges * part) : nullptr;
     parallel_tasks(parallel_, units * ranges, [&](int64_t task) {
       const int64_t unit = task % units, range = task / units;
       A* sums = parts_ == nullptr ? nullptr : parts_ + (range * units + unit) * part;
@@ -71,10 +72,10 @@ class AttentionDoubleBackward {
                         A* sums) const {
     const Band band(p_, batch);
     const int64_t sharing = p_.heads_q / p_.heads_k;
-    const int64_t part = p_.seq_k * (dim_padded_ + dim_v_padded_);
+    const int64_t part = elements_of_keys();
     const int64_t key_elements = round_up(SecondKeyRange<T>::elements(p_, p_.seq_k), 16);
     const int64_t query_elements = round_up(SecondQueryRows<T>::elements(p_, block_rows_), 16);
-    const int64_t tile_elements = round_up(SecondTile<T>::elements(p_, block_rows_), 16);
+    const int64_t tile_elements = round_up(SecondTile<T>::elements(p_, gradient_, block_rows_), 16);
     const int64_t row_elements =
         kPaired<E> ? 2 * block_rows_ * kStride : 0;  // four arrays as rows of pairs
     A* scratch =
@@ -102,6 +103,12 @@ class AttentionDoubleBackward {
     if (sums == nullptr) write_keys(batch, head_k, w.gk);
   }
 
+  // Of the sums of a key head's keys.
+  int64_t elements_of_keys() const {
+    if (!b_.needs_k && !b_.needs_v) return 0;
+    return p_.seq_k * (dim_padded_ + dim_v_padded_);
+  }
+
   // What a task works with.
   struct Work {
     explicit Work(const SecondKeyRange<T>& range) : keys(range) {}
@@ -123,7 +130,7 @@ class AttentionDoubleBackward {
 
   void query_block(int64_t batch, int64_t head, const Band& band, const TangentTerms<T>& terms,
                    int64_t i0, int64_t rows, const Work& w) const {
-    const SecondQueryRows<T> q(s_, operands_, batch, head, i0, rows, w.query_scratch);
+    const SecondQueryRows<T> q(s_, operands_, batch, head, i0, rows, true, w.query_scratch);
     const int64_t last = ceil_div(max64(0, band.end_key(i0 + rows - 1)), kBlockK);
     const int64_t first = band.first_key(i0) / kBlockK;
     const auto for_each_block = [&](const auto& body) {
@@ -132,7 +139,7 @@ class AttentionDoubleBackward {
         const typename SecondTile<T>::Block block{
             batch, head, band, terms.terms, i0, rows, j0, min64(kBlockK, band.seq_k - j0)};
         if (block.empty()) continue;
-        body(block, SecondTile<T>(s_, dropout_, gradient_, block_rows_,
+        body(block, SecondTile<T>(s_, dropout_, block_rows_,
                                   w.tiles + (n - first) * w.tile_elements));
       }
     };
@@ -141,8 +148,9 @@ class AttentionDoubleBackward {
     });
     const int64_t offset = lse_offset(p_, batch, head) + i0;
     for (int64_t i = 0; i < rows; ++i) {
-      q.finish(i);
       static_cast<A*>(s_.t_lse)[offset + i] = q.mu[i];
+      if (!gradient_) continue;
+      q.finish(i);
       static_cast<A*>(s_.rest)[offset + i] = q.rest[i];
       static_cast<A*>(s_.beta)[offset + i] = q.beta[i];
     }
@@ -175,18 +183,22 @@ class AttentionDoubleBackward {
   // Pairs of keys in row_store, pairs of rows over the arrays.
   void make_operands(const typename SecondTile<T>::Block& block, const SecondTile<T>& tile,
                      const Work& w) const {
+    const bool of_keys = b_.needs_k || b_.needs_v;
     for (int which = kProbs; which <= (gradient_ ? kSecond : kTangents); ++which) {
+      if (which == kProbs && !s_.tangents.v.data) continue;
       A* values = array(tile, which);
       E* store = w.row_store + which * block_rows_ * (kStride / 2);
+      for (int64_t r = 0; r < block.rows; ++r) {
+        round_row(store + r * (kStride / 2), values + r * kStride, kBlockK);
+      }
+      if (!of_keys || which == kProbs) continue;  // no product of keys takes P
+      if (block.rows % 2 != 0) {
+        A* last = values + block.rows * kStride;
+        for (int64_t j = 0; j < kBlockK; ++j) last[j] = A(0);
+      }
       for (int64_t r = 0; r < block.rows; r += 2) {
-        A *low = values + r * kStride, *high = low + kStride;
-        round_row(store + r * (kStride / 2), low, kBlockK);
-        if (r + 1 == block.rows) {
-          for (int64_t j = 0; j < kBlockK; ++j) high[j] = A(0);
-        } else {
-          round_row(store + (r + 1) * (kStride / 2), high, kBlockK);
-        }
-        round_two_rows(reinterpret_cast<E*>(low), low, high, kBlockK);
+        A* low = values + r * kStride;
+        round_two_rows(reinterpret_cast<E*>(low), low, low + kStride, kBlockK);
       }
     }
   }
@@ -222,7 +234,7 @@ class AttentionDoubleBackward {
             x + (words<E>(block.j0) + word) * padded, padded, sum + strip * padded, padded);
       };
       if (s_.needs_tangents) {  // E12
-        add(kTangents, w.keys.v_rows, dim_v_padded_, w.t_out);
+        if (s_.tangents.of_scores()) add(kTangents, w.keys.v_rows, dim_v_padded_, w.t_out);
         if (s_.tangents.v.data) add(kProbs, w.keys.t_v_rows, dim_v_padded_, w.t_out);
       }
       if (b_.needs_q) {  // E14

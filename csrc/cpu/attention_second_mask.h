@@ -27,7 +27,7 @@ struct SecondGradientTiles {
       : s(problem),
         p(s.backward.forward),
         operands(p, s.tangents),
-        tile(s, dropout, true, kBlockQ, scratch),
+        tile(s, dropout, kBlockQ, scratch),
         range(p, operands, kBlockK, scratch + tile_elements(p)),
         query_scratch(scratch + tile_elements(p) + range_elements(p)) {}
 
@@ -43,7 +43,7 @@ struct SecondGradientTiles {
   template <class Take>
   void rows(const Block& block, const Take& take) const {
     const SecondQueryRows<T> q(s, operands, block.batch, block.head, block.i0, block.rows,
-                               query_scratch);
+                               false, query_scratch);
     tile.first(block, TangentTerms<T>(p, s.tangents, block.batch, block.head), operands, q, 0,
                range, 0);
     const int64_t offset = lse_offset(p, block.batch, block.head) + block.i0;
@@ -57,7 +57,7 @@ struct SecondGradientTiles {
 
  private:
   static int64_t tile_elements(const AttentionProblem& p) {
-    return round_up(SecondTile<T>::elements(p, kBlockQ), 16);
+    return round_up(SecondTile<T>::elements(p, true, kBlockQ), 16);
   }
   static int64_t range_elements(const AttentionProblem& p) {
     return round_up(SecondKeyRange<T>::elements(p, kBlockK), 16);

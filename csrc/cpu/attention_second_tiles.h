@@ -1,4 +1,4 @@
-// Tiles of the second derivative, E12-E14. A first pass leaves P, A, G - dO.O and H of a block of
+// Tiles of forward mode and of the second derivative, E12-E14. A first pass leaves P, A, G - dO.O and H of a block of
 // scores and what its rows add to their sums; once those are known, a second one turns them in place
 // into
 //   Z P, Z P (A - mu), dS and E.
@@ -30,8 +30,10 @@ struct SecondQueryRows {
     return (count + 1) * (4 * dim + 2 * dim_v) + 5 * count;
   }
 
+  // of_keys: the products of keys are wanted, in which depth runs along the rows.
   SecondQueryRows(const AttentionDoubleBackwardProblem& s, const ScoreOperands<T>& operands,
-                  int64_t batch, int64_t head, int64_t first, int64_t count, A* scratch)
+                  int64_t batch, int64_t head, int64_t first, int64_t count, bool of_keys,
+                  A* scratch)
       : softmax(s.backward.forward, batch, head, first) {
     const AttentionBackwardProblem& b = s.backward;
     const AttentionProblem& p = b.forward;
@@ -54,28 +56,40 @@ struct SecondQueryRows {
     const auto rows = [&](const TensorView& x) {
       return query_rows<T>(p, x, batch, head) + first * x.row_stride;
     };
-    const T *go = rows(b.grad_out), *out = rows(p.out);
+    const bool of_scores = s.needs_gradient_of_scores();
+    const bool t_q_of_keys = of_keys && b.needs_k && operands.t_q;
+    const T* go = of_scores || b.needs_v ? rows(b.grad_out) : nullptr;
+    const T* out = of_scores ? rows(p.out) : nullptr;
     operands.pack_queries(q, p, s.tangents, batch, head, first, count);
-    pack_rows(grad_out, grad_out_stride, go, b.grad_out.row_stride, count, p.head_dim_v);
-    pack_depth_rows(q_depth, dim_padded, rows(p.q), p.q.row_stride, count, p.head_dim);
-    if (operands.t_q) {
-      pack_depth_rows(t_q_depth, dim_padded, rows(s.tangents.q), s.tangents.q.row_stride, count,
-                      p.head_dim);
+    if (of_scores) {
+      pack_rows(grad_out, grad_out_stride, go, b.grad_out.row_stride, count, p.head_dim_v);
     }
-    pack_depth_rows(grad_out_depth, dim_v_padded, go, b.grad_out.row_stride, count, p.head_dim_v);
+    const auto depth_rows = [&](E* to, int64_t padded, const T* from, int64_t stride, int64_t dim) {
+      pack_depth_rows(to, padded, from, stride, count, dim);
+    };
+    if (of_keys && b.needs_k) depth_rows(q_depth, dim_padded, rows(p.q), p.q.row_stride, p.head_dim);
+    if (t_q_of_keys) {
+      depth_rows(t_q_depth, dim_padded, rows(s.tangents.q), s.tangents.q.row_stride, p.head_dim);
+    }
+    if (of_keys && b.needs_v) {
+      depth_rows(grad_out_depth, dim_v_padded, go, b.grad_out.row_stride, p.head_dim_v);
+    }
     for (int64_t i = 0; i < count; ++i) {
       mu[i] = rest[i] = beta[i] = out_product[i] = grad_lse[i] = A(0);
       if (!softmax[i].sees_nothing()) {
+        if (!of_scores) continue;
         out_product[i] =
             row_dot(go + i * b.grad_out.row_stride, out + i * p.out.row_stride, p.head_dim_v);
         if (b.grad_lse) grad_lse[i] = static_cast<const A*>(b.grad_lse)[offset + i];
         continue;
       }
       for (int64_t d = 0; d < operands.q_words; ++d) q[i * operands.q_words + d] = E{};
-      for (int64_t d = 0; d < grad_out_stride; ++d) grad_out[i * grad_out_stride + d] = E{};
-      clear_depth_row(q_depth, dim_padded, i);
-      if (operands.t_q) clear_depth_row(t_q_depth, dim_padded, i);
-      clear_depth_row(grad_out_depth, dim_v_padded, i);
+      if (of_scores) {
+        for (int64_t d = 0; d < grad_out_stride; ++d) grad_out[i * grad_out_stride + d] = E{};
+      }
+      if (of_keys && b.needs_k) clear_depth_row(q_depth, dim_padded, i);
+      if (t_q_of_keys) clear_depth_row(t_q_depth, dim_padded, i);
+      if (of_keys && b.needs_v) clear_depth_row(grad_out_depth, dim_v_padded, i);
     }
   }
 
@@ -128,11 +142,12 @@ struct SecondKeyRange {
     const Band band(p, batch);
     count = keys;
     operands.pack_keys(score_panels, p, t, batch, head_k, first, keys);
+    const bool panels_v = s.needs_gradient_of_scores();
     E* staging = thread_scratch<E>(1, kPanelKeys * dim_v_words);
     const auto values = [&](E* panels, E* rows, const TensorView& x) {
       if (x.data == nullptr) return;
       const T* src = key_rows<T>(p, x, batch, head_k) + first * x.row_stride;
-      pack_key_panels(panels, src, x.row_stride, keys, p.head_dim_v, staging);
+      if (panels_v) pack_key_panels(panels, src, x.row_stride, keys, p.head_dim_v, staging);
       if (!rows_v) return;
       pack_depth_rows(rows, dim_v_padded, src, x.row_stride, keys, p.head_dim_v);
       clear_unseen_neighbours(band, rows, dim_v_padded, first, keys);
@@ -155,8 +170,8 @@ struct SecondKeyRange {
         for (int64_t d = 0; d < depth; ++d) panels[panel * depth + d * kPanelKeys + lane] = E{};
       };
       clear(score_panels, operands.k_words);
-      clear(v_panels, dim_v_words);
-      if (t.v.data) clear(t_v_panels, dim_v_words);
+      if (panels_v) clear(v_panels, dim_v_words);
+      if (panels_v && t.v.data) clear(t_v_panels, dim_v_words);
       if (rows_k) clear_depth_row(k_rows, dim_padded, j);
       if (rows_k && t.k.data) clear_depth_row(t_k_rows, dim_padded, j);
       if (rows_v) clear_depth_row(v_rows, dim_v_padded, j);
@@ -179,26 +194,28 @@ struct SecondTile {
   bool with_values;     // there are tangents of values
   bool with_gradient;   // G, H, dS and E are wanted
   A *probs, *tangents;  // [rows, kStride] P, then Z P; A, then Z P (A - mu)
-  A *dscores, *second;  // [rows, kStride] G - dO.O, then dS; H, then E
+  A *dscores, *second;  // with_gradient: [rows, kStride] G - dO.O, then dS; H, then E
   A *capped, *before;   // [rows, kStride] with a softcap: its tanh, and the tangent before it
   A* keep;              // [rows, kStride] with dropout: Z
 
-  static int64_t elements(const AttentionProblem& p, int64_t rows) {
-    return rows * kStride * (4 + (p.softcap != 0 ? 2 : 0) + (p.dropout_p > 0 ? 1 : 0)) + 64;
+  static int64_t elements(const AttentionProblem& p, bool gradient, int64_t rows) {
+    const int64_t arrays =
+        (gradient ? 4 : 2) + (p.softcap != 0 ? 2 : 0) + (p.dropout_p > 0 ? 1 : 0);
+    return rows * kStride * arrays + 64;
   }
 
-  SecondTile(const AttentionDoubleBackwardProblem& s, const Dropout& drop, bool gradient,
-             int64_t rows, A* scratch)
+  SecondTile(const AttentionDoubleBackwardProblem& s, const Dropout& drop, int64_t rows,
+             A* scratch)
       : p(s.backward.forward),
         dropout(drop),
         with_values(s.tangents.v.data != nullptr),
-        with_gradient(gradient) {
+        with_gradient(s.needs_gradient_of_scores()) {
     const int64_t size = rows * kStride;
     probs = scratch;
     tangents = probs + size;
     dscores = tangents + size;
     second = dscores + size;
-    A* end = second + size;
+    A* end = with_gradient ? second + size : dscores;
     capped = before = keep = nullptr;
     if (p.softcap != 0) {
       capped = end;
@@ -269,8 +286,12 @@ struct SecondTile {
       if (with_gradient) row_multiply(g + begin, z, end - begin);
       if (with_gradient && with_values) row_multiply(h + begin, z, end - begin);
     }
-    for (int64_t j = 0; j < from; ++j) s[j] = a[j] = g[j] = h[j] = A(0);
-    for (int64_t j = to; j < kBlockK; ++j) s[j] = a[j] = g[j] = h[j] = A(0);
+    const auto clear = [&](int64_t first, int64_t last) {
+      for (int64_t j = first; j < last; ++j) s[j] = a[j] = A(0);
+      for (int64_t j = first; with_gradient && j < last; ++j) g[j] = h[j] = A(0);
+    };
+    clear(0, from);
+    clear(to, kBlockK);
     Vec<A> mean{}, product{}, rest{};
     const Vec<A> zero{}, centre = broadcast(q.out_product[row]);
     for (int64_t j = begin; j < end; j += kWidth<A>) {

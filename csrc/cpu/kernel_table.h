@@ -9,7 +9,6 @@ namespace fastattn::cpu {
 struct KernelTable {
   void (*attention_forward)(const AttentionProblem&, const Parallel&);
   void (*attention_backward)(const AttentionBackwardProblem&, const Parallel&);
-  void (*attention_jvp)(const AttentionJvpProblem&, const Parallel&);
   void (*attention_double_backward)(const AttentionDoubleBackwardProblem&, const Parallel&);
   void (*linear_forward)(const LinearProblem&, const Parallel&);
   void (*linear_backward)(const LinearBackwardProblem&, const Parallel&);

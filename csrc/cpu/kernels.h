@@ -4,7 +4,6 @@
 #include "cpu/attention_backward.h"
 #include "cpu/attention_double_backward.h"
 #include "cpu/attention_forward.h"
-#include "cpu/attention_jvp.h"
 #include "cpu/kernel_table.h"
 #include "cpu/linear_jvp.h"
 #include "cpu/roofline.h"
@@ -36,9 +35,6 @@ const KernelTable kTable = {
     },
     [](const AttentionBackwardProblem& b, const Parallel& parallel) {
       with_dtype(b.forward.dtype, [&](auto t) { attention_backward<decltype(t)>(b, parallel); });
-    },
-    [](const AttentionJvpProblem& j, const Parallel& parallel) {
-      with_dtype(j.forward.dtype, [&](auto t) { attention_jvp<decltype(t)>(j, parallel); });
     },
     [](const AttentionDoubleBackwardProblem& s, const Parallel& parallel) {
       with_dtype(s.backward.forward.dtype,

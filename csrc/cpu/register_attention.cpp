@@ -177,8 +177,13 @@ std::tuple<Tensor, Tensor> attention_jvp(
   const Tangents tangents(op, in, t_query, t_key, t_value, t_mask, attn_mask);
   Tensor t_out = empty_rows(query, in.out_shape(), starts_q.has_value());
   Tensor t_lse = empty_like_device(query, in.lse_shape(), accumulator_type(query.scalar_type()));
-  const AttentionJvpProblem j{in.problem, tangents.views, view_of(t_out), t_lse.data_ptr()};
-  run_kernel(op, [&] { kernels(in.problem.dtype).attention_jvp(j, parallel()); });
+  AttentionDoubleBackwardProblem s;  // without gradients
+  s.backward.forward = in.problem;
+  s.tangents = tangents.views;
+  s.needs_tangents = true;
+  s.t_out = view_of(t_out);
+  s.t_lse = t_lse.data_ptr();
+  run_kernel(op, [&] { kernels(in.problem.dtype).attention_double_backward(s, parallel()); });
   return {t_out, t_lse};
 }
 

@@ -207,15 +207,22 @@ void call_attention(Dtype dtype, const AttentionShape& s) {
     tangents.mask.data = t_mask.data();
   }
   const Numbers t_out(dtype, size_out), t_lse(accumulator(dtype), rows);
-  kernels.attention_jvp({p, tangents, view_out(t_out), t_lse.data()}, kParallel);
+  AttentionDoubleBackwardProblem forward_mode;
+  forward_mode.backward.forward = p;
+  forward_mode.tangents = tangents;
+  forward_mode.needs_tangents = true;
+  forward_mode.t_out = view_out(t_out);
+  forward_mode.t_lse = t_lse.data();
+  kernels.attention_double_backward(forward_mode, kParallel);
   t_out.expect_written("attention_jvp");
   t_lse.expect_written("attention_jvp");
 
   gradients("attention_double_backward", [&] {
     const Numbers t_out_again(dtype, size_out), t_lse_again(accumulator(dtype), rows);
-    const Numbers beta(accumulator(dtype), rows);
-    kernels.attention_double_backward(
-        {b, tangents, view_out(t_out_again), t_lse_again.data(), beta.data(), true}, kParallel);
+    const Numbers rest(accumulator(dtype), rows), beta(accumulator(dtype), rows);
+    kernels.attention_double_backward({b, tangents, view_out(t_out_again), t_lse_again.data(),
+                                       rest.data(), beta.data(), true},
+                                      kParallel);
     t_out_again.expect_written("attention_double_backward");
   });
 }
