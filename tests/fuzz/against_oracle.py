@@ -120,7 +120,7 @@ def terms_of_attention(problem: Problem) -> dict[str, float]:
     q, k, v = (longest(x) for x in problem.leaves[:3])
     values = problem.leaves[2].double()
     largest = float(values.abs().max()) if values.numel() else 0.0
-    rows = problem.leaves[0].numel() // max(1, problem.leaves[0].shape[-1])
+    rows = math.prod(problem.leaves[0].shape[:-1])
     far = 4.0  # of normal numbers' rows
     dp = 1.0 + far * v * problem.dropped  # of the output's and the LSE's cotangents of about 1
     tangent = 1.0 + far * problem.scale * (k + q) + far  # of scores, in a direction of about 1
