@@ -220,9 +220,9 @@ void call_attention(Dtype dtype, const AttentionShape& s) {
   gradients("attention_double_backward", [&] {
     const Numbers t_out_again(dtype, size_out), t_lse_again(accumulator(dtype), rows);
     const Numbers rest(accumulator(dtype), rows), beta(accumulator(dtype), rows);
-    kernels.attention_double_backward({b, tangents, view_out(t_out_again), t_lse_again.data(),
-                                       rest.data(), beta.data(), true},
-                                      kParallel);
+    kernels.attention_double_backward(
+        {b, tangents, view_out(t_out_again), t_lse_again.data(), rest.data(), beta.data(), true},
+        kParallel);
     t_out_again.expect_written("attention_double_backward");
   });
 }

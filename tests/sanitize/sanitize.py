@@ -4,19 +4,21 @@
    all of the CPU's C++, with setup.py's sources and flags, for every instruction set that this
    processor runs. The package's own libraries stay as they are.
 2. The kernel tests of tests/ops run on it, on each of these instruction sets.
-3. kernels.cpp calls every kernel without torch on three threads: under the same two sanitizers,
+3. 10,000 random problems of tests/fuzz run on it, on each of these instruction sets.
+4. kernels.cpp calls every kernel without torch on three threads: under the same two sanitizers,
    and for one instruction set under ThreadSanitizer, from objects in build/sanitize/thread.
-4. kernels.cpp's faults, one per sanitizer, must be reported: where one is not, the above says
+5. kernels.cpp's faults, one per sanitizer, must be reported: where one is not, the above says
    nothing.
 
-Needs g++ (CXX) with its sanitizer libraries and what `make setup` leaves. ``--isas`` and
-``--steps`` choose among the above.
+Needs g++ (CXX) with its sanitizer libraries and what `make setup` leaves. ``--isas``, ``--steps``
+and ``--problems`` choose among the above.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -31,7 +33,8 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitize"
 DRIVER = Path(__file__).with_name("kernels.cpp")
-STEPS = ("faults", "kernels", "tests")
+CAMPAIGN = ROOT / "tests" / "fuzz" / "campaign.py"
+STEPS = ("faults", "kernels", "tests", "fuzz")
 
 LINES = ["-g1", "-fno-omit-frame-pointer"]  # which a report names
 # Builds in folders of these names.
@@ -229,6 +232,31 @@ def run_tests(isa: str, jobs: int) -> None:
         raise SanitizeError(f"the tests on {isa} failed with status {status}")
 
 
+def run_problems(isa: str, problems: int, jobs: int) -> None:
+    """Random problems against the oracle, in ``jobs`` processes."""
+    clear_reports()
+    command = [sys.executable, "-W", "ignore", str(CAMPAIGN), "--seed", "1", "--isa", isa]
+    cuts = [problems * n // jobs for n in range(jobs + 1)]
+    running = [
+        subprocess.Popen(
+            [*command, "--numbers", str(first), str(last)],
+            env=python_environment(isa),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for first, last in itertools.pairwise(cuts)
+    ]
+    outputs = [process.communicate() for process in running]
+    if found := reports():
+        raise SanitizeError(f"the random problems on {isa} have reports:\n{found}")
+    for process, (printed, errors) in zip(running, outputs, strict=True):
+        if process.returncode != 0:
+            raise SanitizeError(f"the random problems on {isa} died:\n{errors}")
+        if failures := json.loads(printed)["failures"]:
+            raise SanitizeError(f"random problems on {isa} failed:\n" + "\n".join(failures))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -238,6 +266,7 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     )
+    parser.add_argument("--problems", type=int, default=10_000, help="random ones, of each set")
     options = parser.parse_args()
     os.environ["FASTATTN_BUILD_EMULATED"] = "1"
     setup = load_setup()
@@ -270,6 +299,10 @@ def main() -> int:
             for isa in isas:
                 run_tests(isa, options.jobs)
                 done(f"the tests on {isa} are clean")
+        if "fuzz" in options.steps:
+            for isa in isas:
+                run_problems(isa, options.problems, options.jobs)
+                done(f"{options.problems} random problems on {isa} are clean")
     except (SanitizeError, setup.NativeBuildError) as error:
         print(f"sanitize: {'; '.join(map(str, error.args))}", file=sys.stderr)
         return 1
