@@ -1,9 +1,9 @@
 // Forward mode and the second derivative of attention, E12-E14: the tangent of the output in a
 // direction of q, k, v and the mask, and what backward's gradients become in it. A task owns query
 // rows of a key head's group; a block of them keeps its scores, two arrays or four, for all keys it
-// sees between two passes: five products a tile for the tangent alone, twelve for all. dK and dV are
-// summed in the task, and where query rows are split over tasks, in buffers that are added up in a
-// fixed order. Memory is O(S).
+// sees between two passes: five products a tile for the tangent alone, twelve for all. dK and dV
+// are summed in the task, and where query rows are split over tasks, in buffers that are added up
+// in a fixed order. Memory is O(S).
 #pragma once
 
 #include "cpu/attention_own_forward.h"
@@ -139,8 +139,8 @@ class AttentionDoubleBackward {
         const typename SecondTile<T>::Block block{
             batch, head, band, terms.terms, i0, rows, j0, min64(kBlockK, band.seq_k - j0)};
         if (block.empty()) continue;
-        body(block, SecondTile<T>(s_, dropout_, block_rows_,
-                                  w.tiles + (n - first) * w.tile_elements));
+        body(block,
+             SecondTile<T>(s_, dropout_, block_rows_, w.tiles + (n - first) * w.tile_elements));
       }
     };
     for_each_block([&](const auto& block, const SecondTile<T>& tile) {

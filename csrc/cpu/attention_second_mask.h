@@ -42,8 +42,8 @@ struct SecondGradientTiles {
 
   template <class Take>
   void rows(const Block& block, const Take& take) const {
-    const SecondQueryRows<T> q(s, operands, block.batch, block.head, block.i0, block.rows,
-                               false, query_scratch);
+    const SecondQueryRows<T> q(s, operands, block.batch, block.head, block.i0, block.rows, false,
+                               query_scratch);
     tile.first(block, TangentTerms<T>(p, s.tangents, block.batch, block.head), operands, q, 0,
                range, 0);
     const int64_t offset = lse_offset(p, block.batch, block.head) + block.i0;

@@ -1,6 +1,6 @@
-// Tiles of forward mode and of the second derivative, E12-E14. A first pass leaves P, A, G - dO.O and H of a block of
-// scores and what its rows add to their sums; once those are known, a second one turns them in place
-// into
+// Tiles of forward mode and of the second derivative, E12-E14. A first pass leaves P, A, G - dO.O
+// and H of a block of scores and what its rows add to their sums; once those are known, a second
+// one turns them in place into
 //   Z P, Z P (A - mu), dS and E.
 // Large scores have large A, and A G is the larger the more weight its key has. The sums are thus
 //   mu = sum(P A),  rest = sum(P (G - dO.O)),  beta = sum(P (A (G - dO.O) + H)) - mu rest:
@@ -67,7 +67,8 @@ struct SecondQueryRows {
     const auto depth_rows = [&](E* to, int64_t padded, const T* from, int64_t stride, int64_t dim) {
       pack_depth_rows(to, padded, from, stride, count, dim);
     };
-    if (of_keys && b.needs_k) depth_rows(q_depth, dim_padded, rows(p.q), p.q.row_stride, p.head_dim);
+    if (of_keys && b.needs_k)
+      depth_rows(q_depth, dim_padded, rows(p.q), p.q.row_stride, p.head_dim);
     if (t_q_of_keys) {
       depth_rows(t_q_depth, dim_padded, rows(s.tangents.q), s.tangents.q.row_stride, p.head_dim);
     }
@@ -204,8 +205,7 @@ struct SecondTile {
     return rows * kStride * arrays + 64;
   }
 
-  SecondTile(const AttentionDoubleBackwardProblem& s, const Dropout& drop, int64_t rows,
-             A* scratch)
+  SecondTile(const AttentionDoubleBackwardProblem& s, const Dropout& drop, int64_t rows, A* scratch)
       : p(s.backward.forward),
         dropout(drop),
         with_values(s.tangents.v.data != nullptr),
