@@ -140,17 +140,16 @@ def terms_of_attention(problem: Problem) -> dict[str, float]:
 
 def terms_of_layers(problem: Problem) -> dict[str, float]:
     """The same of linear layers: products of the longest rows and columns of the weights."""
-    x, weights = (
-        problem.leaves[0].double(),
-        [w.double() for w in problem.leaves[1 : 1 + problem.layers]],
-    )
-    if any(t.numel() == 0 for t in (x, *weights)):
-        return {}
+
+    def longest(x: Tensor, dim: int) -> float:
+        return float(x.double().norm(dim=dim).max()) if x.shape[1 - dim] else 0.0
+
+    x, weights = problem.leaves[0], problem.leaves[1 : 1 + problem.layers]
     there = back = 1.0
     for w in weights:
-        there *= max(1.0, float(w.norm(dim=1).max()))
-        back *= max(1.0, float(w.norm(dim=0).max()))
-    largest = float(x.norm(dim=1).max()) + 4.0  # and a bias
+        there *= max(1.0, longest(w, 1))
+        back *= max(1.0, longest(w, 0))
+    largest = longest(x, 1) + 4.0  # and a bias
     gradient = 4.0 * max(1.0, back, there) * x.shape[0] ** 0.5
     size = {"result 0": largest * there, "gradient 0": 4.0 * back}
     size |= {f"gradient {i}": gradient * largest for i in range(1, len(problem.leaves))}
