@@ -240,10 +240,10 @@ def test_opcheck(requires_grad):
 
 def test_ops_called_directly_are_differentiable():
     leaves = inputs(dtype=torch.float64)
-    numbers = (True, 0.3, 0.0, -1, -1, 0.0)
+    call = (None, *ops.Extras(), *ops.Options(is_causal=True, scale=0.3))
 
     def direct(q, k, v):
-        return torch.ops.fastattn.attention_forward(q, k, v, *[None] * 5, *numbers)[0].sin().sum()
+        return torch.ops.fastattn.attention_forward(q, k, v, *call)[0].sin().sum()
 
     def oracle(q, k, v):
         return reference.attention(q, k, v, is_causal=True, scale=0.3)[0].sin().sum()
@@ -342,6 +342,6 @@ def test_flops_of_fake_packed_sequences():
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         packed = [torch.randn(1, 4, 16, 8) for _ in range(3)]
         starts = torch.tensor([0, 5, 16])
-        numbers = (False, 0.3, 0.0, -1, -1, 0.0)
-        torch.ops.fastattn.attention_forward(*packed, None, None, None, starts, starts, *numbers)
+        call = (None, *ops.Extras(starts_q=starts, starts_k=starts), *ops.Options())
+        torch.ops.fastattn.attention_forward(*packed, *call)
     assert counter.get_total_flops() == 2 * 2 * 4 * 16 * 16 * 8
