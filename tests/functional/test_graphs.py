@@ -201,21 +201,21 @@ def test_opcheck(requires_grad):
     tensors = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
     tangents = [leaf(torch.randn_like(x)) for x in tensors]
     q, k, v, mask = map(leaf, tensors)
-    slopes, numbers = torch.rand(4, dtype=torch.float64), (True, 0.5, 0.1, 4, -1, 0.7)
+    slopes, numbers = torch.rand(4, dtype=torch.float64), (True, 0.5, 0.1, 4, -1, 0.7, 3, 3)
     namespace, check = torch.ops.fastattn, torch.library.opcheck
 
     def both(mask, tangents, seed, starts, inputs):
-        rest = (seed, *starts, *numbers)
-        arguments = (*inputs, mask, slopes, *rest)
+        given = (*inputs, mask, slopes, seed, *starts)
+        arguments = (*given, *numbers)
         check(namespace.attention_forward.default, arguments)
         out, lse, *softmax = (x.detach() for x in namespace.attention_forward(*arguments))
         needs = [True, True, True, mask is not None]
         cotangents = leaf(out), leaf(lse)
         check(
             namespace.attention_backward.default,
-            (*cotangents, *inputs, mask, slopes, out, *softmax, *rest, needs),
+            (*cotangents, *given, out, *softmax, *numbers, needs),
         )
-        arguments = (*inputs, mask, slopes, *tangents, out, *softmax, *rest)
+        arguments = (*given, *tangents, out, *softmax, *numbers)
         check(namespace.attention_jvp.default, arguments)
         if starts[0] is not None and requires_grad:
             return  # a third derivative reads where the sequences start, which no graph can
