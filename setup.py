@@ -360,7 +360,7 @@ class BuildNative(build_ext):
 
     @staticmethod
     def build_cuda(build_dir: Path, native: dict) -> dict[str, object]:
-        if not native["native"]:  # the schemas of the ops are in _ops.so
+        if not native["native"]:
             raise LeftOut("the native library was not built", native["hint"])
         return build_cuda(build_dir)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn import _extension, _products
+from fastattn import _extension, _products, ops
 from fastattn._problem import (
     Problem,
     attention_problem,
@@ -288,6 +288,12 @@ def select(problem: Problem, backend: str | None = None, *, run_self_check: bool
             against = [*against, *(f"cuda: {reason}" for reason in _unproven(problem, "cuda"))]
         _warn(f"{problem.op} runs on the O(S²) reference backend: {'; '.join(against)}", 4)
     return "reference"
+
+
+def kernels_of(backend: str) -> str:
+    """Whose ops a chosen backend calls: "triton", or "native" for the CPU's and CUDA's, which are
+    one op for the tensors' device."""
+    return "triton" if backend == "triton" else ops.NATIVE
 
 
 def select_layers(

@@ -17,13 +17,14 @@ SOURCES = sorted(p for end in ("h", "cpp", "cu", "cuh") for p in (ROOT / "csrc")
 # layer -> the layers of fastattn that it may import; "" is the package itself
 ALLOWED = {
     "_extension": {"_C"},
-    "reference": {"reference"},
+    "_call": set(),
+    "reference": {"_call", "reference"},
     "testing": {"testing"},
     "verification": {"_extension", "ops", "reference", "verification", ""},  # "" is the version
     "_problem": set(),
     "_products": {"_extension"},
     "backends": {"_extension", "_problem", "_products", "ops", "verification"},
-    "ops": {"_extension", "ops"},
+    "ops": {"_call", "_extension", "ops"},
     "functional": {"_problem", "_products", "ops", "reference", "backends", "functional"},
     "nn": {"functional", "nn"},
     "integrations": {"_products", "nn", "functional", "backends", "integrations"},
@@ -63,7 +64,7 @@ STRATA = {
     "launch": {"launch", "kernels", "tile"},
     "cuda": {"launch"},
 }
-TORCH_HOMES = re.compile(r"ops\.cpp|register_\w+\.(cpp|h)|validate\.h|check\.h")
+TORCH_HOMES = re.compile(r"register_\w+\.(cpp|h)|validate\.h|check\.h")
 
 
 def name_of(path: Path) -> str:

@@ -211,7 +211,7 @@ def test_a_failed_build_keeps_the_libraries_of_the_last_one(tree):
     built = build(tree, **env)
     libraries = {p.name: p.read_bytes() for p in (tree / "fastattn").glob("*.so")}
     assert "_ops.so" in libraries
-    (tree / "csrc/ops.cpp").touch()
+    (tree / "csrc/cpu/register_attention.cpp").touch()
     info = build(tree, **{**env, "REFUSE": "-c "})
     assert info["native"]
     assert info["isas"] == built["isas"]
@@ -239,7 +239,7 @@ def test_flags(tree):
     dropped = {f"isa_{isa}.cpp" for isa in ISAS - set(info["isas"])}
     assert set(compiled) == sources - dropped
     with_torch = {name for name, line in compiled.items() if "TORCH_TARGET_VERSION" in line}
-    assert with_torch == {"ops.cpp", "register_attention.cpp", "register_linear.cpp"}
+    assert with_torch == {"register_attention.cpp", "register_linear.cpp"}
     assert not any("-ffast-math" in line for line in lines)
     assert not any("-rpath" in line for line in lines)
     assert all(f"-ffile-prefix-map={tree}=." in line for line in compiled.values())

@@ -48,18 +48,19 @@ class Results:
             mask[..., size.seq_k // 2 :] &= torch.rand((), device=self.device) > 2.0
         wide = [x.double() for x in (q, k, v)]
         out, lse = reference.attention_forward(*wide, mask, is_causal=size.causal)
-        scale = kernel.head_dim**-0.5
+        options = ops.Options(size.causal, kernel.head_dim**-0.5)
+        inputs, extras = ops.Inputs(q, k, v, mask), ops.Extras()
         if not kernel.backward:
-            actual = ops.attention_forward(q, k, v, mask, None, size.causal, scale, 0.0)
+            actual = ops.attention_forward(inputs, extras, options)
             names = ("out", "lse", "row_max", "log_sum")
             return dict(zip(names, actual, strict=True)), {"out": out, "lse": lse}
         rounded, empty = out.to(q.dtype), lse == -torch.inf
         row_max = torch.zeros_like(lse).masked_fill(empty, -torch.inf).float()
         log_sum = lse.masked_fill(empty, 0.0).float()
+        results = ops.Results(rounded, row_max, log_sum)
         actual = ops.attention_backward(
-            cotangent, None, q, k, v, mask, rounded, row_max, log_sum, None, size.causal,
-            scale, 0.0, [True, True, True, False],
-        )  # fmt: skip
+            ops.Cotangents(cotangent), inputs, extras, results, options, [True] * 3 + [False]
+        )
         expected = reference.attention_backward(
             cotangent.double(), None, *wide, mask, rounded.double(), lse, is_causal=size.causal
         )

@@ -106,20 +106,19 @@ class Timings:
         q, k, v, t_q, t_k, t_v, cotangent = (
             torch.randn(case[:4], dtype=torch.bfloat16, device=self._device) for _ in range(7)
         )
-        numbers = (None, case.mask == "causal", case.dim**-0.5, 0.0)
-        rest = (None, None, None, ops.NO_OPTIONS, self._names["triton"])
-        inputs, tangents = (q, k, v, None), (t_q, t_k, t_v, None)
-        out, _, *softmax = ops.attention_forward(*inputs, *numbers, *rest)
-        results = (out, *softmax)
-        needs = [True] * 4 + [False]
+        options, backend = ops.Options(case.mask == "causal", case.dim**-0.5), self._names["triton"]
+        inputs, tangents, extras = ops.Inputs(q, k, v), ops.Tangents(t_q, t_k, t_v), ops.Extras()
+        out, _, *softmax = ops.attention_forward(inputs, extras, options, backend)
+        results, cotangents = ops.Results(out, *softmax), ops.Cotangents(cotangent)
+        behind = (extras, results, options, [True] * 3 + [False], backend)
+        second = (extras, tangents, results, options, [True] * 4 + [False], backend)
         return [
-            ("forward", 1.0, lambda _: ops.attention_forward(*inputs, *numbers, *rest)),
-            ("tangent", 2.5,
-             lambda _: ops.attention_jvp(*inputs, *tangents, *results, *numbers, *rest)),
-            ("backward", 2.5, lambda _: ops.attention_backward(
-                cotangent, None, *inputs, *results, *numbers, [True] * 3 + [False], *rest)),
-            ("second derivative", 6.0, lambda _: ops.attention_double_backward(
-                cotangent, None, *inputs, *tangents, *results, *numbers, needs, *rest)),
+            ("forward", 1.0, lambda _: ops.attention_forward(inputs, extras, options, backend)),
+            ("tangent", 2.5, lambda _: ops.attention_jvp(
+                inputs, extras, tangents, results, options, backend)),
+            ("backward", 2.5, lambda _: ops.attention_backward(cotangents, inputs, *behind)),
+            ("second derivative", 6.0,
+             lambda _: ops.attention_double_backward(cotangents, inputs, *second)),
         ]  # fmt: skip
 
     def _measure_linear(self, implementation: str, case: Linear) -> list[Row]:

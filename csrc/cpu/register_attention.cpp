@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& starts_q,
     const OptionalTensor& starts_k, bool is_causal, double scale, double dropout_p, int64_t left,
-    int64_t right, double softcap) {
+    int64_t right, double softcap, int64_t /*max_q*/, int64_t /*max_k*/) {
   const char* op = "attention_forward";
   AttentionInputs in = validate_attention(
       op, query, key, value, attn_mask,
@@ -121,9 +121,10 @@ struct Gradients {
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& slopes,
-    const Tensor& out, const Tensor& row_max, const Tensor& log_sum, const OptionalTensor& seed,
-    const OptionalTensor& starts_q, const OptionalTensor& starts_k, bool is_causal, double scale,
-    double dropout_p, int64_t left, int64_t right, double softcap, const std::vector<bool>& needs) {
+    const OptionalTensor& seed, const OptionalTensor& starts_q, const OptionalTensor& starts_k,
+    const Tensor& out, const Tensor& row_max, const Tensor& log_sum, bool is_causal, double scale,
+    double dropout_p, int64_t left, int64_t right, double softcap, int64_t /*max_q*/,
+    int64_t /*max_k*/, const std::vector<bool>& needs) {
   const char* op = "attention_backward";
   AttentionInputs in = validate_attention(
       op, query, key, value, attn_mask,
@@ -164,11 +165,11 @@ struct Tangents {
 
 std::tuple<Tensor, Tensor> attention_jvp(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
-    const OptionalTensor& slopes, const OptionalTensor& t_query, const OptionalTensor& t_key,
+    const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& starts_q,
+    const OptionalTensor& starts_k, const OptionalTensor& t_query, const OptionalTensor& t_key,
     const OptionalTensor& t_value, const OptionalTensor& t_mask, const Tensor& out,
-    const Tensor& row_max, const Tensor& log_sum, const OptionalTensor& seed,
-    const OptionalTensor& starts_q, const OptionalTensor& starts_k, bool is_causal, double scale,
-    double dropout_p, int64_t left, int64_t right, double softcap) {
+    const Tensor& row_max, const Tensor& log_sum, bool is_causal, double scale, double dropout_p,
+    int64_t left, int64_t right, double softcap, int64_t /*max_q*/, int64_t /*max_k*/) {
   const char* op = "attention_jvp";
   AttentionInputs in = validate_attention(
       op, query, key, value, attn_mask,
@@ -190,11 +191,11 @@ std::tuple<Tensor, Tensor> attention_jvp(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& slopes,
+    const OptionalTensor& seed, const OptionalTensor& starts_q, const OptionalTensor& starts_k,
     const OptionalTensor& t_query, const OptionalTensor& t_key, const OptionalTensor& t_value,
     const OptionalTensor& t_mask, const Tensor& out, const Tensor& row_max, const Tensor& log_sum,
-    const OptionalTensor& seed, const OptionalTensor& starts_q, const OptionalTensor& starts_k,
     bool is_causal, double scale, double dropout_p, int64_t left, int64_t right, double softcap,
-    const std::vector<bool>& needs) {
+    int64_t /*max_q*/, int64_t /*max_k*/, const std::vector<bool>& needs) {
   const char* op = "attention_double_backward";
   AttentionInputs in = validate_attention(
       op, query, key, value, attn_mask,

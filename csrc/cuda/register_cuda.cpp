@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& starts_q,
     const OptionalTensor& starts_k, bool is_causal, double scale, double dropout_p, int64_t left,
-    int64_t right, double softcap) {
+    int64_t right, double softcap, int64_t /*max_q*/, int64_t /*max_k*/) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   Attention a("attention_forward", query, key, value, attn_mask,
               {slopes, seed, starts_q, starts_k, is_causal, scale, dropout_p, left, right, softcap},
@@ -152,9 +152,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& slopes,
-    const Tensor& out, const Tensor& row_max, const Tensor& log_sum, const OptionalTensor& seed,
-    const OptionalTensor& starts_q, const OptionalTensor& starts_k, bool is_causal, double scale,
-    double dropout_p, int64_t left, int64_t right, double softcap, const std::vector<bool>& needs) {
+    const OptionalTensor& seed, const OptionalTensor& starts_q, const OptionalTensor& starts_k,
+    const Tensor& out, const Tensor& row_max, const Tensor& log_sum, bool is_causal, double scale,
+    double dropout_p, int64_t left, int64_t right, double softcap, int64_t /*max_q*/,
+    int64_t /*max_k*/, const std::vector<bool>& needs) {
   const char* op = "attention_backward";
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   Attention a(op, query, key, value, attn_mask,

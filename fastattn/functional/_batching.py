@@ -10,11 +10,12 @@ from torch import Tensor
 _MOST_DIMS = 9  # of the kernels: 6 batch dimensions, heads, rows, columns
 
 
-# What the tensor arguments of a Function are; a derivative's are followed by tangents by fours.
-_EXTRAS = ("seed", "slopes", "starts", "starts")
-FORWARD = ("rows", "rows", "rows", "mask", *_EXTRAS)
-_RESULTS = ("rows", "statistics", "statistics")
-DERIVATIVE = (*_RESULTS[:2], *FORWARD[:4], *_RESULTS, *_EXTRAS)
+# The kind of each tensor argument of a Function, in the order of ``fastattn._call``.
+# AttentionDerivative has groups of four tangents behind these.
+_INPUTS = ("rows", "rows", "rows", "mask")
+_EXTRAS = ("slopes", "seed", "starts", "starts")
+FORWARD = (*_INPUTS, *_EXTRAS)
+DERIVATIVE = ("rows", "statistics", *FORWARD, "rows", "statistics", "statistics")
 
 
 def attention(
@@ -32,7 +33,7 @@ def attention(
     kinds: FORWARD or DERIVATIVE. whole_mask: the mask's gradient is a result, so that each element
     needs a mask of its own.
     """
-    kinds = (*kinds, *FORWARD[:4] * ((len(tensors) - len(kinds)) // 4))
+    kinds = (*kinds, *_INPUTS * ((len(tensors) - len(kinds)) // 4))
     at = kinds.index("mask")
     # A mask and its tangents keep one shape.
     masks = [dim for dim, kind in zip(in_dims, kinds, strict=True) if kind == "mask"]

@@ -13,74 +13,62 @@ from torch.autograd import forward_ad
 from fastattn import ops
 from fastattn.functional._autograd import in_transform, kernel
 from fastattn.functional.attention import AttentionFunction
-from fastattn.functional.attention_derivatives import AttentionDerivative, Call, Request, Results
+from fastattn.functional.attention_derivatives import AttentionDerivative, Needs, Request
 from fastattn.functional.linear import LinearReLUFunction, MLPFunction
 from fastattn.functional.linear_derivatives import LinearReLUBackward, LinearReLUTangent
-
-
-def _options(args: Sequence[object], triton: bool) -> tuple[tuple, ops.Options]:
-    """(seed, starts_q, starts_k, is_causal, scale, dropout_p) and the Options of an attention op's
-    last arguments."""
-    if triton:
-        seed, starts_q, starts_k, max_q, max_k, *rest = args
-    else:
-        (seed, starts_q, starts_k, *rest), max_q, max_k = args, 0, 0
-    is_causal, scale, dropout_p, left, right, softcap = rest
-    options = ops.Options(left, right, softcap, max_q, max_k)
-    return (seed, starts_q, starts_k, is_causal, scale, dropout_p), options
+from fastattn.ops import Call, Cotangents, Extras, Inputs, Options, Results, Tangents, split
 
 
 def _attention_forward(backend: str, *args):
-    query, key, value, attn_mask, slopes, *rest = args
-    (seed, starts_q, starts_k, *numbers), options = _options(rest, backend == "triton")
-    return AttentionFunction.apply(
-        query, key, value, attn_mask, seed, *numbers, slopes, starts_q, starts_k, options, backend
-    )
+    inputs, extras, options = split(args, Inputs, Extras, Options)
+    return AttentionFunction.apply(Call(options, backend), *inputs, *extras)
 
 
 def _derivative(
-    backend: str,
-    cotangents: tuple[Tensor | None, Tensor | None],
-    inputs: tuple,
-    tangents: tuple,
+    call: Call,
+    cotangents: Cotangents,
+    inputs: Inputs,
+    extras: Extras,
+    tangents: Sequence[Tangents],
     results: Results,
-    slopes: Tensor | None,
-    rest: Sequence[object],
-    needs: Sequence[bool],
+    needs: Needs,
 ) -> list[Tensor]:
-    (seed, starts_q, starts_k, *numbers), options = _options(rest, backend == "triton")
+    """J_n and G_n as the ops return them: what is not needed is empty."""
+    flat = [x for t in tangents for x in t]
     found = iter(
         AttentionDerivative.apply(
-            Request(Call(*numbers, options, backend), tuple(needs)), *cotangents, *inputs,
-            *results, seed, slopes, starts_q, starts_k, *tangents,
+            Request(call, needs), *cotangents, *inputs, *extras, *results, *flat
         )
-    )  # fmt: skip
-    likes = (*results[:2], *[inputs[0]] * 4)
+    )
+    likes = (results.out, results.row_max, *[inputs.query] * 4)
     return [
         next(found) if need else like.new_empty((0,))
-        for need, like in zip((needs[0], *needs), likes, strict=True)
+        for need, like in zip(needs.each(), likes, strict=True)
     ]
 
 
 def _attention_backward(backend: str, *args):
-    go, gl, query, key, value, attn_mask, slopes, *rest, needs = args
-    inputs, results, needs = (query, key, value, attn_mask), Results(*rest[:3]), (False, *needs)
-    found = _derivative(backend, (go, gl), inputs, (), results, slopes, rest[3:], needs)
-    return tuple(found[2:])
+    cotangents, inputs, extras, results, options, needs = split(
+        args, Cotangents, Inputs, Extras, Results, Options
+    )
+    call, needs = Call(options, backend), Needs(False, *needs)
+    return tuple(_derivative(call, cotangents, inputs, extras, [], results, needs)[2:])
 
 
 def _attention_jvp(backend: str, *args):
-    query, key, value, attn_mask, slopes, *rest = args
-    inputs, needs = (query, key, value, attn_mask), (True, False, False, False, False)
-    results, tangents = Results(*rest[4:7]), tuple(rest[:4])
-    found = _derivative(backend, (None, None), inputs, tangents, results, slopes, rest[7:], needs)
-    return tuple(found[:2])
+    inputs, extras, tangents, results, options = split(
+        args, Inputs, Extras, Tangents, Results, Options
+    )
+    call, needs = Call(options, backend), Needs(results=True)
+    return tuple(_derivative(call, Cotangents(), inputs, extras, [tangents], results, needs)[:2])
 
 
 def _attention_double_backward(backend: str, *args):
-    go, gl, query, key, value, attn_mask, slopes, *rest, needs = args
-    inputs, tangents, results = (query, key, value, attn_mask), tuple(rest[:4]), Results(*rest[4:7])
-    return tuple(_derivative(backend, (go, gl), inputs, tangents, results, slopes, rest[7:], needs))
+    cotangents, inputs, extras, tangents, results, options, needs = split(
+        args, Cotangents, Inputs, Extras, Tangents, Results, Options
+    )
+    call, needs = Call(options, backend), Needs(*needs)
+    return tuple(_derivative(call, cotangents, inputs, extras, [tangents], results, needs))
 
 
 def _linear_relu_forward(backend: str, input, weight, bias):
@@ -158,11 +146,10 @@ def _register(
 
     def differentiable(keyset, *args):
         if _differentiated(args):
-            on_gpu = next(x for x in args if isinstance(x, Tensor)).is_cuda
             try:
-                return function("cuda" if on_gpu and backend == "cpu" else backend, *args)
+                return function(backend, *args)
             except NotImplementedError as error:
-                # Of this kind torch.compile makes a break in the graph, and goes on without it.
+                # torch.compile turns a NotImplementedError into a graph break.
                 raise NotImplementedError(
                     f"{library.ns}::{name}: torch.func does not reach an op that is called "
                     "directly; call fastattn's functions or fastattn.functional's Functions"
@@ -173,11 +160,9 @@ def _register(
     library.impl(name, differentiable, "Autograd", with_keyset=True)
 
 
-_libraries = []  # kept: a registration ends with its library
-for _namespace, _backend in (("fastattn", "cpu"), ("fastattn_triton", "triton")):
-    # Of a library that could not be loaded there are none.
-    _present = [name for name in _FUNCTIONS if hasattr(getattr(torch.ops, _namespace), name)]
-    if _present:
-        _libraries.append(torch.library.Library(_namespace, "IMPL"))
-    for _name in _present:
-        _register(_libraries[-1], _name, _FUNCTIONS[_name], _backend)
+_libraries = []  # a registration ends with its library
+for _namespace, _backend in (("fastattn", ops.NATIVE), ("fastattn_triton", "triton")):
+    _libraries.append(torch.library.Library(_namespace, "IMPL"))
+    for _name, _function in _FUNCTIONS.items():
+        if hasattr(getattr(torch.ops, _namespace), _name):
+            _register(_libraries[-1], _name, _function, _backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -17,14 +18,8 @@ from fastattn.functional._autograd import (
     save_for_forward,
 )
 from fastattn.functional._broadcast import broadcast, padded_head_dim
-from fastattn.functional.attention_derivatives import (
-    Call,
-    Extras,
-    Results,
-    gradients,
-    refuse_slopes,
-    tangents_of_results,
-)
+from fastattn.functional.attention_derivatives import Point, refuse_slopes
+from fastattn.ops import Cotangents, Extras, Inputs, Results, Tangents, split
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -33,77 +28,45 @@ class AttentionFunction(torch.autograd.Function):
     but the LSE, and the dropout seed: O(S) memory."""
 
     @staticmethod
-    def forward(
-        query,
-        key,
-        value,
-        attn_mask,
-        seed,
-        is_causal,
-        scale,
-        dropout_p,
-        alibi_slopes=None,
-        starts_q=None,
-        starts_k=None,
-        options=ops.NO_OPTIONS,
-        backend="cpu",
-    ):
-        return kernel(
-            ops.attention_forward, query, key, value, attn_mask, seed, is_causal, scale, dropout_p,
-            alibi_slopes, starts_q, starts_k, options, backend,
-        )  # fmt: skip
+    def forward(call, query, key, value, attn_mask, slopes, seed, starts_q, starts_k):
+        inputs = Inputs(query, key, value, attn_mask)
+        extras = Extras(slopes, seed, starts_q, starts_k)
+        return kernel(ops.attention_forward, inputs, extras, call.options, call.backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        query, key, value, attn_mask, seed, is_causal, scale, dropout_p, *more = inputs
-        defaults = (None, None, None, ops.NO_OPTIONS, "cpu")
-        *extras, options, backend = (*more, *defaults[len(more) :])
-        ctx.call = Call(is_causal, scale, dropout_p, options, backend)
+        ctx.call, *tensors = inputs
         ctx.set_materialize_grads(False)
-        out, _, *parts = output
-        ctx.mark_non_differentiable(*parts)
-        tensors = (query, key, value, attn_mask, out, *parts, seed, *extras)
+        out, _, *softmax = output
+        ctx.mark_non_differentiable(*softmax)
+        tensors = (*tensors, out, *softmax)
         ctx.save_for_backward(*tensors)
         save_for_forward(ctx, *tensors)
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse, *_):
-        refuse_slopes(ctx.needs_input_grad[8:9] == (True,), "gradient")
-        inputs, results, extras = _saved(ctx)
-        needs = ctx.needs_input_grad[:4]
-        grads = gradients(ctx.call, inputs, results, extras, (grad_out, grad_lse), needs)
-        return (*grads, *(None,) * 9)
+        _, *asked = ctx.needs_input_grad
+        refuse_slopes(asked[4], "gradient")
+        point = Point(ctx.call, *split(ctx.saved_tensors, Inputs, Extras, Results))
+        return (None, *point.gradients(Cotangents(grad_out, grad_lse), asked[:4]), *(None,) * 4)
 
     @staticmethod
-    def jvp(ctx, *directions):
-        refuse_slopes(directions[8] is not None, "tangent")
-        inputs, results, extras = _saved(ctx)
-        return *tangents_of_results(ctx.call, inputs, results, extras, directions[:4]), None, None
+    def jvp(ctx, _call, *directions):
+        tangents, of_extras = split(directions, Tangents, Extras)
+        refuse_slopes(of_extras.slopes is not None, "tangent")
+        point = Point(ctx.call, *split(ctx.saved_tensors, Inputs, Extras, Results))
+        return *point.tangents_of_results(tangents), None, None
 
     @staticmethod
-    def vmap(info, in_dims, *args):
-        args = (*args, *(None, None, None, ops.NO_OPTIONS, "cpu")[len(args) - 8 :])
-        in_dims = (*in_dims, *[None] * (len(args) - len(in_dims)))
-        query, key, value, attn_mask, seed, *numbers = args[:8]
-
-        def call(query, key, value, attn_mask, seed, *extras):
-            return AttentionFunction.apply(
-                query, key, value, attn_mask, seed, *numbers, *extras, *args[11:]
-            )
-
+    def vmap(info, in_dims, call, *tensors):
         return _batching.attention(
-            call,
+            functools.partial(AttentionFunction.apply, call),
             info.batch_size,
-            (query, key, value, attn_mask, seed, *args[8:11]),
-            (*in_dims[:5], *in_dims[8:11]),
+            tensors,
+            in_dims[1:],
             _batching.FORWARD,
             whole_mask=False,
         )
-
-
-def _saved(ctx) -> tuple[tuple[Tensor | None, ...], Results, Extras]:
-    saved = ctx.saved_tensors
-    return tuple(saved[:4]), Results(*saved[4:7]), Extras(*saved[7:])
 
 
 def scaled_dot_product_attention(
@@ -203,21 +166,10 @@ def scaled_dot_product_attention(
             alibi_slopes=alibi_slopes,
         )
     else:
+        options = ops.Options(is_causal, scale, dropout_p, *window_size, softcap)
+        call = ops.Call(options, backends.kernels_of(chosen))
         out, lse, *_ = apply(
-            AttentionFunction,
-            query,
-            key,
-            value,
-            attn_mask,
-            seed,
-            is_causal,
-            scale,
-            dropout_p,
-            alibi_slopes,
-            None,
-            None,
-            ops.Options(*window_size, softcap),
-            chosen,
+            AttentionFunction, call, query, key, value, attn_mask, alibi_slopes, seed, None, None
         )
     if drops_all:
         out = out * 0.0  # not a new tensor: NaN stays, and the gradients are 0, as in torch

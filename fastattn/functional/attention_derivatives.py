@@ -17,8 +17,8 @@ derivatives in several directions commute, the family is closed under differenti
         of J_n: J_{n+1}(t, u) + sum_i J_n(t with t'_i for t_i)
         of G_n: G_{n+1}(c, t, u) + G_n(c', t) + sum_i G_n(c, t with t'_i for t_i)
 
-out, row_max and log_sum are handed on for the kernels, which recompute the probabilities from them;
-they are no variables of their own.
+The forward's results are passed so that kernels can recompute the probabilities from them; nothing
+is differentiated with respect to them.
 """
 
 from __future__ import annotations
@@ -34,118 +34,83 @@ from torch import Tensor
 from fastattn import ops
 from fastattn.functional import _batching, higher_order
 from fastattn.functional._autograd import add, apply, kernel, save_for_forward
+from fastattn.ops import Call, Cotangents, Extras, Inputs, Results, Tangents, split
 
 
-@dataclass(frozen=True)
-class Call:
-    """What of an attention call is not a tensor: to torch.func one argument, no tree."""
+class Needs(NamedTuple):
+    """What is asked of AttentionDerivative: J_n as a whole, and G_n for each input."""
 
-    is_causal: bool
-    scale: float
-    dropout_p: float
-    options: ops.Options
-    backend: str
+    results: bool = False
+    query: bool = False
+    key: bool = False
+    value: bool = False
+    attn_mask: bool = False
+
+    def each(self) -> tuple[bool, ...]:
+        """Of (t_out, t_lse, the four gradients)."""
+        return (self.results, *self)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of AttentionDerivative: of J_n (t_out, t_lse), and of G_n for query, key,
-    value, mask."""
+    """To torch.func one argument, no tree."""
 
     call: Call
-    needs: tuple[bool, ...]
+    needs: Needs
 
 
-class Results(NamedTuple):
-    """What the forward pass left for the kernels behind it."""
+class Derivative(NamedTuple):
+    """J_n and G_n; None for what is 0 or was not asked for."""
 
-    out: Tensor
-    row_max: Tensor
-    log_sum: Tensor
+    of_results: Cotangents = Cotangents()
+    of_inputs: Tangents = Tangents()
 
+    @classmethod
+    def of(cls, needs: Needs, found: Sequence[Tensor]) -> Derivative:
+        """From the results of AttentionDerivative, which has one for each need."""
+        given = iter(found)
+        return cls(*split([next(given) if need else None for need in needs.each()],
+                          Cotangents, Tangents))  # fmt: skip
 
-class Extras(NamedTuple):
-    """The tensors of an attention call that have no derivative."""
-
-    seed: Tensor | None = None
-    slopes: Tensor | None = None
-    starts_q: Tensor | None = None
-    starts_k: Tensor | None = None
-
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
-Tangent = Sequence[Tensor | None]  # of Inputs, None for 0
-NOTHING = (None,) * 6
-_INPUTS, _SLOPES, _TANGENTS = 2, 10, 13  # where they begin among the Function's tensors
+    def plus(self, other: Derivative) -> Derivative:
+        return Derivative(_sum(self.of_results, other.of_results),
+                          _sum(self.of_inputs, other.of_inputs))  # fmt: skip
 
 
 class AttentionDerivative(torch.autograd.Function):
     """What of (J_n: t_out, t_lse; G_n: four gradients) ``needs`` names, n = len(tangents) / 4.
 
-    Saves its inputs: query, key, value, the mask, the forward's results, cotangents and tangents.
+    The tensors are cotangents (of out ``[*, Hq, Sq, Dv]`` and LSE ``[*, Hq, Sq]``), inputs, extras,
+    results, and the tangents t_1 ... t_n. All are saved.
     """
 
     @staticmethod
-    def forward(
-        request: Request,
-        grad_out: Tensor | None,  # [*, Hq, Sq, Dv]
-        grad_lse: Tensor | None,  # [*, Hq, Sq]
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        out: Tensor,
-        row_max: Tensor,
-        log_sum: Tensor,
-        seed: Tensor | None,
-        slopes: Tensor | None,
-        starts_q: Tensor | None,
-        starts_k: Tensor | None,
-        *tangents: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    def forward(request: Request, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         call, needs = request.call, request.needs
-        order = len(tangents) // 4
-        extras = Extras(seed, slopes, starts_q, starts_k)
-        inputs, results = (query, key, value, attn_mask), (out, row_max, log_sum)
-        if order > 1:
+        cotangents, inputs, extras, results, *tangents = _saved(tensors)
+        of_inputs = needs[1:]
+        if cotangents.out is None and any(of_inputs):
+            cotangents = cotangents._replace(out=torch.zeros_like(results.out))
+        rest = (call.options, _backend(call, len(tangents), inputs.query))
+        if len(tangents) > 1:
             found = higher_order.derivative(
-                (grad_out, grad_lse),
-                inputs,
-                [tangents[n : n + 4] for n in range(0, 4 * order, 4)],
-                needs,
-                **_reference_options(call, extras),
+                cotangents, inputs, extras, tangents, call.options, needs
             )
-            return tuple(x for x, need in zip(found, (needs[0], *needs), strict=True) if need)
-        args = (seed, call.is_causal, call.scale, call.dropout_p)
-        rest = (slopes, starts_q, starts_k, call.options, _backend(call, order))
-        if grad_out is None and any(needs[1:]):
-            grad_out = torch.zeros_like(out)
-        if order == 0:
+        elif not tangents:
+            grads = kernel(
+                ops.attention_backward, cotangents, inputs, extras, results, rest[0],
+                list(of_inputs), rest[1],
+            )  # fmt: skip
+            found = (None, None, *grads)
+        elif not any(of_inputs):
+            tangent = kernel(ops.attention_jvp, inputs, extras, *tangents, results, *rest)
+            found = (*tangent, *(None,) * 4)
+        else:
             found = kernel(
-                ops.attention_backward,
-                grad_out,
-                grad_lse,
-                *inputs,
-                *results,
-                *args,
-                list(needs[1:]),
-                *rest,
-            )
-            return tuple(x for x, need in zip(found, needs[1:], strict=True) if need)
-        if not any(needs[1:]):
-            return tuple(kernel(ops.attention_jvp, *inputs, *tangents, *results, *args, *rest))
-        found = kernel(
-            ops.attention_double_backward,
-            grad_out,
-            grad_lse,
-            *inputs,
-            *tangents,
-            *results,
-            *args,
-            list(needs),
-            *rest,
-        )
-        return tuple(x for x, need in zip(found, (needs[0], *needs), strict=True) if need)
+                ops.attention_double_backward, cotangents, inputs, extras, *tangents, results,
+                rest[0], list(needs), rest[1],
+            )  # fmt: skip
+        return tuple(x for x, need in zip(found, needs.each(), strict=True) if need)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -156,47 +121,46 @@ class AttentionDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        cotangents = ctx.saved_tensors[:2]
-        point, tangents = _Point.split(ctx.request.call, ctx.saved_tensors)
-        of_j, of_g = _by_output(ctx.request.needs, grads)
+        c, inputs, extras, results, *t = _saved(ctx.saved_tensors)
+        point = Point(ctx.request.call, inputs, extras, results)
+        of_c, of_x, of_extras, of_results, *of_t = _saved(ctx.needs_input_grad[1:])
+        refuse_slopes(of_extras.slopes, "gradient")
+        of_j, w = Derivative.of(ctx.request.needs, grads)
+        # J_n: x gets G_n(c, t). G_n: x gets G_{n+1}(c, t, w), and c gets J_{n+1}(t, w).
+        found = point.derivative(c, [*t, w], Needs(any(of_c), *of_x))
+        grad_c = found.of_results
+        grad_x = _sum(point.derivative(of_j, t, Needs(False, *of_x)).of_inputs, found.of_inputs)
+        grad_t = []
+        for n, asked in enumerate(of_t):
+            others = [*t[:n], *t[n + 1 :]]
+            # J_n: t_n gets G_{n-1}(c, t but t_n). G_n: t_n gets G_n(c, t but t_n, w).
+            first = point.derivative(of_j, others, Needs(False, *asked)).of_inputs
+            grad_t += _sum(first, point.derivative(c, [*others, w], Needs(False, *asked)).of_inputs)
+        no_grads = (None,) * (len(of_extras) + len(of_results))
+        sums = (*grad_c, *grad_x, *no_grads, *grad_t)
         asked = ctx.needs_input_grad[1:]
-        refuse_slopes(asked[_SLOPES], "gradient")
-        sums: list[Tensor | None] = [None] * len(asked)
-
-        def take(place: int, found: Sequence[Tensor | None]) -> None:
-            sums[place : place + len(found)] = map(add, sums[place : place + len(found)], found)
-
-        for n in range(len(tangents) + 1):  # of the inputs, then of each tangent
-            place = _TANGENTS + 4 * (n - 1) if n else _INPUTS
-            rest = tangents[: n - 1] + tangents[n:] if n else tangents
-            needs = tuple(asked[place : place + 4])
-            if any(x is not None for x in of_g):
-                with_cotangents = n == 0 and any(asked[:2])
-                found = point.derivative(cotangents, [*rest, of_g], (with_cotangents, *needs))
-                take(0, found[:2])
-                take(place, found[2:])
-            if any(x is not None for x in of_j):
-                take(place, point.derivative(of_j, rest, (False, *needs))[2:])
         return (None, *(x if ask else None for x, ask in zip(sums, asked, strict=True)))
 
     @staticmethod
     def jvp(ctx, _request, *directions):
-        refuse_slopes(directions[_SLOPES] is not None, "tangent")
-        cotangents, needs = ctx.saved_tensors[:2], ctx.request.needs
-        point, tangents = _Point.split(ctx.request.call, ctx.saved_tensors)
-        of_inputs = directions[_INPUTS : _INPUTS + 4]
-        total = point.derivative(cotangents, [*tangents, of_inputs], needs)
-        found = point.derivative(directions[:2], tangents, (False, *needs[1:]))
-        total = list(map(add, total, found))
-        for n in range(len(tangents)):
-            moved = list(tangents)
-            moved[n] = directions[_TANGENTS + 4 * n :][:4]
-            total = list(map(add, total, point.derivative(cotangents, moved, needs)))
+        c, inputs, extras, results, *t = _saved(ctx.saved_tensors)
+        point = Point(ctx.request.call, inputs, extras, results)
+        t_c, u, t_extras, _, *moved = _saved(directions)
+        refuse_slopes(t_extras.slopes is not None, "tangent")
+        needs = ctx.request.needs
+        # J_n: J_{n+1}(t, u). G_n: G_{n+1}(c, t, u) + G_n(c', t).
+        total = point.derivative(c, [*t, u], needs)
+        total = total.plus(point.derivative(t_c, t, needs._replace(results=False)))
+        for n, t_n in enumerate(moved):
+            # J_n: J_n(t with t'_n for t_n). G_n: G_n(c, t with t'_n for t_n).
+            total = total.plus(point.derivative(c, [*t[:n], t_n, *t[n + 1 :]], needs))
+        zeros = (results.out, results.row_max, *inputs)
         return tuple(
-            point.zeros_like_result(n) if x is None else x
-            for n, (x, need) in enumerate(zip(total, (needs[0], *needs), strict=True))
+            torch.zeros_like(like) if x is None else x
+            for x, like, need in zip((*total.of_results, *total.of_inputs), zeros, needs.each(),
+                                     strict=True)
             if need
-        )
+        )  # fmt: skip
 
     @staticmethod
     def vmap(info, in_dims, request, *tensors):
@@ -206,78 +170,61 @@ class AttentionDerivative(torch.autograd.Function):
             tensors,
             in_dims[1:],
             _batching.DERIVATIVE,
-            whole_mask=request.needs[4],
+            whole_mask=request.needs.attn_mask,
         )
 
 
-class _Point:
+class Point:
     """Where derivatives are taken: a call's inputs and results."""
 
-    def __init__(self, call: Call, inputs: Inputs, results: Results, extras: Extras) -> None:
-        self.call, self.inputs, self.results, self.extras = call, inputs, results, extras
-
-    @staticmethod
-    def split(call: Call, saved: Sequence[Tensor | None]) -> tuple[_Point, list[Tangent]]:
-        """From what AttentionDerivative saves: the point, and the tangents by fours."""
-        inputs, results, extras = tuple(saved[2:6]), Results(*saved[6:9]), Extras(*saved[9:13])
-        tangents = saved[13:]
-        fours = [tuple(tangents[n : n + 4]) for n in range(0, len(tangents), 4)]
-        return _Point(call, inputs, results, extras), fours
+    def __init__(self, call: Call, inputs: Inputs, extras: Extras, results: Results) -> None:
+        self.call, self.inputs, self.extras, self.results = call, inputs, extras, results
 
     def derivative(
-        self,
-        cotangents: tuple[Tensor | None, Tensor | None],
-        tangents: Sequence[Tangent],
-        needs: Sequence[bool],
-    ) -> Sequence[Tensor | None]:
-        """(t_out, t_lse, gradients of query, key, value, mask); None for what is 0 or not
-        needed."""
+        self, cotangents: Cotangents, tangents: Sequence[Tangents], needs: Needs
+    ) -> Derivative:
+        """J_n and G_n, differentiable."""
         if any(all(x is None for x in t) for t in tangents):
-            return NOTHING
+            return Derivative()
         if all(c is None for c in cotangents):
-            needs = (needs[0], False, False, False, False)
+            needs = Needs(needs.results)
         if not any(needs):
-            return NOTHING
+            return Derivative()
         flat = [x for t in tangents for x in t]
-        found = iter(
-            apply(
-                AttentionDerivative, Request(self.call, tuple(needs)), *cotangents, *self.inputs,
-                *self.results, *self.extras, *flat,
-            )
+        found = apply(
+            AttentionDerivative, Request(self.call, needs), *cotangents, *self.inputs, *self.extras,
+            *self.results, *flat,
         )  # fmt: skip
-        return [next(found) if need else None for need in (needs[0], *needs)]
+        return Derivative.of(needs, found)
 
-    def zeros_like_result(self, n: int) -> Tensor:
-        return torch.zeros_like((*self.results[:2], *self.inputs)[n])
+    def gradients(self, cotangents: Cotangents, needs: Sequence[bool]) -> Tangents:
+        """G_0: the gradients of query, key, value and the float mask, differentiable."""
+        return self.derivative(cotangents, [], Needs(False, *needs)).of_inputs
 
-
-def _by_output(
-    needs: Sequence[bool], grads: Sequence[Tensor | None]
-) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-    """Cotangents of J_n and of G_n; None for outputs that are not there."""
-    given = iter(grads)
-    by_output = [next(given) if need else None for need in (needs[0], *needs)]
-    return tuple(by_output[:2]), tuple(by_output[2:])
-
-
-def _backend(call: Call, order: int) -> str:
-    """The backend of a derivative: cuda has kernels for the first backward alone."""
-    return "triton" if call.backend == "cuda" and order > 0 else call.backend
+    def tangents_of_results(self, tangents: Tangents) -> tuple[Tensor, Tensor]:
+        """J_1: the tangents of out and lse, differentiable."""
+        found = self.derivative(Cotangents(), [tangents], Needs(results=True)).of_results
+        likes = (self.results.out, self.results.row_max)
+        return tuple(
+            torch.zeros_like(like) if x is None else x for x, like in zip(found, likes, strict=True)
+        )
 
 
-def _reference_options(call: Call, extras: Extras) -> dict[str, object]:
-    left, right = call.options.window_left, call.options.window_right
-    return {
-        "is_causal": call.is_causal,
-        "scale": call.scale,
-        "dropout_p": call.dropout_p,
-        "window_size": (left, right),
-        "softcap": call.options.softcap,
-        "alibi_slopes": extras.slopes,
-        "seed": extras.seed,
-        "starts_q": extras.starts_q,
-        "starts_k": extras.starts_k,
-    }
+def _saved(tensors: Sequence) -> list:
+    """AttentionDerivative's arguments behind the request, or one thing for each, by their groups:
+    cotangents, inputs, extras, results, t_1 ... t_n."""
+    parts = split(tensors, Cotangents, Inputs, Extras, Results)
+    groups, flat = parts[:4], parts[4:]
+    return [*groups, *(Tangents(*flat[n : n + 4]) for n in range(0, len(flat), 4))]
+
+
+def _sum(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    return type(a)(*map(add, a, b))
+
+
+def _backend(call: Call, order: int, query: Tensor) -> str:
+    """The CUDA kernels are those of the forward and of the first backward alone."""
+    return "triton" if query.is_cuda and order > 0 else call.backend
 
 
 def refuse_slopes(asked: bool, what: str) -> None:
@@ -287,29 +234,3 @@ def refuse_slopes(asked: bool, what: str) -> None:
             f"alibi_slopes: expected no {what}, as the kernels have none for it; use "
             'backend="reference"'
         )
-
-
-def gradients(
-    call: Call,
-    inputs: Inputs,
-    results: Results,
-    extras: Extras,
-    cotangents: tuple[Tensor | None, Tensor | None],
-    needs: Sequence[bool],
-) -> Sequence[Tensor | None]:
-    """G_0: the gradients of query, key, value and the float mask, differentiable."""
-    return _Point(call, inputs, results, extras).derivative(cotangents, [], (False, *needs))[2:]
-
-
-def tangents_of_results(
-    call: Call,
-    inputs: Inputs,
-    results: Results,
-    extras: Extras,
-    tangent: Tangent,
-) -> tuple[Tensor, Tensor]:
-    """J_1: the tangents of out and lse, differentiable."""
-    point = _Point(call, inputs, results, extras)
-    needs = (True, False, False, False, False)
-    found = point.derivative((None, None), [tangent], needs)[:2]
-    return tuple(point.zeros_like_result(n) if x is None else x for n, x in enumerate(found))

@@ -6,38 +6,36 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastattn import reference
 from fastattn.functional._autograd import is_batched_gradient, without_autocast
+from fastattn.ops import Cotangents, Extras, Inputs, Options, Tangents
 
 _SCORES = 1 << 20  # scores of all heads and batch elements that are there at a time
 
 
 def derivative(
-    cotangents: tuple[Tensor | None, Tensor | None],
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    tangents: Sequence[Sequence[Tensor | None]],
+    cotangents: Cotangents,
+    inputs: Inputs,
+    extras: Extras,
+    tangents: Sequence[Tangents],
+    options: Options,
     needs: Sequence[bool],
-    **options: object,
 ) -> list[Tensor | None]:
     """The derivatives of <cotangents, (out, lse)> in all directions ``tangents``, and the gradients
     of the result.
 
     Args:
-        cotangents: of out ``[*, Hq, Sq, Dv]`` and LSE ``[*, Hq, Sq]``, None for 0.
-        inputs: query, key, value, float mask or bool mask or None; tangents: of these, each
-            tangent None for 0.
+        cotangents, inputs, extras, tangents, options: as in ``fastattn._call``.
         needs: which gradients: of both cotangents (two results), query, key, value, mask.
-        options: of ``reference.attention``; beside ``starts_q`` and ``starts_k`` the inputs are
-            packed, ``[1, H, tokens, D]``.
 
     Returns:
         The six results in the inputs' dtypes, None for what is not needed.
     """
-    starts_q, starts_k = options.pop("starts_q", None), options.pop("starts_k", None)
     query, key, value, mask = inputs
     for tangent in tangents:
         for name, x, t in zip(("query", "key", "value", "mask"), inputs, tangent, strict=True):
@@ -49,16 +47,15 @@ def derivative(
             "higher one; torch.func.vmap of torch.func.vjp takes any"
         )
     accumulator = _accumulator(query)
-    heads_q, head_dim_v = query.shape[-3], value.shape[-1]
-    out = query.new_zeros((*query.shape[:-1], head_dim_v), dtype=accumulator)
+    out = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=accumulator)
     results = [out, out.new_zeros(query.shape[:-1])]
     results += [torch.zeros_like(x, dtype=accumulator) for x in (query, key, value)]
     float_mask = mask is not None and mask.dtype != torch.bool
     results.append(torch.zeros_like(mask, dtype=accumulator) if float_mask else None)
 
-    calls = [(slice(None), slice(None), options)]
-    if starts_q is not None:
-        calls = _sequences(starts_q.tolist(), starts_k.tolist(), heads_q, options)
+    calls = [(slice(None), slice(None), reference.Setting(options, extras))]
+    if extras.starts_q is not None:
+        calls = _sequences(options, extras)
     for rows_q, rows_k, call in calls:
         of = _Sequence(rows_q, rows_k)
         seq_q, seq_k = of.queries(query).shape[-2], of.keys(key).shape[-2]
@@ -70,7 +67,7 @@ def derivative(
                 of.inputs(inputs, rows),
                 [of.inputs(t, rows) for t in tangents],
                 needs,
-                call | {"first_row": i},
+                replace(call, first_row=i),
             )
             targets = (
                 of.queries(results[0], rows),
@@ -111,18 +108,21 @@ class _Sequence:
 
 
 def _sequences(
-    starts_q: list[int], starts_k: list[int], heads: int, options: dict
-) -> Iterator[tuple[slice, slice, dict]]:
-    """Rows of queries and of keys, and the options, of each of the packed sequences."""
-    count, seed, slopes = len(starts_q) - 1, options["seed"], options["alibi_slopes"]
-    pairs = zip(itertools.pairwise(starts_q), itertools.pairwise(starts_k), strict=True)
+    options: Options, extras: Extras
+) -> Iterator[tuple[slice, slice, reference.Setting]]:
+    """Rows of queries and of keys of each of the packed sequences, and its call."""
+    slopes, seed, *starts = extras
+    count = starts[0].shape[0] - 1
+    pairs = zip(*(itertools.pairwise(x.tolist()) for x in starts), strict=True)
     for b, (rows_q, rows_k) in enumerate(pairs):
-        call = dict(options)
+        call = reference.Setting(options, Extras(slopes, seed))
         if slopes is not None and slopes.dim() == 2:
-            call["alibi_slopes"] = slopes[b // (count // slopes.shape[0])]
+            of_one = slopes[b // (count // slopes.shape[0])]
+            call = replace(call, extras=call.extras._replace(slopes=of_one))
         if seed is not None:
             each = count // seed.numel()
-            call |= {"seed": seed.reshape(-1)[b // each].reshape(1), "first_batch": b % each}
+            of_one = seed.reshape(-1)[b // each].reshape(1)
+            call = replace(call, extras=call.extras._replace(seed=of_one), first_batch=b % each)
         yield slice(*rows_q), slice(*rows_k), call
 
 
@@ -131,7 +131,7 @@ def _rows(
     inputs: list[Tensor | None],
     tangents: list[list[Tensor | None]],
     needs: Sequence[bool],
-    options: dict,
+    call: reference.Setting,
 ) -> list[Tensor | None]:
     """``derivative`` for rows whose scores all fit into memory."""
 
@@ -140,13 +140,13 @@ def _rows(
             return x
         return x.detach().to(_accumulator(x)).requires_grad_()
 
-    query, key, value, mask = leaves = [leaf(x) for x in inputs]
+    leaves = Inputs(*map(leaf, inputs))
     tangents = [
         [None if t is None else t.to(x.dtype) for t, x in zip(ts, leaves, strict=True)]
         for ts in tangents
     ]
-    with torch.enable_grad(), without_autocast(query):
-        out, lse = reference.attention(query, key, value, mask, **options)
+    with torch.enable_grad(), without_autocast(leaves.query):
+        out, lse = reference.attention_in(leaves, call)
         lse = torch.where(lse == -math.inf, 0.0, lse)
         of = [leaf(torch.zeros_like(y) if c is None else c)
               for c, y in zip(cotangents, (out, lse), strict=True)]  # fmt: skip

@@ -31,13 +31,13 @@ class LinearReLUFunction(torch.autograd.Function):
     and one bit an output element; no x where W is frozen."""
 
     @staticmethod
-    def forward(input, weight, bias, backend="cpu"):
+    def forward(input, weight, bias, backend=ops.NATIVE):
         return kernel(ops.linear_relu_forward, input, weight, bias, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         input, weight, _, *backend = inputs
-        ctx.backend = backend[0] if backend else "cpu"
+        ctx.backend = backend[0] if backend else ops.NATIVE
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         if not transforming() and not ctx.needs_input_grad[1]:
@@ -63,7 +63,7 @@ class LinearReLUFunction(torch.autograd.Function):
         return tangent, None
 
     @staticmethod
-    def vmap(info, in_dims, input, weight, bias, backend="cpu"):
+    def vmap(info, in_dims, input, weight, bias, backend=ops.NATIVE):
         return batched_linear_relu(
             LinearReLUFunction.apply, info.batch_size, in_dims[:3], input, weight, bias, backend
         )
@@ -123,8 +123,7 @@ def _gradients_by_layer(
         # An alias for each place: what is given twice, or is made of another one, counts apart.
         tensors = [None if x is None else x.view_as(x) for x in (input, *parameters)]
         weights, biases = tensors[1 : layers + 1], tensors[layers + 1 :]
-        backend = "cuda" if input.is_cuda else "cpu"
-        out = layer_by_layer(tensors[0], weights, biases, backend)
+        out = layer_by_layer(tensors[0], weights, biases, ops.NATIVE)
         wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
         grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
     return [next(grads) if need else None for need in needs]
@@ -194,14 +193,14 @@ def linear_relu(
     chosen = backends.select_layers("linear_relu", input, (weight,), backend)
     if _op_validates(chosen):
         try:
-            return apply(LinearReLUFunction, input, weight, bias, chosen)[0]
+            return apply(LinearReLUFunction, input, weight, bias)[0]
         except (RuntimeError, TypeError):
             _validate.layers(input, [weight], [bias])
             raise
     _validate.layers(input, [weight], [bias])
     if chosen == "reference":
         return reference.linear_relu(input, weight, bias)
-    return apply(LinearReLUFunction, input, weight, bias, chosen)[0]
+    return apply(LinearReLUFunction, input, weight, bias, backends.kernels_of(chosen))[0]
 
 
 def _op_validates(backend: str) -> bool:
@@ -250,5 +249,5 @@ def mlp(
         return reference.mlp(input, weights, biases)
     whole = chosen == "cpu" or (chosen == "cuda" and backends.fused_mlp(weights))
     if not whole or transforming():
-        return layer_by_layer(input, weights, biases, chosen)
+        return layer_by_layer(input, weights, biases, backends.kernels_of(chosen))
     return apply(MLPFunction, input, len(weights), *weights, *biases)[0]

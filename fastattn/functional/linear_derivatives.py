@@ -96,7 +96,7 @@ class LinearReLUTangent(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, input, weight, mask, t_input, t_weight, t_bias):
-        backend = "triton" if backend == "cuda" else backend  # which has no kernel for it
+        backend = "triton" if input.is_cuda else backend  # CUDA has no kernel for it
         return kernel(ops.linear_relu_jvp, input, weight, mask, t_input, t_weight, t_bias, backend)
 
     @staticmethod

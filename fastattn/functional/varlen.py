@@ -103,19 +103,11 @@ def varlen_attn(
             softcap=softcap,
         )
     else:
+        options = ops.Options(is_causal, scale, dropout_p, *window_size, softcap, max_q, max_k)
+        call = ops.Call(options, backends.kernels_of(chosen))
+        query, key, value = (x[None] for x in (query, key, value))
         out, lse, *_ = apply(
-            AttentionFunction,
-            *(x[None] for x in (query, key, value)),
-            None,
-            seed,
-            is_causal,
-            scale,
-            dropout_p,
-            alibi_slopes,
-            cu_seq_q,
-            cu_seq_k,
-            ops.Options(*window_size, softcap, max_q, max_k),
-            chosen,
+            AttentionFunction, call, query, key, value, None, alibi_slopes, seed, cu_seq_q, cu_seq_k
         )
         out, lse = out[0], lse[0]
     out = out.transpose(0, 1)

@@ -1,9 +1,18 @@
 """The registered ops, without autograd, and what they return for fake tensors."""
 
-from fastattn.ops import flops as _  # noqa: F401
-from fastattn.ops.attention import (
-    NO_OPTIONS,
+from fastattn._call import (
+    NATIVE,
+    Call,
+    Cotangents,
+    Extras,
+    Inputs,
     Options,
+    Results,
+    Tangents,
+    split,
+)
+from fastattn.ops import flops
+from fastattn.ops.attention import (
     attention_backward,
     attention_double_backward,
     attention_forward,
@@ -17,10 +26,20 @@ from fastattn.ops.linear import (
     mlp_forward,
     mlp_inference,
 )
+from fastattn.ops.triton import library
+
+flops.register()
+_triton = library.register()
 
 __all__ = [
-    "NO_OPTIONS",
+    "NATIVE",
+    "Call",
+    "Cotangents",
+    "Extras",
+    "Inputs",
     "Options",
+    "Results",
+    "Tangents",
     "attention_backward",
     "attention_double_backward",
     "attention_forward",
@@ -31,4 +50,5 @@ __all__ = [
     "mlp_backward",
     "mlp_forward",
     "mlp_inference",
+    "split",
 ]

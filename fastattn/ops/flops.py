@@ -5,67 +5,53 @@ count their own lengths, where those can be read."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastattn import _extension
+from fastattn._call import Extras, Inputs, Tangents, split
+from fastattn.ops import schemas
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts_q: Tensor | None,
-    starts_k: Tensor | None,
-    of_scores: int,
-    of_values: int,
-) -> int:
+def _attention(inputs: Inputs, extras: Extras, of_scores: int, of_values: int) -> int:
     """``of_scores`` products over D and ``of_values`` over Dv."""
+    query, key, value, _ = inputs
     pairs = query.shape[:-1].numel() * key.shape[-2]
-    if starts_q is not None:
+    if extras.starts_q is not None:
         # Fake, or on the meta device: at most every pair of tokens.
         with contextlib.suppress(RuntimeError):
-            pairs = query.shape[-3] * int((starts_q.diff() * starts_k.diff()).sum())
+            lengths = extras.starts_q.diff() * extras.starts_k.diff()
+            pairs = query.shape[-3] * int(lengths.sum())
     return 2 * pairs * (of_scores * query.shape[-1] + of_values * value.shape[-1])
 
 
-def _starts(args: Sequence[object]) -> tuple[Tensor | None, Tensor | None]:
-    """The packed sequences' starts: the last tensors of every attention op but the extras."""
-    at = next(n for n, x in enumerate(args) if isinstance(x, bool | int | float))
-    return args[at - 2], args[at - 1]
+def _attention_forward(*args, out_val=None, **_):
+    inputs, extras, *_rest = split(args, Inputs, Extras)
+    return _attention(inputs, extras, 1, 1)
 
 
-def _attention_forward(query, key, value, *rest, out_val=None, **_):
-    return _attention(query, key, value, *_starts(rest), 1, 1)
+def _attention_backward(_grad_out, _grad_lse, *args, out_val=None, **_):
+    inputs, extras, *_rest = split(args, Inputs, Extras)
+    return _attention(inputs, extras, 3, 2)  # S, dQ, dK and dP, dV
 
 
-def _attention_backward(grad_out, grad_lse, query, key, value, *rest, out_val=None, **_):
-    # S, dQ, dK and dP, dV
-    return _attention(query, key, value, *_starts(rest), 3, 2)
-
-
-def _attention_jvp(query, key, value, *rest, out_val=None, **_):
-    return _attention(query, key, value, *_starts(rest), *_tangent_products(rest))
-
-
-def _attention_double_backward(grad_out, grad_lse, query, key, value, *rest, out_val=None, **_):
-    """Those of E14, and with needs[0] the tangent's with V."""
-    t_query, t_key, t_value, _mask = rest[2:6]
-    in_tangent, needs = (t_query is not None) + (t_key is not None), rest[-1]
-    of_scores = 1 + in_tangent
-    of_scores += (1 + (t_key is not None)) * needs[1] + (1 + (t_query is not None)) * needs[2]
-    of_values = 1 + (t_value is not None) + needs[3] + (1 + (t_value is not None)) * needs[0]
-    return _attention(query, key, value, *_starts(rest), of_scores, of_values)
-
-
-def _tangent_products(rest: Sequence[object]) -> tuple[int, int]:
+def _attention_jvp(*args, out_val=None, **_):
     """S and A over D, with V and tV over Dv: E12."""
-    t_query, t_key, t_value, t_mask = rest[2:6]
-    in_scores = (t_query is not None) + (t_key is not None)
-    return 1 + in_scores, (in_scores > 0 or t_mask is not None) + (t_value is not None)
+    inputs, extras, t, *_rest = split(args, Inputs, Extras, Tangents)
+    in_scores = (t.query is not None) + (t.key is not None)
+    of_values = (in_scores > 0 or t.attn_mask is not None) + (t.value is not None)
+    return _attention(inputs, extras, 1 + in_scores, of_values)
+
+
+def _attention_double_backward(_grad_out, _grad_lse, *args, out_val=None, **_):
+    """Those of E14, and with needs[0] the tangent's with V."""
+    inputs, extras, t, *_rest, needs = split(args, Inputs, Extras, Tangents)
+    t_query, t_key, t_value = (x is not None for x in t[:3])
+    of_scores = 1 + t_query + t_key + (1 + t_key) * needs[1] + (1 + t_query) * needs[2]
+    of_values = 1 + t_value + needs[3] + (1 + t_value) * needs[0]
+    return _attention(inputs, extras, of_scores, of_values)
 
 
 def _product(input: Tensor, weight: Tensor) -> int:
@@ -109,8 +95,9 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "mlp_backward": _mlp_backward,
 }
 
-for _namespace in ["fastattn_triton", *(["fastattn"] if _extension.HAS_NATIVE else [])]:
-    for _name, _formula in _FORMULAS.items():
-        if hasattr(getattr(torch.ops, _namespace), _name):
-            op = getattr(getattr(torch.ops, _namespace), _name)
-            register_flop_formula(op, get_raw=True)(_formula)
+
+def register() -> None:
+    for namespace, names in schemas.NAMESPACES.items():
+        for name in _FORMULAS.keys() & names.keys():
+            op = getattr(getattr(torch.ops, namespace), name)
+            register_flop_formula(op, get_raw=True)(_FORMULAS[name])

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastattn import _extension
-from fastattn.ops.triton import library as _
+from fastattn._call import NATIVE
+from fastattn.ops import schemas
 
 
 def linear_relu_forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "cpu"
+    input: Tensor, weight: Tensor, bias: Tensor | None, backend: str = NATIVE
 ) -> tuple[Tensor, Tensor]:
     """out ``[*, N]`` and its ReLU bit-mask, uint8 ``[M, ceil(N / 8)]`` with M rows of input."""
     if backend == "triton":
@@ -26,7 +26,7 @@ def linear_relu_backward(
     weight: Tensor,
     mask: Tensor,
     needs: Sequence[bool],
-    backend: str = "cpu",
+    backend: str = NATIVE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; one that is not needed has shape ``[0]``."""
     if backend == "triton":
@@ -41,7 +41,7 @@ def linear_relu_jvp(
     t_input: Tensor | None,
     t_weight: Tensor | None,
     t_bias: Tensor | None,
-    backend: str = "cpu",
+    backend: str = NATIVE,
 ) -> Tensor:
     """The output's tangent; those of the inputs have their shapes, None for 0, one is there."""
     if backend == "triton":
@@ -92,23 +92,24 @@ def _fake_backward(grad_out, input, weight, mask, needs):
     )
 
 
-for _namespace in ["fastattn_triton", *(["fastattn"] if _extension.HAS_NATIVE else [])]:
-    torch.library.register_fake(f"{_namespace}::linear_relu_forward", _fake_forward)
-    torch.library.register_fake(f"{_namespace}::linear_relu_backward", _fake_backward)
-    torch.library.register_fake(f"{_namespace}::linear_relu_jvp", _fake_jvp)
+def _fake_mlp_forward(input, weights, biases):
+    activations = [input.new_empty((*input.shape[:-1], w.shape[0])) for w in weights]
+    return [activations[-1], *activations[:-1]]
 
-if _extension.HAS_NATIVE:
 
-    @torch.library.register_fake("fastattn::mlp_forward")
-    def _(input, weights, biases):
-        activations = [input.new_empty((*input.shape[:-1], w.shape[0])) for w in weights]
-        return [activations[-1], *activations[:-1]]
+def _fake_mlp_inference(input, weights, biases):
+    return input.new_empty((*input.shape[:-1], weights[-1].shape[0]))
 
-    @torch.library.register_fake("fastattn::mlp_inference")
-    def _(input, weights, biases):
-        return input.new_empty((*input.shape[:-1], weights[-1].shape[0]))
 
-    @torch.library.register_fake("fastattn::mlp_backward")
-    def _(grad_out, input, weights, hidden, needs):
-        shapes = [input.shape, *(w.shape for w in weights), *((w.shape[0],) for w in weights)]
-        return [input.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True)]
+def _fake_mlp_backward(grad_out, input, weights, hidden, needs):
+    shapes = [input.shape, *(w.shape for w in weights), *((w.shape[0],) for w in weights)]
+    return [input.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True)]
+
+
+for _ns in schemas.NAMESPACES:
+    torch.library.register_fake(f"{_ns}::linear_relu_forward", _fake_forward)
+    torch.library.register_fake(f"{_ns}::linear_relu_backward", _fake_backward)
+    torch.library.register_fake(f"{_ns}::linear_relu_jvp", _fake_jvp)
+torch.library.register_fake("fastattn::mlp_forward", _fake_mlp_forward)
+torch.library.register_fake("fastattn::mlp_inference", _fake_mlp_inference)
+torch.library.register_fake("fastattn::mlp_backward", _fake_mlp_backward)

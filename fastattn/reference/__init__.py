@@ -6,10 +6,12 @@ after a derivative write its formulas out and are what the kernels are compared 
 """
 
 from fastattn.reference.attention import (
+    Setting,
     attention,
     attention_backward,
     attention_double_backward,
     attention_forward,
+    attention_in,
     attention_jvp,
     attention_weights,
 )
@@ -23,10 +25,12 @@ from fastattn.reference.linear import (
 from fastattn.reference.philox import philox, philox_keep_mask
 
 __all__ = [
+    "Setting",
     "attention",
     "attention_backward",
     "attention_double_backward",
     "attention_forward",
+    "attention_in",
     "attention_jvp",
     "attention_weights",
     "linear_relu",

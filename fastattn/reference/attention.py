@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn._call import Extras, Inputs, Options
 from fastattn.reference.philox import philox_keep_mask
 
 
@@ -25,53 +26,62 @@ def _grouped(query: Tensor, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Options:
-    """The options of an attention call; what they mean is in DESIGN.md."""
+class Setting:
+    """A call but for its inputs, and which rows of a larger call these are."""
 
-    seed: Tensor | None = None  # int64 [n], n a divisor of the batch
-    is_causal: bool = False
-    scale: float | None = None
-    dropout_p: float = 0.0
-    window_size: tuple[int, int] | None = None
-    softcap: float = 0.0
-    alibi_slopes: Tensor | None = None  # [Hq] or [n, Hq]
+    options: Options
+    extras: Extras
     first_row: int = 0  # query's first row is this row of a longer one
     first_batch: int = 0  # and its first batch element this one of the seed's
 
-
-def _scale(query: Tensor, options: Options) -> float:
-    return query.shape[-1] ** -0.5 if options.scale is None else options.scale
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        window_size: tuple[int, int] | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        seed: Tensor | None = None,
+        first_row: int = 0,
+        first_batch: int = 0,
+    ) -> Setting:
+        """From the keywords of ``fastattn.scaled_dot_product_attention``, and dropout's seed."""
+        scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
+        options = Options(is_causal, scale, dropout_p, *(window_size or (-1, -1)), softcap)
+        return cls(options, Extras(alibi_slopes, seed), first_row, first_batch)
 
 
 def _scores(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, options: Options
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, call: Setting
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Masked scores S, the softcap's tanh (0 without it), and which (i, j) are visible, ``[*, Hq,
     Sq, Sk]``."""
     seq_q, seq_k = query.shape[-2], key.shape[-2]
-    s = _scale(query, options) * (query @ key.transpose(-1, -2))  # E1
+    s = call.options.scale * (query @ key.transpose(-1, -2))  # E1
     capped = torch.zeros_like(s)
-    if options.softcap > 0.0:
-        capped = torch.tanh(s / options.softcap)
-        s = options.softcap * capped
-    first = options.first_row
+    if call.options.softcap > 0.0:
+        capped = torch.tanh(s / call.options.softcap)
+        s = call.options.softcap * capped
+    first = call.first_row
     i = torch.arange(first, first + seq_q, device=s.device)[:, None]
     j = torch.arange(seq_k, device=s.device)[None, :]
-    if options.alibi_slopes is not None:
-        slopes = options.alibi_slopes.to(s.dtype)
+    if call.extras.slopes is not None:
+        slopes = call.extras.slopes.to(s.dtype)
         if slopes.dim() == 2:
             each = math.prod(s.shape[:-3]) // max(1, slopes.shape[0])
             slopes = slopes.repeat_interleave(each, 0).reshape(s.shape[:-2])
         s = s - slopes[..., None, None] * (i - j).abs()
     visible = torch.ones((seq_q, seq_k), dtype=torch.bool, device=s.device)
-    if options.is_causal:
+    if call.options.is_causal:
         visible = visible & (j <= i)
-    if options.window_size is not None:
-        left, right = options.window_size
-        if left >= 0:
-            visible = visible & (j >= i - left)
-        if right >= 0:
-            visible = visible & (j <= i + right)
+    if call.options.left >= 0:
+        visible = visible & (j >= i - call.options.left)
+    if call.options.right >= 0:
+        visible = visible & (j <= i + call.options.right)
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             visible = visible & attn_mask
@@ -108,7 +118,7 @@ class Weights(NamedTuple):
 
 
 def weights(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, options: Options
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, call: Setting
 ) -> Weights:
     """P and what it is made of, differentiable."""
     dtype = _accumulator(query.dtype)
@@ -118,10 +128,10 @@ def weights(
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(dtype)
     with torch.no_grad():
-        visible = _scores(q, k, mask, options)[2]
+        visible = _scores(q, k, mask, call)[2]
     k, v = _hide(k, visible.any(-2)), _hide(v, visible.any(-2))
     q = _hide(q, visible.any(-1))
-    s, capped, _ = _scores(q, k, mask, options)
+    s, capped, _ = _scores(q, k, mask, call)
     if s.shape[-1] == 0:
         return Weights(s, s.new_full(s.shape[:-1], -math.inf), capped, visible, q, k, v)
     empty = ~visible.any(-1, keepdim=True)
@@ -135,32 +145,42 @@ def weights(
     return Weights(p, lse, capped, visible, q, k, v)
 
 
-def dropped(p: Tensor, options: Options) -> Tensor:
+def dropped(p: Tensor, call: Setting) -> Tensor:
     """Z∘p, p ``[*, Hq, Sq, Sk]``: Z is the keep-mask divided by 1 - dropout_p."""
-    if options.dropout_p == 0.0 or options.seed is None:
+    if call.options.dropout_p == 0.0 or call.extras.seed is None:
         return p
     batch, heads = math.prod(p.shape[:-3]), p.shape[-3] if p.dim() > 2 else 1
     keep = philox_keep_mask(
-        options.seed, batch, heads, *p.shape[-2:], options.dropout_p, p.device, options.first_row,
-        options.first_batch,
+        call.extras.seed, batch, heads, *p.shape[-2:], call.options.dropout_p, p.device,
+        call.first_row, call.first_batch,
     )  # fmt: skip
-    return p * (keep.reshape(p.shape).to(p.dtype) / (1.0 - options.dropout_p))
+    return p * (keep.reshape(p.shape).to(p.dtype) / (1.0 - call.options.dropout_p))
 
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention, E1-E5, differentiable by autograd; options are the fields of ``Options``.
+    """Softmax attention, E1-E5, differentiable by autograd.
 
-    query ``[*, Hq, Sq, D]``, key ``[*, Hk, Sk, D]``, value ``[*, Hk, Sk, Dv]``, attn_mask bool or
-    float, broadcastable
-    to ``[*, Hq, Sq, Sk]`` -> out ``[*, Hq, Sq, Dv]`` in query's dtype, LSE ``[*, Hq, Sq]`` in
-    float32 (float64).
+    Args:
+        query: ``[*, Hq, Sq, D]``.
+        key: ``[*, Hk, Sk, D]``, Hk a divisor of Hq.
+        value: ``[*, Hk, Sk, Dv]``.
+        attn_mask: bool or float, broadcastable to ``[*, Hq, Sq, Sk]``.
+        options: the keywords of ``fastattn.scaled_dot_product_attention``, and dropout's ``seed``.
+
+    Returns:
+        out ``[*, Hq, Sq, Dv]`` in query's dtype, LSE ``[*, Hq, Sq]`` in float32 (float64).
     """
-    options = Options(**options)
-    w = weights(query, key, value, attn_mask, options)
-    out = dropped(w.p, options) @ w.v  # E4
-    return out.to(query.dtype), w.lse
+    inputs = Inputs(query, key, value, attn_mask)
+    return attention_in(inputs, Setting.of(query, **options))
+
+
+def attention_in(inputs: Inputs, call: Setting) -> tuple[Tensor, Tensor]:
+    """``attention`` of a call as the kernels take it, but for packed sequences."""
+    w = weights(*inputs, call)
+    out = dropped(w.p, call) @ w.v  # E4
+    return out.to(inputs.query.dtype), w.lse
 
 
 def attention_forward(
@@ -195,16 +215,16 @@ def attention_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of query, key, value and the float mask, E6-E11; None for one that is not
     needed."""
-    options = Options(**options)
+    call = Setting.of(query, **options)
     with torch.no_grad():
-        w = weights(query, key, value, attn_mask, options)
+        w = weights(query, key, value, attn_mask, call)
         do = w.queries(grad_out)
-        dp = dropped(do @ w.v.transpose(-1, -2), options)  # E7
+        dp = dropped(do @ w.v.transpose(-1, -2), call)  # E7
         ds = w.p * (dp - _delta(w, do, grad_lse, out))
-        dt = _scale(query, options) * ds * (1 - w.capped**2)
+        dt = call.options.scale * ds * (1 - w.capped**2)
         dq = dt @ w.k  # E8
         dk = dt.transpose(-1, -2) @ w.q  # E9
-        dv = dropped(w.p, options).transpose(-1, -2) @ do  # E10
+        dv = dropped(w.p, call).transpose(-1, -2) @ do  # E10
         return _gradients(dq, dk, dv, ds, query, key, value, attn_mask, needs)
 
 
@@ -235,7 +255,7 @@ def _gradients(
 
 
 def _tangent_of_scores(
-    w: Weights, query: Tensor, tangents: Sequence[Tensor | None], options: Options
+    w: Weights, query: Tensor, tangents: Sequence[Tensor | None], call: Setting
 ) -> tuple[Tensor, Tensor]:
     """The tangents ``[*, Hq, Sq, Sk]`` of the scores, A of E12, and of what the softcap takes."""
     t_query, t_key, _, t_mask = tangents
@@ -244,7 +264,7 @@ def _tangent_of_scores(
         before = before + w.queries(t_query) @ w.k.transpose(-1, -2)
     if t_key is not None:
         before = before + w.q @ w.keys(t_key).transpose(-1, -2)
-    before = _scale(query, options) * before
+    before = call.options.scale * before
     a = before * (1 - w.capped**2)
     if t_mask is not None:
         a = a + torch.where(w.visible, t_mask.to(w.p.dtype), 0.0)
@@ -261,14 +281,14 @@ def attention_jvp(
 ) -> tuple[Tensor, Tensor]:
     """The tangents of the output and of the LSE, E12; ``tangents`` are those of query, key, value
     and the float mask, in their shapes, None for 0."""
-    options = Options(**options)
+    call = Setting.of(query, **options)
     with torch.no_grad():
-        w = weights(query, key, value, attn_mask, options)
-        a, _ = _tangent_of_scores(w, query, tangents, options)
+        w = weights(query, key, value, attn_mask, call)
+        a, _ = _tangent_of_scores(w, query, tangents, call)
         mu = (w.p * a).sum(-1, keepdim=True)
-        t_out = dropped(w.p * (a - mu), options) @ w.v
+        t_out = dropped(w.p * (a - mu), call) @ w.v
         if tangents[2] is not None:
-            t_out = t_out + dropped(w.p, options) @ w.keys(tangents[2])
+            t_out = t_out + dropped(w.p, call) @ w.keys(tangents[2])
         return t_out.to(query.dtype), mu[..., 0]
 
 
@@ -287,23 +307,23 @@ def attention_double_backward(
     """The derivatives of attention_backward's results in the direction ``tangents``, or, as the
     second derivative is symmetric, the gradients of their product with ``tangents``: E13, E14."""
     t_out, _ = attention_jvp(query, key, value, attn_mask, tangents, **options)
-    options = Options(**options)
+    call = Setting.of(query, **options)
     with torch.no_grad():
-        w = weights(query, key, value, attn_mask, options)
-        a, before = _tangent_of_scores(w, query, tangents, options)
+        w = weights(query, key, value, attn_mask, call)
+        a, before = _tangent_of_scores(w, query, tangents, call)
         do = w.queries(grad_out)
         mu = (w.p * a).sum(-1, keepdim=True)
-        g = dropped(do @ w.v.transpose(-1, -2), options)
+        g = dropped(do @ w.v.transpose(-1, -2), call)
         h = torch.zeros_like(g)
         if tangents[2] is not None:
-            h = dropped(do @ w.keys(tangents[2]).transpose(-1, -2), options)
-        out = dropped(w.p, options) @ w.v
+            h = dropped(do @ w.keys(tangents[2]).transpose(-1, -2), call)
+        out = dropped(w.p, call) @ w.v
         g = g - _delta(w, do, grad_lse, out)
         beta = (do * t_out).sum(-1, keepdim=True)
         ds = w.p * g
         e = w.p * ((a - mu) * g + h - beta)  # E14, W - B
-        slope, scale = 1 - w.capped**2, _scale(query, options)
-        cap = options.softcap or 1.0
+        slope, scale = 1 - w.capped**2, call.options.scale
+        cap = call.options.softcap or 1.0
         ds_before = scale * slope * ds
         e_before = scale * slope * (e - 2 * w.capped / cap * before * ds)
         gq, gk = e_before @ w.k, e_before.transpose(-1, -2) @ w.q
@@ -311,7 +331,7 @@ def attention_double_backward(
             gq = gq + ds_before @ w.keys(tangents[1])
         if tangents[0] is not None:
             gk = gk + ds_before.transpose(-1, -2) @ w.queries(tangents[0])
-        gv = dropped(w.p * (a - mu), options).transpose(-1, -2) @ do
+        gv = dropped(w.p * (a - mu), call).transpose(-1, -2) @ do
         return _gradients(gq, gk, gv, e, query, key, value, attn_mask, needs)
 
 
@@ -319,4 +339,4 @@ def attention_weights(
     query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options
 ) -> Tensor:
     """P of E6, ``[*, Hq, Sq, Sk]``: the softmax before dropout."""
-    return weights(query, key, key, attn_mask, Options(**options)).p.to(query.dtype)
+    return weights(query, key, key, attn_mask, Setting.of(query, **options)).p.to(query.dtype)

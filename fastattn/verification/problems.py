@@ -139,27 +139,29 @@ class _Attention:
     def _found(self, backend: str, parts: frozenset[str]) -> dict[str, Tensor]:
         x = self
         scale = x.query.shape[-1] ** -0.5
-        options = ops.Options(*x.window, x.softcap, x.longest, x.longest)
-        numbers = (x.seed, x.is_causal, scale, x.dropout_p)
-        rest = (x.slopes, x.starts, x.starts, options, backend)
-        inputs = (x.query, x.key, x.value, x.mask)
-        out, lse, *softmax = ops.attention_forward(*inputs, *numbers, *rest)
-        results, found = (out, *softmax), {"out": out, "lse": lse} if "forward" in parts else {}
+        options = ops.Options(
+            x.is_causal, scale, x.dropout_p, *x.window, x.softcap, x.longest, x.longest
+        )
+        inputs = ops.Inputs(x.query, x.key, x.value, x.mask)
+        extras = ops.Extras(x.slopes, x.seed, x.starts, x.starts)
+        cotangents, tangents = ops.Cotangents(x.grad_out, x.grad_lse), ops.Tangents(*x.tangents)
+        out, lse, *softmax = ops.attention_forward(inputs, extras, options, backend)
+        results = ops.Results(out, *softmax)
+        found = {"out": out, "lse": lse} if "forward" in parts else {}
         needs = [True, True, True, x.mask is not None and x.mask.dtype != torch.bool]
         names = ("dq", "dk", "dv", *["dmask"] * needs[3])
         if "backward" in parts:
             grads = ops.attention_backward(
-                x.grad_out, x.grad_lse, *inputs, *results, *numbers, needs, *rest
+                cotangents, inputs, extras, results, options, needs, backend
             )
             found |= zip(names, grads, strict=False)
         if "tangent" in parts:
-            tangents = ops.attention_jvp(*inputs, *x.tangents, *results, *numbers, *rest)
-            found |= zip(("t_out", "t_lse"), tangents, strict=True)
+            moved = ops.attention_jvp(inputs, extras, tangents, results, options, backend)
+            found |= zip(("t_out", "t_lse"), moved, strict=True)
         if "second" in parts:
             t_out, t_lse, *grads = ops.attention_double_backward(
-                x.grad_out, x.grad_lse, *inputs, *x.tangents, *results, *numbers,
-                [True, *needs], *rest,
-            )  # fmt: skip
+                cotangents, inputs, extras, tangents, results, options, [True, *needs], backend
+            )
             found |= {"t_out": t_out, "t_lse": t_lse}
             found |= zip([f"second {name}" for name in names], grads, strict=False)
         return found

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_call import AttentionCall
 
 from fastattn import backends, linear_relu, mlp, reference, scaled_dot_product_attention
 from fastattn.testing import assert_accurate, unit_roundoff
@@ -346,15 +347,11 @@ def test_in_a_cuda_graph():
     q, k, v = (x.detach() for x in inputs(1, 4, 4, 512, 512, 64))
     g = torch.randn_like(q)
 
-    options = (None, None, None, True, 0.125, 0.0, -1, -1, 0.0)  # seed, starts, causal, scale, ...
+    call = AttentionCall(q, k, v, is_causal=True, scale=0.125)
 
     def step():
-        ops = torch.ops.fastattn
-        out, _, *softmax = ops.attention_forward(q, k, v, None, None, *options)
-        needs = [True, True, True, False]
-        results = (out, *softmax, *options, needs)
-        grads = ops.attention_backward(g, None, q, k, v, None, None, *results)
-        return out, *grads[:3]
+        out, *_ = call.forward()
+        return out, *call.backward(g)[:3]
 
     step()
     torch.cuda.synchronize()
@@ -381,16 +378,14 @@ def test_another_device_than_the_current_one():
 
 def test_bad_input_is_refused_before_the_launch():
     q, k, v = (x.detach() for x in inputs(1, 2, 2, 8, 8, 64))
-    call = torch.ops.fastattn.attention_forward
-    rest = (None, None, None, None, None, False)
-    for change, reason in (
-        (((q.float(), k.float(), v.float()), rest, (1.0, 0.0, -1, -1, 0.0)), "dtype"),
-        (((q, k[..., :32], v), rest, (1.0, 0.0, -1, -1, 0.0)), "key: expected"),
-        (((q, k, v), rest, (-1.0, 0.0, -1, -1, 0.0)), "scale"),
-        (((q, k, v), rest, (1.0, 0.5, -1, -1, 0.0)), "dropout"),
-        (((q, k, v), rest, (1.0, 0.0, -1, -1, 3.0)), "softcap"),
+    for call, reason in (
+        (AttentionCall(q.float(), k.float(), v.float()), "dtype"),
+        (AttentionCall(q, k[..., :32], v), "key: expected"),
+        (AttentionCall(q, k, v, scale=-1.0), "scale"),
+        (AttentionCall(q, k, v, dropout_p=0.5), "dropout"),
+        (AttentionCall(q, k, v, softcap=3.0), "softcap"),
     ):
         with pytest.raises(RuntimeError, match=reason):
-            call(*change[0], *change[1], *change[2])
+            call.forward()
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve attention"):
         scaled_dot_product_attention(q, k, v, dropout_p=0.5, backend="cuda")

@@ -150,7 +150,9 @@ def test_compile_a_call_that_repeats_a_tensor():
 @NATIVE
 def test_the_functions_by_themselves():
     q, k, v = inputs()
-    out = fastattn.functional.AttentionFunction.apply(q, k, v, None, None, True, 0.5, 0.0)[0]
+    call = fastattn.ops.Call(fastattn.ops.Options(is_causal=True, scale=0.5))
+    extras = fastattn.ops.Extras()
+    out = fastattn.functional.AttentionFunction.apply(call, q, k, v, None, *extras)[0]
     expected = reference.attention(q, k, v, is_causal=True, scale=0.5)[0]
     w = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     y, _ = fastattn.functional.LinearReLUFunction.apply(out, w, None)

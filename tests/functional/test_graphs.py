@@ -201,21 +201,21 @@ def test_opcheck(requires_grad):
     tensors = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
     tangents = [leaf(torch.randn_like(x)) for x in tensors]
     q, k, v, mask = map(leaf, tensors)
-    slopes, numbers = torch.rand(4, dtype=torch.float64), (True, 0.5, 0.1, 4, -1, 0.7)
+    slopes, numbers = torch.rand(4, dtype=torch.float64), (True, 0.5, 0.1, 4, -1, 0.7, 3, 3)
     namespace, check = torch.ops.fastattn, torch.library.opcheck
 
     def both(mask, tangents, seed, starts, inputs):
-        rest = (seed, *starts, *numbers)
-        arguments = (*inputs, mask, slopes, *rest)
+        given = (*inputs, mask, slopes, seed, *starts)
+        arguments = (*given, *numbers)
         check(namespace.attention_forward.default, arguments)
         out, lse, *softmax = (x.detach() for x in namespace.attention_forward(*arguments))
         needs = [True, True, True, mask is not None]
         cotangents = leaf(out), leaf(lse)
         check(
             namespace.attention_backward.default,
-            (*cotangents, *inputs, mask, slopes, out, *softmax, *rest, needs),
+            (*cotangents, *given, out, *softmax, *numbers, needs),
         )
-        arguments = (*inputs, mask, slopes, *tangents, out, *softmax, *rest)
+        arguments = (*given, *tangents, out, *softmax, *numbers)
         check(namespace.attention_jvp.default, arguments)
         if starts[0] is not None and requires_grad:
             return  # a third derivative reads where the sequences start, which no graph can
@@ -240,10 +240,10 @@ def test_opcheck(requires_grad):
 
 def test_ops_called_directly_are_differentiable():
     leaves = inputs(dtype=torch.float64)
-    numbers = (True, 0.3, 0.0, -1, -1, 0.0)
+    call = (None, *ops.Extras(), *ops.Options(is_causal=True, scale=0.3))
 
     def direct(q, k, v):
-        return torch.ops.fastattn.attention_forward(q, k, v, *[None] * 5, *numbers)[0].sin().sum()
+        return torch.ops.fastattn.attention_forward(q, k, v, *call)[0].sin().sum()
 
     def oracle(q, k, v):
         return reference.attention(q, k, v, is_causal=True, scale=0.3)[0].sin().sum()
@@ -342,6 +342,6 @@ def test_flops_of_fake_packed_sequences():
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         packed = [torch.randn(1, 4, 16, 8) for _ in range(3)]
         starts = torch.tensor([0, 5, 16])
-        numbers = (False, 0.3, 0.0, -1, -1, 0.0)
-        torch.ops.fastattn.attention_forward(*packed, None, None, None, starts, starts, *numbers)
+        call = (None, *ops.Extras(starts_q=starts, starts_k=starts), *ops.Options())
+        torch.ops.fastattn.attention_forward(*packed, *call)
     assert counter.get_total_flops() == 2 * 2 * 4 * 16 * 16 * 8

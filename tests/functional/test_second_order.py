@@ -16,6 +16,7 @@ from torch.autograd.functional import hvp
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import fastattn
+from fastattn import ops
 from fastattn.functional import AttentionFunction
 
 pytestmark = pytest.mark.native
@@ -284,9 +285,11 @@ def test_the_hessian_of_two_blocks_is_the_math_paths():
     torch.testing.assert_close(*hessians, rtol=1e-8, atol=1e-8)
 
 
-def test_a_function_by_itself_keeps_its_defaults():
+def test_a_function_by_itself():
+    call = ops.Call(ops.Options(is_causal=True, scale=0.5))
+
     def function(q):
-        return AttentionFunction.apply(q, K, V, None, None, True, 0.5, 0.0)[0]
+        return AttentionFunction.apply(call, q, K, V, None, *ops.Extras())[0]
 
     assert vmap(function)(Q.expand(3, 2, 4, 3)).shape == (3, 2, 4, 3)
     torch.testing.assert_close(
@@ -328,7 +331,8 @@ def test_sizes_of_zero_of_linear_layers():
 def test_what_there_is_not_is_refused():
     q = Q.clone().requires_grad_()
     slopes = torch.tensor([0.5, 0.25], requires_grad=True)
-    out = AttentionFunction.apply(q, K, V, None, None, False, 0.5, 0.0, slopes)[0]
+    call, extras = ops.Call(ops.Options(scale=0.5)), ops.Extras(slopes)
+    out = AttentionFunction.apply(call, q, K, V, None, *extras)[0]
     with pytest.raises(RuntimeError, match="alibi_slopes: expected no gradient"):
         out.sum().backward()
     x = attention()(q, K, V)
@@ -344,7 +348,8 @@ def test_bad_tangents_raise():
         jvp(lambda s: attention(alibi_slopes=s)(Q, K, V), (slopes,), (slopes,))
 
     def by_the_function(s):
-        return AttentionFunction.apply(Q, K, V, None, None, False, 0.5, 0.0, s)[0]
+        call = ops.Call(ops.Options(scale=0.5))
+        return AttentionFunction.apply(call, Q, K, V, None, *ops.Extras(s))[0]
 
     with pytest.raises(RuntimeError, match="alibi_slopes: expected no tangent"):
         jvp(by_the_function, (slopes,), (slopes,))

@@ -69,6 +69,8 @@ def attention_call(rng: random.Random, op: str) -> dict[str, object]:
         "left": rng.choice((-1, 3)),
         "right": rng.choice((-1, 2)),
         "softcap": rng.choice((0.0, 2.0)),
+        "max_q": 0,
+        "max_k": 0,
     }
     mask = tensors["attn_mask"]
     float_mask = mask is not None and mask.dtype != torch.bool

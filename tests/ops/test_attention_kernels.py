@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from attention_call import AttentionCall
 from torch import Tensor
 
 from fastattn import _extension, ops, reference
@@ -97,14 +98,12 @@ def run_and_check(dtype, shape, mask_kind, options) -> None:
     options = dict(options)
     if options.get("alibi_slopes"):
         options["alibi_slopes"] = torch.rand(batch, heads_q) / 4
-    causal, p = options.get("is_causal", False), options.get("dropout_p", 0.0)
-    seed = torch.tensor([2**40 + 17]) if p else None
-    slopes, window = options.get("alibi_slopes"), options.get("window_size", (-1, -1))
-    extra = (slopes, None, None, ops.Options(*window, options.get("softcap", 0.0)))
-    options |= {"scale": dim**-0.5, "seed": seed}
+    p = options.get("dropout_p", 0.0)
+    options |= {"scale": dim**-0.5, "seed": torch.tensor([2**40 + 17]) if p else None}
     wide = [x.double() if x is not None and x.dtype == dtype else x for x in (q, k, v, mask)]
 
-    out, lse, *softmax = ops.attention_forward(q, k, v, mask, seed, causal, dim**-0.5, p, *extra)
+    call = AttentionCall(q, k, v, mask, **options)
+    out, lse, *_ = call.forward()
     expected_out, expected_lse = reference.attention_forward(*wide, **options)
     # Rounding of the result, and of fp32 sums of S terms of the size of V.
     u, accumulator = unit(dtype), unit(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -116,17 +115,14 @@ def run_and_check(dtype, shape, mask_kind, options) -> None:
     check("lse", lse, expected_lse, 64 * accumulator * (1 + expected_lse.nan_to_num(0, 0, 0).abs()))
 
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    needs = [True, True, True, mask is not None and mask.dtype != torch.bool]
-    grads = ops.attention_backward(
-        grad_out, grad_lse, q, k, v, mask, out, *softmax, seed, causal, dim**-0.5, p, needs, *extra
-    )
+    grads = call.backward(grad_out, grad_lse)
     expected = reference.attention_backward(
         grad_out.double(),
         grad_lse.double(),
         *wide,
         expected_out,
         expected_lse,
-        needs=needs,
+        needs=[True, True, True, call.has_float_mask],
         **options,
     )
     for name, actual, wanted in zip(("dq", "dk", "dv", "dmask"), grads, expected, strict=True):
@@ -175,20 +171,15 @@ def test_packed_sequences(threads, options):
     per_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
     chosen = dict(OPTIONS.get(options, {}))
     slopes = torch.rand(6, 4) / 4 if chosen.pop("alibi_slopes", False) else None
-    p = chosen.pop("dropout_p", 0.0)
-    seed = torch.tensor([99]) if p else None
-    causal = chosen.pop("is_causal", False)
-    window, cap = chosen.get("window_size", (-1, -1)), chosen.get("softcap", 0.0)
-    extra = (slopes, starts_q, starts_k, ops.Options(*window, cap, 130, 300))
+    options = chosen | {"scale": 0.2, "alibi_slopes": slopes}
+    options["seed"] = torch.tensor([99]) if "dropout_p" in chosen else None
+    call = AttentionCall(*per_head, starts=(starts_q, starts_k), max_q=130, max_k=300, **options)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        out, lse, *softmax = ops.attention_forward(*per_head, None, seed, causal, 0.2, p, *extra)
+        out, lse, *_ = call.forward()
         grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-        grads = ops.attention_backward(
-            grad_out, grad_lse, *per_head, None, out, *softmax, seed, causal, 0.2, p,
-            [True] * 3 + [False], *extra,
-        )  # fmt: skip
+        grads = call.backward(grad_out, grad_lse)
     finally:
         torch.set_num_threads(before)
     assert out.transpose(1, 2).is_contiguous()
@@ -198,8 +189,6 @@ def test_packed_sequences(threads, options):
         ours = [x[:, :, part] for x, part in zip(per_head, (rows, keys, keys), strict=True)]
         # Dropout counts batch elements: the oracle's sequence b of six.
         wide = [x.double().expand(6, *x.shape[1:]) for x in ours]
-        options = {"is_causal": causal, "scale": 0.2, "dropout_p": p, "seed": seed, **chosen}
-        options |= {"alibi_slopes": slopes}
         expected, expected_lse = reference.attention_forward(*wide, None, **options)
         check("out", out[0, :, rows], expected[b], 1e-5)
         check("lse", lse[0, :, rows], expected_lse[b], 1e-5)
@@ -218,19 +207,17 @@ def test_packed_sequences(threads, options):
 def test_dropout_is_the_philox_mask_of_the_oracle(dtype):
     q, k, v = (torch.randn(2, 3, 70, 32, dtype=dtype) for _ in range(3))
     seed = torch.tensor([-1234567890123456789])
-    out, _, *softmax = ops.attention_forward(q, k, v, None, seed, True, 0.2, 0.3)
-    wide = [x.double() for x in (q, k, v)]
     options = dict(seed=seed, is_causal=True, scale=0.2, dropout_p=0.3)
+    call = AttentionCall(q, k, v, **options)
+    out, *_ = call.forward()
+    wide = [x.double() for x in (q, k, v)]
     expected, expected_lse = reference.attention_forward(*wide, None, **options)
     tolerance = 8 * unit(dtype) + 64 * unit(torch.float32)
     check("out", out, expected, tolerance * (1 + expected.abs()))
     grad = torch.randn_like(out)
-    needs = [True, True, True, False]
-    grads = ops.attention_backward(
-        grad, None, q, k, v, None, out, *softmax, seed, True, 0.2, 0.3, needs
-    )
+    grads = call.backward(grad)
     wanted = reference.attention_backward(
-        grad.double(), None, *wide, None, expected, expected_lse, needs=needs, **options
+        grad.double(), None, *wide, None, expected, expected_lse, **options
     )
     for name, a, b in zip(("dq", "dk", "dv"), grads, wanted, strict=False):
         check(name, a, b, 4 * tolerance * (1 + b.abs().max()))
@@ -244,28 +231,14 @@ def test_keys_hidden_from_every_query_never_matter(kind, poison):
     hidden[:, :2, :, 30:] = True  # each head hides its own keys
     hidden[:, 2:, :, :7] = True
     mask = ~hidden if kind == "bool" else torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)
-    clean = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0)
+    call = AttentionCall(q, k, v, mask, scale=0.25)
+    clean = call.forward()
     for x in (k, v):
         x[:, :2, 33] = poison
         x[:, 2:, 3] = poison
-    results = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0)
+    results = call.forward()
     torch.testing.assert_close(results, clean)
-    out, _, *softmax = results
-    grads = ops.attention_backward(
-        torch.ones_like(out),
-        None,
-        q,
-        k,
-        v,
-        mask,
-        out,
-        *softmax,
-        None,
-        False,
-        0.25,
-        0.0,
-        [True] * 3 + [False],
-    )
+    grads = call.backward(torch.ones_like(results[0]), needs=[True] * 3 + [False])
     assert all(g.isfinite().all() for g in grads)
     assert not grads[1][:, :2, 30:].any()
     assert not grads[2][:, :2, 30:].any()
@@ -274,7 +247,7 @@ def test_keys_hidden_from_every_query_never_matter(kind, poison):
 def test_a_nan_in_a_used_key_stays():
     q, k, v = (torch.randn(1, 1, 9, 8) for _ in range(3))
     k[0, 0, 4, 2] = math.nan
-    out, lse, *_ = ops.attention_forward(q, k, v, None, None, True, 0.3, 0.0)
+    out, lse, *_ = AttentionCall(q, k, v, is_causal=True, scale=0.3).forward()
     assert out[0, 0, 4:].isnan().all()
     assert lse[0, 0, 4:].isnan().all()
 
@@ -286,7 +259,7 @@ def test_a_mask_of_the_lowest_number_weighs_all_keys_alike(dtype):
     mask = torch.zeros(1, 1, 30, 30, dtype=dtype)
     mask[..., 20:] = torch.finfo(dtype).min
     mask[..., 7, :] = torch.finfo(dtype).min
-    out, lse, *_ = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0)
+    out, lse, *_ = AttentionCall(q, k, v, mask, scale=0.25).forward()
     torch.testing.assert_close(out[..., 7, :], v.mean(-2))
     assert lse[0, 0, 7] == torch.tensor(torch.finfo(dtype).min, dtype=lse.dtype)
     expected = reference.attention_forward(q, k, v, mask, scale=0.25)[0]
@@ -299,14 +272,13 @@ def test_an_empty_row_with_nan_harms_nobody():
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool)
     mask[:, :, 5] = False
     q[:, :, 5] = math.nan
-    out, lse, *softmax = ops.attention_forward(q, k, v, mask, None, False, 0.3, 0.0)
+    call = AttentionCall(q, k, v, mask, scale=0.3)
+    out, lse, *_ = call.forward()
     assert not out[0, 0, 5].any()
     assert lse[0, 0, 5] == -math.inf
     grad = torch.randn_like(out)
     grad[:, :, 5] = math.inf
-    grads = ops.attention_backward(
-        grad, None, q, k, v, mask, out, *softmax, None, False, 0.3, 0.0, [True] * 3 + [False]
-    )
+    grads = call.backward(grad)
     assert all(g.isfinite().all() for g in grads)
     assert not grads[0][0, 0, 5].any()
 
@@ -320,13 +292,12 @@ def test_sizes_of_zero(shape):
     q = torch.randn(shape)
     k = v = torch.randn(shape) if shape[0] != 1 else torch.randn(1, 1, 0, 4)
     mask = torch.zeros([1] * 4)
-    out, lse, *softmax = ops.attention_forward(q, k, v, mask, None, False, 0.5, 0.0)
+    call = AttentionCall(q, k, v, mask, scale=0.5)
+    out, lse, *_ = call.forward()
     assert out.shape == q.shape
     assert not out.any()
     assert (lse == -math.inf).all()
-    grads = ops.attention_backward(
-        out, None, q, k, v, mask, out, *softmax, None, False, 0.5, 0.0, [True] * 4
-    )
+    grads = call.backward(out)
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape, mask.shape]
     assert not any(g.any() for g in grads)
 
@@ -344,7 +315,7 @@ def test_few_queries_split_their_keys_over_the_threads(threads, mask_kind):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        runs = [ops.attention_forward(q, k, v, mask, None, False, 0.2, 0.0) for _ in range(2)]
+        runs = [AttentionCall(q, k, v, mask, scale=0.2).forward() for _ in range(2)]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -363,11 +334,9 @@ def test_the_same_call_is_bitwise_equal(threads):
         mask = torch.randn(1, 1, 1, 700)
         runs = []
         for _ in range(3):
-            out, lse, *softmax = ops.attention_forward(q, k, v, mask, None, True, 0.2, 0.0)
-            grads = ops.attention_backward(
-                out, lse, q, k, v, mask, out, *softmax, None, True, 0.2, 0.0, [True] * 4
-            )
-            runs.append((out, lse, *softmax, *grads))
+            call = AttentionCall(q, k, v, mask, is_causal=True, scale=0.2)
+            results = call.forward()
+            runs.append((*results, *call.backward(*results[:2])))
         for run in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
     finally:
@@ -377,12 +346,11 @@ def test_the_same_call_is_bitwise_equal(threads):
 def test_more_than_one_batch_dimension_and_a_negative_scale():
     q, k, v = (torch.randn(2, 1, 3, 2, 20, 8) for _ in range(3))
     mask = torch.randn(1, 1, 3, 1, 20, 1)
-    out, lse, *softmax = ops.attention_forward(q, k, v, mask, None, False, -0.7, 0.0)
+    call = AttentionCall(q, k, v, mask, scale=-0.7)
+    out, lse, *_ = call.forward()
     expected = reference.attention_forward(*(x.double() for x in (q, k, v, mask)), scale=-0.7)
     torch.testing.assert_close((out.double(), lse.double()), expected, atol=1e-5, rtol=1e-5)
-    grads = ops.attention_backward(
-        out, None, q, k, v, mask, out, *softmax, None, False, -0.7, 0.0, [True] * 4
-    )
+    grads = call.backward(out)
     wanted = reference.attention_backward(
         out.double(), None, *(x.double() for x in (q, k, v, mask)), *expected, scale=-0.7
     )
@@ -391,7 +359,7 @@ def test_more_than_one_batch_dimension_and_a_negative_scale():
 
 
 INDICES = torch.tensor([0, 5])
-NO_EXTRAS = dict(slopes=None, starts_q=None, starts_k=None, left=-1, right=-1, softcap=0.0)
+NO_EXTRAS = ops.Extras()._asdict()
 
 
 def packed(starts_q: list[int], starts_k: list[int]) -> dict[str, Tensor]:
@@ -436,11 +404,8 @@ def test_a_direct_call_with_bad_metadata_raises(argument, change):
         key=torch.randn(1, 2, 5, 8),
         value=torch.randn(1, 2, 5, 8),
         attn_mask=None,
-        seed=None,
-        is_causal=False,
-        scale=1.0,
-        dropout_p=0.0,
         **NO_EXTRAS,
+        **ops.Options()._asdict(),
     )
     with pytest.raises(RuntimeError, match=f"{argument}: expected .*, got"):
         torch.ops.fastattn.attention_forward(**change(good))
@@ -471,37 +436,28 @@ def test_a_direct_backward_call_with_bad_metadata_raises(argument, value):
         out=q,
         row_max=torch.zeros(1, 2, 5),
         log_sum=torch.zeros(1, 2, 5),
-        seed=None,
-        is_causal=False,
-        scale=1.0,
-        dropout_p=0.0,
         needs=[True, True, True, False],
         **NO_EXTRAS,
+        **ops.Options()._asdict(),
     )
     named = "attn_mask" if argument == "needs" else argument
     with pytest.raises(RuntimeError, match=f"{named}: expected .*, got"):
         torch.ops.fastattn.attention_backward(**(good | {argument: value}))
 
 
-@pytest.mark.parametrize("options", [{"is_causal": True}, {"left": 1, "right": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"window_size": (1, 2)}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_keys_that_no_query_sees_may_be_nan(dtype, options):
     """The first unseen key is an odd one and shares a word with a seen one where bf16 goes in
     pairs; more rows than a decoding step has."""
     q, k, v = (torch.randn(1, 2, n, 16, dtype=dtype) for n in (15, 40, 40))
-    causal = options.get("is_causal", False)
-    window = ops.Options(options.get("left", -1), options.get("right", -1), 0.0)
-    seen = 15 if causal else 17
+    seen = 15 if "is_causal" in options else 17
+    call = AttentionCall(q, k, v, scale=0.25, **options)
     results = []
     for poison in (0.0, math.nan):
         k[:, :, seen:], v[:, :, seen:] = poison, poison
-        out, lse, *softmax = ops.attention_forward(
-            q, k, v, None, None, causal, 0.25, 0.0, None, None, None, window
-        )
-        results.append([out, lse, *softmax, *ops.attention_backward(
-            torch.ones_like(out), None, q, k, v, None, out, *softmax, None, causal, 0.25, 0.0,
-            [True, True, True, False], None, None, None, window,
-        )])  # fmt: skip
+        found = call.forward()
+        results.append([*found, *call.backward(torch.ones_like(found[0]))])
     for clean, poisoned in zip(*results, strict=True):
         assert clean.isfinite().all()
         assert torch.equal(clean, poisoned)

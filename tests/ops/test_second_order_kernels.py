@@ -6,15 +6,18 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from attention_call import AttentionCall
 from torch import Tensor
 
 from fastattn import ops, reference
 from fastattn.testing import assert_close, unit_roundoff
 
 pytestmark = pytest.mark.native
+TESTS = str(Path(__file__).resolve().parents[1])
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # batch, heads_q, heads_k, seq_q, seq_k, head_dim, head_dim_v
@@ -98,27 +101,16 @@ class Case:
         seeds = torch.tensor([2**40 + 17, 5])[: batch % 2 + 1 if batch == 1 else 2]
         self.seed = seeds[:batch] if options["dropout_p"] else None
         self.options = options | {"seed": self.seed}
-        window, softcap = options.get("window_size", (-1, -1)), options.get("softcap", 0.0)
-        self.numbers = (self.seed, options["is_causal"], options["scale"], options["dropout_p"])
-        self.rest = (options.get("alibi_slopes"), None, None, ops.Options(*window, softcap))
         self.inputs = (self.q, self.k, self.v, self.mask)
-        self.forward()
-
-    def forward(self) -> None:
-        out, _, *softmax = ops.attention_forward(*self.inputs, *self.numbers, *self.rest)
-        self.results = (out, *softmax)
+        self.call = AttentionCall(*self.inputs, **self.options)
+        self.call.forward()
 
     def jvp(self) -> tuple[Tensor, ...]:
-        return ops.attention_jvp(
-            *self.inputs, *self.tangents, *self.results, *self.numbers, *self.rest
-        )
+        return self.call.jvp(self.tangents)
 
     def double_backward(self, needs=(True,) * 5) -> tuple[Tensor, ...]:
         needs = [*needs[:4], needs[4] and self.has_float]
-        return ops.attention_double_backward(
-            self.grad_out, self.grad_lse, *self.inputs, *self.tangents, *self.results,
-            *self.numbers, needs, *self.rest,
-        )  # fmt: skip
+        return self.call.double_backward(self.grad_out, self.grad_lse, self.tangents, needs)
 
     def expected(self) -> tuple[Tensor | None, ...]:
         def wide(x):
@@ -227,10 +219,9 @@ def test_the_same_call_is_bitwise_equal(heads, threads):
 def test_packed_sequences_are_the_sequences_one_by_one(dtype, options):
     starts_q, starts_k = torch.tensor([0, 70, 70, 200]), torch.tensor([0, 30, 100, 333])
     case = Case(dtype, (1, 4, 2, 200, 333, 16, 8), **OPTIONS[options])
-    slopes, *_, extras = case.rest
-    case.rest = (slopes, starts_q, starts_k, extras)
-    case.numbers = (case.seed if case.seed is None else case.seed[:1], *case.numbers[1:])
-    case.forward()
+    slopes, seed = case.options.get("alibi_slopes"), None if case.seed is None else case.seed[:1]
+    case.call.extras = ops.Extras(slopes, seed, starts_q, starts_k)
+    case.call.forward()
     results = (*case.jvp(), *case.double_backward())
     for b, (i, j) in enumerate(zip(starts_q.tolist(), starts_q.tolist()[1:], strict=False)):
         m, n = starts_k[b : b + 2].tolist()
@@ -246,7 +237,7 @@ def test_packed_sequences_are_the_sequences_one_by_one(dtype, options):
         t_query, t_key, t_value, _ = case.tangents
         part.tangents = [t_query[rows], t_key[keys], t_value[keys], None]
         part.grad_out, part.grad_lse = case.grad_out[rows], case.grad_lse[rows]
-        part.options |= {"alibi_slopes": slopes, "seed": case.numbers[0], "first_batch": b}
+        part.options |= {"alibi_slopes": slopes, "seed": seed, "first_batch": b}
         expected = part.expected()
         roundings = 16 + math.sqrt(n - m + j - i)
         for name, actual, oracle in zip(NAMES[:2] + NAMES, results, expected[:2] + expected,
@@ -260,22 +251,24 @@ def test_packed_sequences_are_the_sequences_one_by_one(dtype, options):
 @pytest.mark.parametrize(
     "argument, change",
     [
-        ("t_query", lambda a: a.__setitem__(4, a[4][:, :, :2])),
-        ("t_key", lambda a: a.__setitem__(5, a[5].double())),
-        ("t_value", lambda a: a.__setitem__(6, a[6][..., :1])),
-        ("t_mask", lambda a: a.__setitem__(7, a[3])),
-        ("out", lambda a: a.__setitem__(8, a[8][:1])),
-        ("row_max", lambda a: a.__setitem__(9, a[9].double())),
-        ("log_sum", lambda a: a.__setitem__(10, a[10][..., :1])),
-        ("seed", lambda a: (a.__setitem__(11, torch.arange(3)), a.__setitem__(14, 0.5))),
+        ("t_query", lambda a: {"t_query": a["t_query"][:, :, :2]}),
+        ("t_key", lambda a: {"t_key": a["t_key"].double()}),
+        ("t_value", lambda a: {"t_value": a["t_value"][..., :1]}),
+        ("t_mask", lambda a: {"t_mask": a["attn_mask"]}),
+        ("out", lambda a: {"out": a["out"][:1]}),
+        ("row_max", lambda a: {"row_max": a["row_max"].double()}),
+        ("log_sum", lambda a: {"log_sum": a["log_sum"][..., :1]}),
+        ("seed", lambda a: {"seed": torch.arange(3), "dropout_p": 0.5}),
     ],
 )
 def test_a_direct_call_with_bad_metadata_raises(argument, change):
     case = Case(torch.float32, SMALL, "bool")
-    arguments = [*case.inputs, *case.tangents, *case.results, *case.numbers, *case.rest]
-    change(arguments)
+    call = case.call
+    tangents = dict(zip(("t_query", "t_key", "t_value", "t_mask"), case.tangents, strict=True))
+    groups = (call.inputs, call.extras, call.results, call.options)
+    good = tangents | {name: x for group in groups for name, x in group._asdict().items()}
     with pytest.raises(RuntimeError, match=f"attention_jvp: {argument}: expected"):
-        ops.attention_jvp(*arguments)
+        torch.ops.fastattn.attention_jvp(**(good | change(good)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
@@ -284,8 +277,9 @@ def test_nothing_is_read_beyond_the_mask(window):
     """Odd numbers of keys, rows whose window begins behind them, and a page that must not be
     touched."""
     program = f"""
-import ctypes, mmap, torch
-from fastattn import ops
+import ctypes, mmap, sys, torch
+sys.path.insert(0, {TESTS!r})
+from attention_call import AttentionCall
 page = mmap.PAGESIZE
 pages = mmap.mmap(-1, 2 * page)
 address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
@@ -295,13 +289,11 @@ mask = torch.frombuffer(pages, dtype=torch.uint8, count=rows * keys, offset=page
 mask = mask.fill_(1).view(torch.bool).view(1, 1, rows, keys)
 for dtype in (torch.bfloat16, torch.float32):
     q, k = (torch.randn(1, 1, n, 8).to(dtype) for n in (rows, keys))
-    rest = (None, None, None, ops.Options(*{window}))
-    numbers = (None, False, 0.3, 0.0)
-    out, _, *softmax = ops.attention_forward(q, k, k, mask, *numbers, *rest)
-    needs, tangents = [True] * 4 + [False], (q, k, k, None, out, *softmax)
-    ops.attention_backward(out, None, q, k, k, mask, out, *softmax, *numbers, needs[1:], *rest)
-    ops.attention_jvp(q, k, k, mask, *tangents, *numbers, *rest)
-    ops.attention_double_backward(out, None, q, k, k, mask, *tangents, *numbers, needs, *rest)
+    call = AttentionCall(q, k, k, mask, scale=0.3, window_size={window})
+    out, *_ = call.forward()
+    call.backward(out)
+    call.jvp((q, k, k, None))
+    call.double_backward(out, None, (q, k, k, None))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:] or f"signal {-run.returncode}"

@@ -85,27 +85,27 @@ def _beside_first_order(layer: Attention) -> Iterator[Case]:
     causal, scale = layer.kind == "causal", layer.dim**-0.5
 
     def build(direction: str) -> dict[str, Run]:
-        q, k, v = layer.inputs()
-        tangents, cotangent = layer.inputs(), layer.inputs()[0]
-        numbers = (None, causal, scale, 0.0)
-        out, _, *softmax = ops.attention_forward(q, k, v, None, *numbers)
-        results = (out, *softmax, *numbers)
+        inputs, tangents = ops.Inputs(*layer.inputs()), ops.Tangents(*layer.inputs())
+        cotangents, extras = ops.Cotangents(layer.inputs()[0]), ops.Extras()
+        options = ops.Options(causal, scale)
+        out, _, *softmax = ops.attention_forward(inputs, extras, options)
+        results = ops.Results(out, *softmax)
 
         def kernel(op: Callable[..., Sequence[Tensor]], *args: object) -> Run:
             return torch.no_grad()(lambda: op(*args))
 
         if direction == "jvp":
             return {
-                OURS: kernel(ops.attention_jvp, q, k, v, None, *tangents, None, *results),
-                "our forward": kernel(ops.attention_forward, q, k, v, None, *numbers),
+                OURS: kernel(ops.attention_jvp, inputs, extras, tangents, results, options),
+                "our forward": kernel(ops.attention_forward, inputs, extras, options),
             }
         return {
             OURS: kernel(
-                ops.attention_double_backward, cotangent, None, q, k, v, None, *tangents, None,
-                *results, [True] * 4 + [False],
+                ops.attention_double_backward, cotangents, inputs, extras, tangents, results,
+                options, [True] * 4 + [False],
             ),
             "our backward": kernel(
-                ops.attention_backward, cotangent, None, q, k, v, None, *results,
+                ops.attention_backward, cotangents, inputs, extras, results, options,
                 [True] * 3 + [False],
             ),
         }  # fmt: skip

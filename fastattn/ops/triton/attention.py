@@ -1,16 +1,15 @@
 """Attention by the Triton kernels: from tensors to launches.
 
-The functions take what ``fastattn.ops.attention`` takes. Leading batch dimensions become one;
-``starts_q`` and ``starts_k`` mark packed sequences, whose tensors are ``[1, H, tokens, D]``.
+The functions take what the ops of ``fastattn.ops.schemas`` take. Leading batch dimensions become
+one; ``starts_q`` and ``starts_k`` mark packed sequences, whose tensors are ``[1, H, tokens, D]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from fastattn._call import Cotangents, Extras, Inputs, Options, Results, split
 from fastattn.ops.triton.attention_backward_keys import attention_backward_keys_kernel
 from fastattn.ops.triton.attention_backward_queries import attention_backward_queries_kernel
 from fastattn.ops.triton.attention_forward import attention_forward_kernel
@@ -31,30 +30,12 @@ from fastattn.ops.triton.problem import (
 )
 
 
-def attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    slopes: Tensor | None,
-    seed: Tensor | None,
-    starts_q: Tensor | None,
-    starts_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    left: int,
-    right: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_forward(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out ``[*, Hq, Sq, Dv]``, LSE ``[*, Hq, Sq]`` and its parts, row_max and log_sum."""
-    p = make_problem(
-        query, key, value, attn_mask, slopes, seed, starts_q, starts_k, max_q, max_k, is_causal,
-        scale, dropout_p, left, right, softcap,
-    )  # fmt: skip
-    out = like_rows(p.q, value.shape[-1], starts_q is not None)
+    inputs, extras, options = split(args, Inputs, Extras, Options)
+    p = make_problem(inputs, extras, options)
+    query, value = inputs.query, inputs.value
+    out = like_rows(p.q, value.shape[-1], p.starts_q is not None)
     rows = [torch.empty(p.q.shape[:3], dtype=p.dtype, device=query.device) for _ in range(3)]
     tile = p.tile("forward", p.k, p.v)
     k, v = p.walked(tile, tile.block_k, p.k, p.v)
@@ -89,43 +70,21 @@ def attention_forward(
     return out, *(x.view(query.shape[:-1]) for x in rows)
 
 
-def attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    slopes: Tensor | None,
-    out: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    seed: Tensor | None,
-    starts_q: Tensor | None,
-    starts_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    left: int,
-    right: int,
-    softcap: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_backward(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and the float mask; one that is not needed is empty."""
-    p = make_problem(
-        query, key, value, attn_mask, slopes, seed, starts_q, starts_k, max_q, max_k, is_causal,
-        scale, dropout_p, left, right, softcap,
-    )  # fmt: skip
-    check_results(p, query, value, out, row_max, log_sum)
-    check_cotangents(grad_out, grad_lse, attn_mask, out, row_max, needs[3])
+    cotangents, inputs, extras, results, options, needs = split(
+        args, Cotangents, Inputs, Extras, Results, Options
+    )
+    query, key, value, attn_mask = inputs
+    p = make_problem(inputs, extras, options)
+    check_results(p, inputs, results)
+    check_cotangents(cotangents, attn_mask, results, needs[3])
 
-    varlen = starts_q is not None
-    do = four_dims(grad_out)
-    softmax = [x.reshape(p.q.shape[:3]).contiguous() for x in (row_max, log_sum)]
+    varlen = p.starts_q is not None
+    do = four_dims(cotangents.out)
+    softmax = [x.reshape(p.q.shape[:3]).contiguous() for x in (results.row_max, results.log_sum)]
     p.widen(do)
-    rows = make_rows(p, do, four_dims(out), softmax, grad_lse)
+    rows = make_rows(p, do, four_dims(results.out), softmax, cotangents.lse)
     grads = [query.new_empty((0,)) for _ in range(4)]  # none may be another
     strides = (*map(row_strides, (p.q, p.k, p.v, do)), rows.stride()[:2])
     if needs[0]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn._call import Cotangents, Inputs, Results
 from fastattn.ops.triton import config, flags
 from fastattn.ops.triton.attention_backward import (
     attention_delta_kernel,
@@ -26,26 +27,21 @@ _MAP_TILE = 1024  # entries of the mask's map that one step turns into lists
 _MAP_FLAGS = FLAG["MASKED"] | FLAG["WINDOWED"] | FLAG["WIDE"]
 
 
-def check_results(
-    p: Problem, query: Tensor, value: Tensor, out: Tensor, row_max: Tensor, log_sum: Tensor
-) -> None:
-    """out, row_max and log_sum are the forward's."""
-    good = out.shape == (*query.shape[:-1], value.shape[-1])
+def check_results(p: Problem, inputs: Inputs, results: Results) -> None:
+    """They are the forward's."""
+    rows, out = inputs.query.shape[:-1], results.out
+    good = out.shape == (*rows, inputs.value.shape[-1])
     require(good, "out", "the forward's output", tuple(out.shape))
-    for name, x in (("row_max", row_max), ("log_sum", log_sum)):
-        good = x.shape == query.shape[:-1] and x.dtype == p.dtype
-        require(good, name, f"{p.dtype} {tuple(query.shape[:-1])}", (x.dtype, tuple(x.shape)))
+    for name, x in (("row_max", results.row_max), ("log_sum", results.log_sum)):
+        good = x.shape == rows and x.dtype == p.dtype
+        require(good, name, f"{p.dtype} {tuple(rows)}", (x.dtype, tuple(x.shape)))
 
 
 def check_cotangents(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    attn_mask: Tensor | None,
-    out: Tensor,
-    row_max: Tensor,
-    needs_mask: bool,
+    cotangents: Cotangents, attn_mask: Tensor | None, results: Results, needs_mask: bool
 ) -> None:
     """What a gradient comes from is shaped like out and the LSE; only a float mask has one."""
+    (grad_out, grad_lse), (out, row_max, _) = cotangents, results
     require(grad_out.shape == out.shape, "grad_out", f"{tuple(out.shape)}", tuple(grad_out.shape))
     if grad_lse is not None:
         good = grad_lse.shape == row_max.shape
@@ -126,7 +122,7 @@ def _add_product(
     )
 
 
-class Tangents(NamedTuple):
+class Tangents4(NamedTuple):
     """The tangents in 4 dimensions; the problem's FLAGS say which there are."""
 
     q: Tensor | None = None
@@ -141,7 +137,7 @@ def mask_gradient(
     rows: Tensor,
     attn_mask: Tensor,
     batch: torch.Size,
-    tangents: Tangents | None = None,
+    tangents: Tangents4 | None = None,
 ) -> Tensor:
     """E11 from the rows' softmax and Δ; beside tangents E14, from μ and β too. What is small is
     kept for every batch element and head, and added up by torch: more programs, and the same order
@@ -150,7 +146,7 @@ def mask_gradient(
         return torch.zeros_like(attn_mask)
     kernel = "mask_gradient" if tangents is None else "second_mask"
     tile = p.tile(kernel)
-    t = tangents or Tangents()
+    t = tangents or Tangents4()
     options = p.common(kernel, tile)
     if tangents is not None:
         options["FLAGS"] |= FLAG["SECOND_ORDER"]

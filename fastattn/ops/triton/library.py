@@ -1,4 +1,4 @@
-"""The Triton kernels as torch ops, ``torch.ops.fastattn_triton``, with their fakes."""
+"""The Triton kernels behind ``torch.ops.fastattn_triton``."""
 
 from __future__ import annotations
 
@@ -7,39 +7,9 @@ from collections.abc import Callable
 
 import torch
 
+from fastattn.ops import schemas
 from fastattn.ops.triton import interpreting
 
-_library = torch.library.Library("fastattn_triton", "DEF")
-
-_ATTENTION = (
-    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? slopes, {}Tensor? seed, "
-    "Tensor? starts_q, Tensor? starts_k, SymInt max_q, SymInt max_k, bool is_causal, float scale, "
-    "float dropout_p, SymInt left, SymInt right, float softcap"
-)
-_RESULTS = "Tensor out, Tensor row_max, Tensor log_sum, "
-_TANGENTS = "Tensor? t_query, Tensor? t_key, Tensor? t_value, Tensor? t_mask, "
-_SCHEMAS = {
-    "attention_forward": f"({_ATTENTION.format('')}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "attention_backward": (
-        f"(Tensor grad_out, Tensor? grad_lse, {_ATTENTION.format(_RESULTS)}, "
-        "bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-    "attention_jvp": f"({_ATTENTION.format(_TANGENTS + _RESULTS)}) -> (Tensor, Tensor)",
-    "attention_double_backward": (
-        "(Tensor grad_out, Tensor? grad_lse, "
-        f"{_ATTENTION.format(_TANGENTS + _RESULTS)}, bool[5] needs) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-    "linear_relu_forward": "(Tensor input, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
-    "linear_relu_backward": (
-        "(Tensor grad_out, Tensor input, Tensor weight, Tensor mask, bool[3] needs) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
-    "linear_relu_jvp": (
-        "(Tensor input, Tensor weight, Tensor mask, Tensor? t_input, Tensor? t_weight, "
-        "Tensor? t_bias) -> Tensor"
-    ),
-}
 _MODULES = {
     "attention_forward": "attention",
     "attention_backward": "attention",
@@ -57,9 +27,12 @@ def _late(module: str, name: str) -> Callable:
     return call
 
 
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema)
-    _module = _MODULES.get(_name, "linear_relu")
-    _library.impl(_name, _late(_module, _name), "CUDA")
-    if interpreting():
-        _library.impl(_name, _late(_module, _name), "CPU")
+def register() -> torch.library.Library:
+    """The kernels end with the library that is returned."""
+    library = torch.library.Library("fastattn_triton", "IMPL")
+    for name in schemas.SHARED:
+        kernel = _late(_MODULES.get(name, "linear_relu"), name)
+        library.impl(name, kernel, "CUDA")
+        if interpreting():
+            library.impl(name, kernel, "CPU")
+    return library

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastattn._call import Extras, Inputs, Options
 from fastattn.ops.triton import MAX_HEAD_DIM, capability, config, flags, interpreting
 from fastattn.ops.triton.launch import next_power_of_2
 
@@ -28,8 +29,11 @@ def require(good: bool, argument: str, expected: str, got: object) -> None:
         raise RuntimeError(f"{argument}: expected {expected}, got {got}")
 
 
-def _check(query, key, value, attn_mask, slopes, seed, starts_q, starts_k, scale, p) -> None:
+def _check(inputs: Inputs, extras: Extras, options: Options) -> None:
     """What a direct call of the op must satisfy; the user's functions have checked more."""
+    query, key, value, attn_mask = inputs
+    slopes, seed, starts_q, starts_k = extras
+    scale, p = options.scale, options.dropout_p
     require(query.dim() >= 3, "query", "[*, heads, seq, dim]", tuple(query.shape))
     batch = query.shape[:-3]
     for name, x in (("key", key), ("value", value)):
@@ -261,29 +265,36 @@ def mask_4d(mask: Tensor, batch: torch.Size) -> Tensor:
     return mask.expand(*batch, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
 
 
-def make_problem(
-    query, key, value, attn_mask, slopes, seed, starts_q, starts_k, max_q, max_k, is_causal, scale,
-    dropout_p, left, right, softcap,
-) -> Problem:  # fmt: skip
-    _check(query, key, value, attn_mask, slopes, seed, starts_q, starts_k, scale, dropout_p)
-    q, k, v = four_dims(query), four_dims(key), four_dims(value)
-    mask = attn_mask
+def make_problem(inputs: Inputs, extras: Extras, options: Options) -> Problem:
+    _check(inputs, extras, options)
+    q, k, v = map(four_dims, inputs[:3])
+    mask = inputs.attn_mask
     if mask is not None:
-        mask = mask_4d(mask, query.shape[:-3])
+        mask = mask_4d(mask, inputs.query.shape[:-3])
+    slopes, seed, starts_q, starts_k = extras
     if slopes is not None and slopes.dim() == 2:
         batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
         good = (slopes.shape[0] > 0 and batch % slopes.shape[0] == 0) or batch == 0
         require(good, "alibi_slopes", f"rows that divide the batch of {batch}", tuple(slopes.shape))
         # Each row serves as many batch elements that follow each other.
         slopes = slopes.repeat_interleave(batch // max(1, slopes.shape[0]), 0)
-    if is_causal:
-        right = 0
     return Problem(
-        q, k, v, mask, slopes, seed, starts_q, starts_k,
-        q.shape[2] if starts_q is None else max_q,
-        k.shape[2] if starts_k is None else max_k,
-        left, right, scale, softcap, dropout_p,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        mask,
+        slopes,
+        seed,
+        starts_q,
+        starts_k,
+        seq_q=q.shape[2] if starts_q is None else options.max_q,
+        seq_k=k.shape[2] if starts_k is None else options.max_k,
+        left=options.left,
+        right=0 if options.is_causal else options.right,
+        scale=options.scale,
+        softcap=options.softcap,
+        dropout_p=options.dropout_p,
+    )
 
 
 def like_rows(x: Tensor, head_dim: int, varlen: bool) -> Tensor:

@@ -56,6 +56,7 @@ def _compile(architecture: int, dtype: torch.dtype, head_dim: int, mask: str, or
     """The kernels of one test; returns how many."""
     from triton.runtime import driver
 
+    from fastattn import ops
     from fastattn.ops.triton import attention, attention_second_order
 
     fake, count = Driver(), 0
@@ -75,14 +76,15 @@ def _compile(architecture: int, dtype: torch.dtype, head_dim: int, mask: str, or
         "float": torch.empty(1, 4, 1000, 1111, dtype=dtype),
     }.get(mask)
     bias = attn_mask if mask == "float" else None
-    more = (None, None, None, 0, 0, mask == "causal", 0.1, 0.0, -1, -1, 0.0)
+    more = ops.Options(mask == "causal", 0.1)
+    given = (q, k, k, attn_mask, *ops.Extras())
     needs = [True] * (order + 2) + [bias is not None]
     if order == 1:
-        attention.attention_forward(q, k, k, attn_mask, None, *more)
-        attention.attention_backward(q, None, q, k, k, attn_mask, None, q, lse, lse, *more, needs)
+        attention.attention_forward(*given, *more)
+        attention.attention_backward(q, None, *given, q, lse, lse, *more, needs)
     else:
         attention_second_order.attention_double_backward(
-            q, None, q, k, k, attn_mask, None, q, k, k, bias, q, lse, lse, *more, needs
+            q, None, *given, q, k, k, bias, q, lse, lse, *more, needs
         )
     return count
 

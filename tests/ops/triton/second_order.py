@@ -9,7 +9,7 @@ import torch
 from test_triton_attention import make_mask
 from torch import Tensor
 
-from fastattn import reference
+from fastattn import ops, reference
 
 NAMES = ("query", "key", "value", "mask")
 ALL = (True, True, True, True)
@@ -41,16 +41,18 @@ class Case:
         ]
 
     @property
-    def scalars(self) -> tuple:
-        o = self.options
-        window = o.get("window_size", (-1, -1))
-        p, softcap = o.get("dropout_p", 0.0), o.get("softcap", 0.0)
-        return (o.get("is_causal", False), o["scale"], p, *window, softcap)
+    def numbers(self) -> ops.Options:
+        given = {k: x for k, x in self.options.items() if k in ops.Options._fields}
+        left, right = self.options.get("window_size", (-1, -1))
+        return ops.Options(left=left, right=right)._replace(**given)
+
+    @property
+    def extras(self) -> ops.Extras:
+        return ops.Extras(self.options.get("alibi_slopes"), self.seed)
 
     def op(self, name: str, *before, between=(), after=()) -> tuple[Tensor, ...]:
-        slopes, packed = self.options.get("alibi_slopes"), (None, None, 0, 0)
         return getattr(torch.ops.fastattn_triton, name)(
-            *before, *self.inputs, slopes, *between, self.seed, *packed, *self.scalars, *after
+            *before, *self.inputs, *self.extras, *between, *self.numbers, *after
         )
 
     def oracle(self, *inputs) -> tuple[Tensor, Tensor]:

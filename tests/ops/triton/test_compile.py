@@ -16,6 +16,7 @@ import pytest
 import torch
 from compile_only import Driver, redirect
 
+from fastattn import ops
 from fastattn.ops import triton
 from fastattn.ops.triton import config
 
@@ -80,21 +81,18 @@ def attend(dtype, head_dim, mask=None, order=1, **options) -> None:
     seed, slopes = torch.zeros(1, dtype=torch.int64), options.pop("slopes", None)
     p, causal = options.pop("dropout_p", 0.0), options.pop("is_causal", False)
     window, softcap = options.pop("window", (-1, -1)), options.pop("softcap", 0.0)
-    packed = (None, None, 0, 0)
-    more = (causal, 0.1, p, *window, softcap)
+    more = ops.Options(causal, 0.1, p, *window, softcap)
+    given = (q, k, k, mask, *ops.Extras(slopes, seed))
     bias = None if mask is None or mask.dtype == torch.bool else mask
     needs = [True] * (order + 2) + [bias is not None]
     if order == 2:
         out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=_wide(dtype))
         attention_second_order.attention_double_backward(
-            out, lse, q, k, k, mask, slopes, q, k, k, bias, out, lse, lse, seed, *packed, *more,
-            needs,
-        )  # fmt: skip
+            out, lse, *given, q, k, k, bias, out, lse, lse, *more, needs
+        )
         return
-    out, lse, *softmax = attention.attention_forward(q, k, k, mask, slopes, seed, *packed, *more)
-    attention.attention_backward(
-        out, lse, q, k, k, mask, slopes, out, *softmax, seed, *packed, *more, needs
-    )
+    out, lse, *softmax = attention.attention_forward(*given, *more)
+    attention.attention_backward(out, lse, *given, out, *softmax, *more, needs)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

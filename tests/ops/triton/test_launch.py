@@ -10,6 +10,7 @@ import pytest
 import torch
 from compile_only import redirect
 
+from fastattn import ops
 from fastattn.ops import triton
 
 pytestmark = pytest.mark.skipif(
@@ -58,16 +59,15 @@ def attend(mask: torch.Tensor | None = None, **tangents: torch.Tensor) -> None:
     from fastattn.ops.triton import attention, attention_second_order
 
     q, lse = torch.empty(2, 4, 256, 128, dtype=torch.bfloat16), torch.empty(2, 4, 256)
-    more = (None, None, None, 0, 0, True, 0.1, 0.0, -1, -1, 0.0)
+    more, given = ops.Options(True, 0.1), (q, q, q, mask, *ops.Extras())
     if tangents:
-        given = [tangents.get(name) for name in ("q", "k", "v", "mask")]
+        directions = [tangents.get(name) for name in ("q", "k", "v", "mask")]
         attention_second_order.attention_double_backward(
-            q, None, q, q, q, mask, None, *given, q, lse, lse, *more, [True] * 4 + [False]
+            q, None, *given, *directions, q, lse, lse, *more, [True] * 4 + [False]
         )
         return
-    attention.attention_forward(q, q, q, mask, None, *more)
-    needs = [True] * 3 + [False]
-    attention.attention_backward(q, None, q, q, q, mask, None, q, lse, lse, *more, needs)
+    attention.attention_forward(*given, *more)
+    attention.attention_backward(q, None, *given, q, lse, lse, *more, [True] * 3 + [False])
 
 
 def test_a_plain_launch_binds_few_arguments(launches):

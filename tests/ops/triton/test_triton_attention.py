@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from attention_call import AttentionCall
 from torch import Tensor
 
 import fastattn
@@ -95,28 +96,22 @@ def run_and_check(shape, options, mask_kind, dtype, device, aligned=False) -> No
     if options.get("alibi_slopes"):
         options["alibi_slopes"] = torch.rand(batch, heads_q, device=device)
     seed = torch.tensor([-(2**40) - 12345], device=device) if "dropout_p" in options else None
-    scale = options.pop("scale", dim**-0.5)
-    is_causal, p = options.pop("is_causal", False), options.pop("dropout_p", 0.0)
-    slopes, window = options.get("alibi_slopes"), options.get("window_size", (-1, -1))
-    extra = (slopes, None, None, ops.Options(*window, options.get("softcap", 0.0)), "triton")
-    out, lse, *softmax = ops.attention_forward(q, k, v, mask, seed, is_causal, scale, p, *extra)
+    options = {"scale": dim**-0.5} | options | {"seed": seed}
+    call = AttentionCall(q, k, v, mask, backend="triton", **options)
+    out, lse, *_ = call.forward()
 
-    options |= {"is_causal": is_causal, "scale": scale, "dropout_p": p, "seed": seed}
     wide = [x.double() if x is not None and x.dtype == dtype else x for x in (q, k, v, mask)]
     expected_out, expected_lse = reference.attention_forward(*wide, **options)
-    size = wide[2].abs().max() / (1 - p)
+    size = wide[2].abs().max() / (1 - options.get("dropout_p", 0.0))
     check("out", out, expected_out, bound(dtype, size.cpu(), 2))
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     check("lse", lse, expected_lse, bound(lse.dtype, 8, 1))
 
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    needs = [True, True, True, mask is not None and mask.dtype != torch.bool]
-    grads = ops.attention_backward(
-        grad_out, grad_lse, q, k, v, mask, out, *softmax, seed, is_causal, scale, p, needs, *extra
-    )
+    grads = call.backward(grad_out, grad_lse)
     expected = reference.attention_backward(
-        grad_out.double(), grad_lse.double(), *wide, expected_out, expected_lse, needs=needs,
-        **options,
+        grad_out.double(), grad_lse.double(), *wide, expected_out, expected_lse,
+        needs=[True, True, True, call.has_float_mask], **options,
     )  # fmt: skip
     for name, actual, wanted in zip(("dq", "dk", "dv", "dmask"), grads, expected, strict=True):
         if wanted is None:
@@ -178,7 +173,7 @@ def test_what_tensor_descriptors_cannot_do_goes_by_pointers(change, device, monk
         "odd rows": wide[..., :17].contiguous()[..., :16],
         "broadcast": wide[:, :1, :, :16].expand(1, 2, 20, 16),
     }[change]
-    out = ops.attention_forward(q, k, v, None, None, True, 0.3, 0.0, backend="triton")[0]
+    out = AttentionCall(q, k, v, is_causal=True, scale=0.3, backend="triton").forward()[0]
     expected, _ = reference.attention(q.double(), k.double(), v.double(), is_causal=True, scale=0.3)
     check("out", out, expected, bound(v.dtype, v.abs().max().cpu(), 2))
 
@@ -190,9 +185,9 @@ def test_dropout_is_the_cpu_kernels(device):
     q, k = torch.randn(2, 3, 21, 8), torch.randn(2, 3, 34, 8)
     v = torch.eye(34).expand(2, 3, 34, 34)
     seed = torch.tensor([2**62 - 987654321])
-    call = (q, k, v, None, seed, False, 0.3, 0.4)
-    out = ops.attention_forward(*call, backend="triton")[0]
-    expected = ops.attention_forward(*call)[0]
+    options = {"seed": seed, "scale": 0.3, "dropout_p": 0.4}
+    out = AttentionCall(q, k, v, backend="triton", **options).forward()[0]
+    expected = AttentionCall(q, k, v, **options).forward()[0]
     assert torch.equal(out == 0, expected == 0)
     torch.testing.assert_close(out, expected)
 
@@ -200,7 +195,7 @@ def test_dropout_is_the_cpu_kernels(device):
 @pytest.mark.parametrize("kind", ["bool", "float", "causal", "window"])
 def test_keys_hidden_from_every_query_never_matter(kind, device):
     q, k, v = (torch.randn(1, 2, 40, 16, device=device) for _ in range(3))
-    mask, options = None, ops.Options()
+    mask, options = None, {}
     hidden = torch.zeros(40, dtype=torch.bool, device=device)
     if kind in ("bool", "float"):
         hidden[30:] = hidden[3] = True
@@ -210,18 +205,13 @@ def test_keys_hidden_from_every_query_never_matter(kind, device):
     else:
         q = q[:, :, :20]  # rows that see no key from 22 on
         hidden[20 if kind == "causal" else 22 :] = True
-        options = ops.Options(-1, 2) if kind == "window" else options
-    arguments = (mask, None, kind == "causal", 0.25, 0.0)
-    extra = (None, None, None, options, "triton")
-    clean = ops.attention_forward(q, k, v, *arguments, *extra)
+        options = {"window_size": (-1, 2)} if kind == "window" else {"is_causal": True}
+    call = AttentionCall(q, k, v, mask, scale=0.25, backend="triton", **options)
+    clean = call.forward()
     k[:, :, hidden], v[:, :, hidden] = math.nan, math.inf
-    results = ops.attention_forward(q, k, v, *arguments, *extra)
+    results = call.forward()
     torch.testing.assert_close(results, clean)
-    out, _, *softmax = results
-    grads = ops.attention_backward(
-        torch.ones_like(out), None, q, k, v, mask, out, *softmax, *arguments[1:],
-        [True] * 3 + [kind == "float"], *extra,
-    )  # fmt: skip
+    grads = call.backward(torch.ones_like(results[0]))
     assert all(g.isfinite().all() for g in grads)
     assert not grads[1][:, :, hidden].any()
     assert not grads[2][:, :, hidden].any()
@@ -232,16 +222,13 @@ def test_empty_rows_with_nan_harm_nobody(device):
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool, device=device)
     mask[:, :, 5] = False
     q[:, :, 5] = math.nan
-    arguments = (None, False, 0.3, 0.0)
-    out, lse, *softmax = ops.attention_forward(q, k, v, mask, *arguments, backend="triton")
+    call = AttentionCall(q, k, v, mask, scale=0.3, backend="triton")
+    out, lse, *_ = call.forward()
     assert not out[0, 0, 5].any()
     assert lse[0, 0, 5] == -math.inf
     grad = torch.randn_like(out)
     grad[:, :, 5] = math.inf
-    needs = [True] * 3 + [False]
-    grads = ops.attention_backward(
-        grad, None, q, k, v, mask, out, *softmax, *arguments, needs, backend="triton"
-    )
+    grads = call.backward(grad)
     assert all(g.isfinite().all() for g in grads)
     assert not grads[0][0, 0, 5].any()
 
@@ -249,7 +236,8 @@ def test_empty_rows_with_nan_harm_nobody(device):
 def test_a_nan_in_a_used_key_stays(device):
     q, k, v = (torch.randn(1, 1, 9, 8, device=device) for _ in range(3))
     k[0, 0, 4, 2] = math.nan
-    out, lse, *_ = ops.attention_forward(q, k, v, None, None, True, 0.3, 0.0, backend="triton")
+    call = AttentionCall(q, k, v, is_causal=True, scale=0.3, backend="triton")
+    out, lse, *_ = call.forward()
     assert out[0, 0, 4:].isnan().all()
     assert lse[0, 0, 4:].isnan().all()
 
@@ -258,7 +246,7 @@ def test_a_mask_of_the_lowest_number_weighs_all_keys_alike(device):
     q, k, v = (torch.randn(1, 1, 20, 16, device=device) for _ in range(3))
     mask = torch.zeros(1, 1, 20, 20, device=device)
     mask[..., 7, :] = torch.finfo(torch.float32).min
-    out = ops.attention_forward(q, k, v, mask, None, False, 0.25, 0.0, backend="triton")[0]
+    out = AttentionCall(q, k, v, mask, scale=0.25, backend="triton").forward()[0]
     torch.testing.assert_close(out[..., 7, :], v.mean(-2))
 
 
@@ -269,13 +257,11 @@ def test_sizes_of_zero(shape, device):
     q = torch.randn(shape, device=device)
     k = v = torch.randn(shape if shape[0] != 1 or not shape[3] else (1, 1, 0, 4), device=device)
     mask = torch.zeros([1] * 4, device=device)
-    arguments = (None, False, 0.5, 0.0)
-    out, lse, *softmax = ops.attention_forward(q, k, v, mask, *arguments, backend="triton")
+    call = AttentionCall(q, k, v, mask, scale=0.5, backend="triton")
+    out, lse, *_ = call.forward()
     expected = reference.attention_forward(q, k, v, mask, scale=0.5)
     torch.testing.assert_close((out, lse), expected)
-    grads = ops.attention_backward(
-        out, None, q, k, v, mask, out, *softmax, *arguments, [True] * 4, backend="triton"
-    )
+    grads = call.backward(out)
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape, mask.shape]
     assert not any(g.any() for g in grads)
 
@@ -283,14 +269,12 @@ def test_sizes_of_zero(shape, device):
 def test_more_than_one_batch_dimension(device):
     q, k, v = (torch.randn(2, 1, 3, 2, 20, 8, device=device) for _ in range(3))
     mask = torch.randn(1, 1, 3, 1, 20, 1, device=device)
-    arguments = (None, False, 0.4, 0.0)
-    out, lse, *softmax = ops.attention_forward(q, k, v, mask, *arguments, backend="triton")
+    call = AttentionCall(q, k, v, mask, scale=0.4, backend="triton")
+    out, lse, *_ = call.forward()
     wide = [x.double() for x in (q, k, v, mask)]
     expected = reference.attention_forward(*wide, scale=0.4)
     torch.testing.assert_close((out.double(), lse.double()), expected, atol=1e-5, rtol=1e-5)
-    grads = ops.attention_backward(
-        out, None, q, k, v, mask, out, *softmax, *arguments, [True] * 4, backend="triton"
-    )
+    grads = call.backward(out)
     wanted = reference.attention_backward(out.double(), None, *wide, *expected, scale=0.4)
     for a, b in zip(grads, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
@@ -396,11 +380,10 @@ BAD = [
 @pytest.mark.parametrize("argument, change", BAD)
 def test_a_direct_call_with_bad_metadata_raises(argument, change, device):
     q = torch.randn(1, 2, 5, 8, device=device)
-    names = ("attn_mask", "slopes", "seed", "starts_q", "starts_k")
-    good = {"query": q, "key": q, "value": q, **dict.fromkeys(names), "max_q": 0, "max_k": 0}
-    good |= {"is_causal": False, "scale": 1.0, "dropout_p": 0.0, "left": -1, "right": -1}
+    groups = (ops.Inputs(q, q, q), ops.Extras(), ops.Options())
+    good = {name: x for group in groups for name, x in group._asdict().items()}
     with pytest.raises(RuntimeError, match=f"{argument}: expected .*, got"):
-        torch.ops.fastattn_triton.attention_forward(**change(good | {"softcap": 0.0}))
+        torch.ops.fastattn_triton.attention_forward(**change(good))
 
 
 def test_explain_names_the_reason(device):

@@ -11,6 +11,7 @@ import torch
 from second_order import ALL, NAMES, Case, nan_where
 from test_triton_attention import DTYPES, MASKS, OPTIONS, SHAPES, bound, check
 
+from fastattn import ops
 from fastattn.ops.triton import config
 
 pytestmark = pytest.mark.triton
@@ -174,11 +175,11 @@ def test_packed_sequences(seeds, device):
     starts = [torch.tensor([0, *n], device=device).cumsum(0).int() for n in (lengths_q, lengths_k)]
 
     def op(name, *before, between=(), after=()):
-        slopes = packed.options["alibi_slopes"]
+        extras = packed.extras._replace(starts_q=starts[0], starts_k=starts[1])
+        numbers = packed.numbers._replace(max_q=20, max_k=18)
         return getattr(torch.ops.fastattn_triton, name)(
-            *before, *packed.inputs, slopes, *between, packed.seed, *starts, 20, 18,
-            *packed.scalars, *after,
-        )  # fmt: skip
+            *before, *packed.inputs, *extras, *between, *numbers, *after
+        )
 
     out, lse, *softmax = op("attention_forward")
     tangents, grad_out, grad_lse = packed.tangents(), torch.randn_like(out), torch.randn_like(lse)
@@ -269,16 +270,16 @@ def test_the_same_call_is_bitwise_equal_and_its_fake_agrees(device):
     runs = [double_backward(case, out, lse, tangents, out, *softmax) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     tests = ("test_schema", "test_faketensor")
-    tail = (case.seed, None, None, 0, 0, *case.scalars)
+    given = (*case.inputs, *case.extras, *tangents, out, *softmax, *case.numbers)
     for needs in ([True] * 5, [False, True, False, False, False]):
         torch.library.opcheck(
             torch.ops.fastattn_triton.attention_double_backward,
-            (out, lse, *case.inputs, None, *tangents, out, *softmax, *tail, needs),
+            (out, lse, *given, needs),
             test_utils=tests,
         )
     torch.library.opcheck(
         torch.ops.fastattn_triton.attention_jvp,
-        (*case.inputs, None, *tangents, out, *softmax, *tail),
+        given,
         test_utils=tests,
     )
 
@@ -298,11 +299,13 @@ def test_the_same_call_is_bitwise_equal_and_its_fake_agrees(device):
 )
 def test_a_direct_call_with_bad_metadata_raises(argument, change, device):
     q = torch.randn(4, 2, 5, 8, device=device)
-    names = ("attn_mask", "slopes", "t_query", "t_key", "t_value", "t_mask", "starts_q", "starts_k")
-    good = {"query": q, "key": q, "value": q, "out": q, **dict.fromkeys(names)}
-    good |= {"row_max": q[..., 0], "log_sum": q[..., 0]}
-    good |= {"seed": torch.zeros(2, dtype=torch.int64, device=device), "max_q": 0, "max_k": 0}
-    good |= {"is_causal": False, "scale": 1.0, "dropout_p": 0.5, "left": -1, "right": -1}
+    seed = torch.zeros(2, dtype=torch.int64, device=device)
+    groups = (
+        ops.Inputs(q, q, q), ops.Extras(seed=seed), ops.Results(q, q[..., 0], q[..., 0]),
+        ops.Options(dropout_p=0.5),
+    )  # fmt: skip
+    good = dict.fromkeys(("t_query", "t_key", "t_value", "t_mask"))
+    good |= {name: x for group in groups for name, x in group._asdict().items()}
     change = {name: x.to(device) for name, x in change.items()}
     with pytest.raises(RuntimeError, match=f"{argument}: expected .*, got"):
-        torch.ops.fastattn_triton.attention_jvp(**(good | {"softcap": 0.0} | change))
+        torch.ops.fastattn_triton.attention_jvp(**(good | change))
