@@ -199,7 +199,7 @@ def write_ninja(build_dir: Path, cxx: str, isas: list[str], module: bool = True)
             if isa not in isas:
                 continue
             flags = [*KERNEL, *isa_flags()[isa]]
-        elif name == "ops" or name.startswith("register_"):
+        elif name.startswith("register_"):
             flags = torch_flags
         elif name == "module":
             if not module:
