@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastattn import _extension
 from fastattn.cli.bench import measure, report
-from fastattn.cli.bench.cases import OURS, Case, Run
+from fastattn.cli.bench.case import OURS, Case, Run
 from fastattn.functional import mlp
 
 ROWS = (1, 4, 16, 64, 512, 4096)

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 import fastattn
 from fastattn import _extension
-from fastattn.cli.bench.cases import Run
+from fastattn.cli.bench.case import Run
 from fastattn.cli.bench.measure import seconds
 from fastattn.cli.demo.bert import model_path
 

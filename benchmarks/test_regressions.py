@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastattn.cli.bench.cases import OURS, cases
+from fastattn.cli.bench.case import OURS
+from fastattn.cli.bench.cases import cases
 from fastattn.cli.main import OPS
 
 CASES = list(cases(OPS, "default", grid=False))

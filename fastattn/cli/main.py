@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "bench":
         from fastattn.cli.bench import bench
 
+        options.op = options.op or OPS
         return bench(options)
     from fastattn.cli.demo import demo
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fastattn.cli import main
 from fastattn.cli.bench import cases, measure, report
+from fastattn.cli.bench.case import OURS
 
 pytestmark = pytest.mark.native
 ROOF = measure.Roofline(1e11, 2e11, 1e10)
@@ -59,11 +60,17 @@ def test_a_wrong_result_is_not_timed(wrong):
         runs = case.build()
         (out,) = runs["eager"]()
         bad = out + 0.1 if wrong == "off" else out.clone().fill_(torch.nan)
-        return runs | {cases.OURS: lambda: [bad]}
+        return runs | {OURS: lambda: [bad]}
 
     (result,) = measure.measure(dataclasses.replace(case, build=build), 0.01)
     assert "is off eager's by" in result.error
     assert "wrong result" in report.cells(result)
+
+
+def test_every_op_of_the_command_line_has_cases():
+    assert all(any(case.op for case in cases.cases([op], "default", False)) for op in main.OPS)
+    with pytest.raises(KeyError):
+        next(cases.cases(["nothing"], "default", False))
 
 
 def test_every_case_builds_and_agrees():

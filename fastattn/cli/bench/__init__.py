@@ -14,9 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastattn import __version__, _extension
 from fastattn.cli.bench import cases, measure, report
-from fastattn.cli.bench.cases import Case
+from fastattn.cli.bench.case import Case
 from fastattn.cli.bench.measure import Result, Roofline
-from fastattn.cli.main import OPS
 
 
 def bench(options: argparse.Namespace, console: Console | None = None) -> int:
@@ -31,7 +30,7 @@ def bench(options: argparse.Namespace, console: Console | None = None) -> int:
         return 2
     chosen = [
         case
-        for case in cases.cases(options.op or OPS, options.peers, options.grid)
+        for case in cases.cases(options.op, options.peers, options.grid)
         if options.filter.lower() in " ".join(case.key).lower()
     ]
     if not chosen:

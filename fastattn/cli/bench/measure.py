@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _extension
-from fastattn.cli.bench.cases import OURS, Case, Run
+from fastattn.cli.bench.case import OURS, Case, Run
 
 
 @dataclass(frozen=True)

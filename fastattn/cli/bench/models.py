@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.cli.bench.cases import OURS, Case, Run, both_directions, training_steps
+from fastattn.cli.bench.case import OURS, Case, Run, both_directions, training_steps
 from fastattn.integrations.torch_nn import patch
 
 

@@ -15,7 +15,8 @@ from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastattn import ops
-from fastattn.cli.bench.cases import OURS, Attention, Case, Run
+from fastattn.cli.bench.attention import Attention
+from fastattn.cli.bench.case import OURS, Case, Run
 from fastattn.functional import scaled_dot_product_attention
 
 
