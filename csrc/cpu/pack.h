@@ -43,7 +43,8 @@ FASTATTN_INLINE void pack_rows(Pair* dst, int64_t padded, const bf16* src, int64
                                int64_t rows, int64_t cols) {
   for (int64_t i = 0; i < rows; ++i) {
     char* row = reinterpret_cast<char*>(dst + i * padded);
-    __builtin_memcpy(row, src + i * src_stride, static_cast<size_t>(2 * cols));
+    // Without columns there may be no array, which memcpy does not take.
+    if (cols > 0) __builtin_memcpy(row, src + i * src_stride, static_cast<size_t>(2 * cols));
     __builtin_memset(row + 2 * cols, 0, static_cast<size_t>(4 * padded - 2 * cols));
   }
 }
