@@ -284,9 +284,9 @@ bool must_clear_hidden_keys(const AttentionProblem& p, const Parallel& parallel,
   return clear;
 }
 
-// Operands of keys 2k and 2k + 1 share words: a product over keys [from, to) takes in their
-// neighbours, with probabilities of 0, to which a NaN must not answer. Clears those that no query
-// sees at all.
+// Operands of keys 2k and 2k + 1 share a word, so that a product over keys [from, to) with an odd
+// end multiplies the neighbouring key by 0. As 0 * NaN = NaN, this clears the neighbours that no
+// query sees.
 template <class E>
 FASTATTN_INLINE void clear_unseen_neighbours(const Band& band, E* dst, int64_t padded,
                                              int64_t first, int64_t count) {

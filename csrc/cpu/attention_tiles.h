@@ -9,8 +9,9 @@ namespace fastattn::cpu::FASTATTN_ISA {
 
 constexpr int64_t kBlockK = 192;  // a multiple of the panel width (<= 64) and of the strip height 6
 
-// P and dS of kBlockQ x kBlockK scores, and what is needed to make them. As operands they lie over
-// the scores: of pairs, words of rows 2r and 2r + 1 over row 2r; dS by its rows besides.
+// P and dS of kBlockQ x kBlockK scores, and what is needed to make them. Operands overwrite the
+// scores in place: where operands are pairs, the words of rows 2r and 2r + 1 go into row 2r, and dS
+// is also kept by its rows.
 template <class T>
 struct ScoreTile {
   using A = Acc<T>;

@@ -11,8 +11,8 @@
 //       [words(depth), kPanel] in `dst`, panel_words from one to the next, zero past `cols`;
 //   store_c(i, j0, cols, row)
 //       takes row i of C, columns [j0, j0 + cols), and may change `row`.
-// A C that needs no more than to be written is given as `plain_c`: store_c then sees only the
-// columns past the last whole panel.
+// A C without an epilogue is given as `plain_c`: whole panels are written directly, and store_c is
+// called for the columns past the last whole panel alone.
 // How C is cut into tasks does not change any sum.
 #pragma once
 

@@ -21,7 +21,7 @@ void parallel_tasks(const Parallel& parallel, int64_t tasks, const F& body) {
   parallel.run(tasks, [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, &body);
 }
 
-constexpr int64_t kRowsAhead = 16;  // of one that is read: its memory is asked for
+constexpr int64_t kRowsAhead = 16;  // distance of the prefetch, in rows
 
 FASTATTN_INLINE void prefetch_bytes(const void* p, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);

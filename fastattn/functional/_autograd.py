@@ -72,8 +72,8 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def save_for_forward(ctx, *tensors: Tensor | None) -> None:
-    """Keeps tensors for the jvp where there may be one: the references are strong, and an output's
-    would keep its own graph alive."""
+    """``ctx.save_for_forward`` only where forward mode may run: it holds strong references, and one
+    to an output would keep the output's own graph alive."""
     if transforming():
         ctx.save_for_forward(*tensors)
 

@@ -204,8 +204,8 @@ def linear_relu(
 
 
 def _op_validates(backend: str) -> bool:
-    """Whether the op itself will refuse bad input. The user's words for it are then looked for
-    afterwards: for a small layer the Python checks would take longer than the kernel."""
+    """Whether the C++ op validates. Python then validates only after a failure, for a message in
+    the user's words: for a small layer the Python checks would take longer than the kernel."""
     return backend == "cpu" and not torch.compiler.is_compiling()
 
 

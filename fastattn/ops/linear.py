@@ -43,7 +43,8 @@ def linear_relu_jvp(
     t_bias: Tensor | None,
     backend: str = NATIVE,
 ) -> Tensor:
-    """The output's tangent; those of the inputs have their shapes, None for 0, one is there."""
+    """The output's tangent. Each input's tangent has the input's shape or is None for 0; at least
+    one is given."""
     if backend == "triton":
         return torch.ops.fastattn_triton.linear_relu_jvp(
             input, weight, mask, t_input, t_weight, t_bias

@@ -35,11 +35,13 @@ constexpr int kNamedBarriers = 16, kRegisters = 64 << 10;
 // When things happen; the seed draws the rest.
 struct Timing {
   uint64_t seed = 0;
-  bool latest = true;  // copies end only when nobody can go on without; else at drawn moments too
+  // Asynchronous copies end only when every thread is blocked, otherwise at drawn moments too.
+  bool latest = true;
   // Products and stores read shared memory as soon as they are asked for. Else products do at their
   // wait, and stores do if copies end late, or at a drawn moment before.
   bool eager = false;
-  // One warp runs as far as it can before another is drawn; of its warpgroup, if that can go on.
+  // uneven: one warp runs as far as it can before another is drawn. by_group: a warp of the same
+  // warpgroup is drawn before others.
   bool uneven = false, by_group = false;
 };
 

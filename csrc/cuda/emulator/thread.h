@@ -16,7 +16,7 @@ using emulator::kWarpgroup;
 inline int thread_id() { return Block::current()->id(); }
 inline int block_id() { return Block::current()->index; }
 inline int grid_blocks() { return Block::current()->grid; }
-inline int again(int value) { return value; }
+inline int fresh(int value) { return value; }
 inline char* dynamic_shared_memory() { return Block::current()->shared.data(); }
 inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(Block::current()->shared.offset(p, 0));

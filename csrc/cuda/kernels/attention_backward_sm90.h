@@ -3,10 +3,10 @@
 // the group. Warpgroup 0 has two threads at work: one loads, one adds dQ to global memory.
 // Warpgroups 1 and 2 have 64 keys each and keep dK and dV in registers; scores are transposed
 // (keys x queries), so that P^T and dS^T are operands as they lie. dS goes through shared memory
-// for dQ, half of which each warpgroup multiplies.
-// dQ [kBlockQ, kDim] of a block of queries is added up in global memory in a fixed order, from the
-// last block of keys to the first; tiles are taken in that order from a counter, the first ones
-// too, so that nobody waits for a tile that is not yet under way, however few blocks are resident.
+// for dQ, half of which each warpgroup multiplies. dQ [kBlockQ, kDim] of a block of queries is
+// added up in global memory in a fixed order, from the last block of keys to the first. A block
+// takes its tiles in that order from a counter, and so waits for running blocks alone.
+//
 // Shared memory: k, v [kDim / 64][128][64], which dk, dv take at the end; q, do
 // [2][kDim / 64][kBlockQ][64]; ds [2][kBlockQ / 64][128][64]; dq [2][8][128][4];
 // softmax [2][kBlockQ][2]; delta [2][kBlockQ]; barriers.
@@ -300,7 +300,7 @@ struct AttentionBackward {
   // d [64 keys, kBlockQ] = this warpgroup's rows of `keys` times the transpose of `queries`
   FASTATTN_DEVICE static void multiply_transposed(const char* keys, int warpgroup,
                                                   const char* queries, float (&d)[kBlockQ / 2]) {
-    const Operand a = k_major(keys + ptx::again(64 * warpgroup * kRowBytes)), b = k_major(queries);
+    const Operand a = k_major(keys + ptx::fresh(64 * warpgroup * kRowBytes)), b = k_major(queries);
     FASTATTN_UNROLL
     for (int x = 0; x < kDim; x += 16) {
       const int chunk = x / kRowElements, within = x % kRowElements * 2;

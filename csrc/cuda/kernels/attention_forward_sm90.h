@@ -231,8 +231,8 @@ struct AttentionForward {
     ptx::wgmma_commit();
   }
 
-  // A key that no query sees meets its probability 0 as a 0, whatever it holds. Every warpgroup
-  // does it for itself, to the same end.
+  // Clears the rows of V of hidden keys, as 0 * NaN = NaN. Every warpgroup writes the same zeros,
+  // so that no barrier between warpgroups is needed.
   FASTATTN_DEVICE static void zero_hidden_rows(const AttentionForwardParameters& p, char* v_smem,
                                                int batch, int block, int warpgroup, int t) {
     if (!kKeyWords) return;

@@ -217,7 +217,7 @@ struct Linear {
     for (int i = 0; i < 4; ++i)
       bits[i] = mask_word<uint32_t, 4>(p, p.rows, m0 + row_of(t) + i / 2 * 8, n0 / 8 + i % 2 * 4);
   }
-  // Of the 16 rows of dY that this thread has of 64, the bits of the 16 columns that its warp has.
+  // The ReLU's bits of this thread's 16 rows of a step of 64, for the 16 columns of its warp.
   FASTATTN_DEVICE static void bits_of_columns(const LinearParameters& p, int64_t m0, int64_t n0,
                                               int t, uint32_t (&bits)[16]) {
     FASTATTN_UNROLL

@@ -29,18 +29,18 @@ void launch_attention_forward(const AttentionProblem& p, const Launch& launch);
 size_t attention_backward_workspace(const AttentionBackwardProblem& p);
 void launch_attention_backward(const AttentionBackwardProblem& p, const Launch& launch);
 
-// Rows that begin at multiples of 16 bytes here too. A gradient of the bias comes beside one of the
-// weight.
+// As above, rows begin at multiples of 16 bytes. Where grad_bias is set, grad_w must be set too.
 std::string linear_refusal(Dtype dtype, int64_t m, int64_t n, int64_t k);
 size_t linear_forward_workspace(const LinearProblem& p);
 void launch_linear_forward(const LinearProblem& p, const Launch& launch);
 size_t linear_backward_workspace(const LinearBackwardProblem& p);
 void launch_linear_backward(const LinearBackwardProblem& p, const Launch& launch);
 
-// MLPs of up to eight layers, at most 256 wide but for the input, a ReLU behind all but the last.
-// Of the forward's layers only the first needs x, and y may be absent but for the last; of the
-// backward's only the last needs grad_y and only the first may want grad_x, and relu_output is
-// there but for the last.
+// MLPs of up to eight layers with a ReLU behind all but the last. Only the input may be more than
+// 256 wide.
+// - Forward: the first layer needs x, the last layer needs y; the other layers may have y.
+// - Backward: the last layer needs grad_y, the first layer may have grad_x, and all layers but the
+//   last need relu_output.
 std::string mlp_refusal(const LinearProblem* layers, size_t count);
 void launch_mlp_forward(const LinearProblem* layers, size_t count, const Launch& launch);
 size_t mlp_backward_workspace(const LinearBackwardProblem* layers, size_t count);

@@ -52,7 +52,7 @@ struct Plan {
   }
 };
 
-// The sums of split products, after each other: none is in use beside another.
+// Floats of the workspace for split sums. Products run one after another and share it.
 int64_t floats(int64_t rows, int64_t cols, int64_t depth) {
   const Plan plan(rows, cols, depth);
   return plan.splits == 1 ? 0 : plan.splits * rows * (cols + 1);

@@ -17,9 +17,9 @@ FASTATTN_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
 FASTATTN_DEVICE int block_id() { return static_cast<int>(blockIdx.x); }
 FASTATTN_DEVICE int grid_blocks() { return static_cast<int>(gridDim.x); }
 
-// The value, computed again rather than kept: what follows from it holds no registers across a
-// loop.
-FASTATTN_DEVICE int again(int value) {
+// The compiler computes what depends on the value anew in each iteration of a loop, instead of
+// keeping it in registers, which would spill.
+FASTATTN_DEVICE int fresh(int value) {
   asm volatile("" : "+r"(value));
   return value;
 }

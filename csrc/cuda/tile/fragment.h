@@ -39,7 +39,7 @@ FASTATTN_DEVICE void pack_pairs(const float (&acc)[2 * kCount], uint32_t (&words
 template <int kN>
 FASTATTN_DEVICE void store_tile(char* tile, int apart, int t, const uint32_t (&words)[kN / 4]) {
   const int row = row_of(t);
-  const int begin = ptx::again(row * kRowBytes + row % 8 * 16 + 2 * column_of(t));
+  const int begin = ptx::fresh(row * kRowBytes + row % 8 * 16 + 2 * column_of(t));
   FASTATTN_UNROLL
   for (int c = 0; c < kN / 8; ++c) {
     char* to = tile + c / 8 * apart + (begin ^ c % 8 * 16);  // the swizzle

@@ -1,4 +1,5 @@
-"""What the ways through attention share on the host: checks, Δ, the mask's lists and gradient."""
+"""Helpers on the host that the launches of attention's kernels share: checks, Δ, the mask's lists
+and gradient."""
 
 from __future__ import annotations
 
@@ -139,9 +140,9 @@ def mask_gradient(
     batch: torch.Size,
     tangents: Tangents4 | None = None,
 ) -> Tensor:
-    """E11 from the rows' softmax and Δ; beside tangents E14, from μ and β too. What is small is
-    kept for every batch element and head, and added up by torch: more programs, and the same order
-    of additions."""
+    """E11 from the rows' softmax and Δ; beside tangents E14, from μ and β too. The kernel writes
+    gradients that are broadcast over rows or columns for each batch element and head, and torch
+    adds these up: more programs run at once, and the order of additions is fixed."""
     if p.mask is None:
         return torch.zeros_like(attn_mask)
     kernel = "mask_gradient" if tangents is None else "second_mask"
