@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <new>
 
 namespace fastattn {
 
@@ -14,25 +13,5 @@ struct Parallel {
   // threads.
   void (*run)(int64_t tasks, Body body, const void* context);
 };
-
-// Scratch memory cannot be had. The text has its place within: there may be no memory for it
-// either.
-class ScratchError : public std::bad_alloc {
- public:
-  explicit ScratchError(int64_t bytes) : bytes_(bytes) { name(""); }
-  // The op that asked for it, which the allocation does not know.
-  void name(const char* op);
-  const char* what() const noexcept override { return text_; }
-
- private:
-  int64_t bytes_;
-  char text_[128];
-};
-
-// Scratch memory owned by the calling thread and reused by its later calls, 64-byte aligned. Each
-// slot is one buffer: a nested user takes another slot. The contents are undefined.
-void* thread_scratch_bytes(int slot, int64_t bytes);
-// Gives a slot's buffer back, where its size grows with the batch.
-void free_thread_scratch(int slot);
 
 }  // namespace fastattn

@@ -59,7 +59,9 @@ class AttentionBackward {
     }
     range_keys_ = ceil_div(key_blocks, ranges) * kBlockK;
     ranges = max64(1, ceil_div(p_.seq_k, range_keys_));
-    partial_dq_ = ranges > 1 && b_.needs_q ? thread_scratch<A>(3, ranges * dq_elements) : nullptr;
+    partial_dq_ = ranges > 1 && b_.needs_q
+                      ? thread_scratch<A>(Scratch::kParts, ranges * dq_elements)
+                      : nullptr;
 
     parallel_tasks(parallel_, units * ranges, [&](int64_t task) {
       // Under a causal mask the first keys have the most queries.
@@ -116,8 +118,9 @@ class AttentionBackward {
     const int64_t dq_elements = p_.seq_q * dim_padded_;
     const int64_t key_elements = round_up(KeyRange<T>::elements(p_, count), 16);
     const int64_t query_elements = round_up(QueryRows<T>::elements(p_, p_.seq_q), 16);
-    A* scratch = thread_scratch<A>(2, ScoreTile<T>::elements() + key_elements + query_elements +
-                                          padded * (dim_padded_ + dim_v_padded_) + dq_elements);
+    A* scratch = thread_scratch<A>(Scratch::kBlock,
+                                   ScoreTile<T>::elements() + key_elements + query_elements +
+                                       padded * (dim_padded_ + dim_v_padded_) + dq_elements);
     const ScoreTile<T> tile(p_, dropout_, scratch);
     KeyRange<T> keys(p_, count, scratch + ScoreTile<T>::elements());
     A* query_scratch = scratch + ScoreTile<T>::elements() + key_elements;

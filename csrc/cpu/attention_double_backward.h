@@ -49,7 +49,8 @@ class AttentionDoubleBackward {
       const int64_t bytes = max64(1, units * part * static_cast<int64_t>(sizeof(A)));
       ranges = max64(1, min64(ranges, kPartialBytes / bytes));
     }
-    parts_ = ranges > 1 && part > 0 ? thread_scratch<A>(3, units * ranges * part) : nullptr;
+    parts_ = ranges > 1 && part > 0 ? thread_scratch<A>(Scratch::kParts, units * ranges * part)
+                                    : nullptr;
     parallel_tasks(parallel_, units * ranges, [&](int64_t task) {
       const int64_t unit = task % units, range = task / units;
       A* sums = parts_ == nullptr ? nullptr : parts_ + (range * units + unit) * part;
@@ -78,10 +79,10 @@ class AttentionDoubleBackward {
     const int64_t tile_elements = round_up(SecondTile<T>::elements(p_, gradient_, block_rows_), 16);
     const int64_t row_elements =
         kPaired<E> ? 2 * block_rows_ * kStride : 0;  // four arrays as rows of pairs
-    A* scratch =
-        thread_scratch<A>(2, key_elements + query_elements + row_elements +
-                                 block_rows_ * (dim_padded_ + dim_v_padded_) +
-                                 (sums == nullptr ? part : 0) + key_blocks_ * tile_elements);
+    A* scratch = thread_scratch<A>(Scratch::kBlock,
+                                   key_elements + query_elements + row_elements +
+                                       block_rows_ * (dim_padded_ + dim_v_padded_) +
+                                       (sums == nullptr ? part : 0) + key_blocks_ * tile_elements);
     Work w(SecondKeyRange<T>(p_, operands_, p_.seq_k, scratch));
     w.query_scratch = scratch + key_elements;
     w.row_store = reinterpret_cast<E*>(w.query_scratch + query_elements);

@@ -38,13 +38,13 @@ class AttentionFewQueries {
     const int64_t part_elements = kFewQueries * (dim_v_padded_ + 2);
     if (ranges == 1) {  // any number of units: the memory is a thread's
       parallel_tasks(parallel_, units, [&](int64_t unit) {
-        A* part = thread_scratch<A>(0, part_elements);
+        A* part = thread_scratch<A>(Scratch::kUnit, part_elements);
         keys_of_one_head(unit, 0, range_keys, part);
         write(unit, part);
       });
       return;
     }
-    A* parts = thread_scratch<A>(0, units * ranges * part_elements);
+    A* parts = thread_scratch<A>(Scratch::kUnit, units * ranges * part_elements);
     parallel_tasks(parallel_, units * ranges, [&](int64_t task) {
       keys_of_one_head(task / ranges, task % ranges * range_keys, range_keys,
                        parts + task * part_elements);
@@ -100,8 +100,8 @@ class AttentionFewQueries {
     }
     for (int64_t e = 0; e < rows * dim_v_padded_; ++e) o[e] = A(0);
     if (rows == 0) return;
-    A* q = thread_scratch<A>(
-        2, kFewQueries * (dim + kStep + 1) + kStep + 64 + kChunkKeys * (dim + dim_v_padded_));
+    A* q = thread_scratch<A>(Scratch::kBlock, kFewQueries * (dim + kStep + 1) + kStep + 64 +
+                                                  kChunkKeys * (dim + dim_v_padded_));
     A* s = q + kFewQueries * dim;          // [rows, kStep]
     A* rescale = s + kFewQueries * kStep;  // [rows]
     A* z = rescale + kFewQueries;          // [kStep]

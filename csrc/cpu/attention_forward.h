@@ -61,7 +61,7 @@ class AttentionForward {
   void pack_unit(int64_t batch, int64_t head, E* dst) const {
     const int64_t head_k = head / (p_.heads_q / p_.heads_k);
     const Band band(p_, batch);
-    E* staging = thread_scratch<E>(1, kPanelKeys * dim_words_);
+    E* staging = thread_scratch<E>(Scratch::kStaging, kPanelKeys * dim_words_);
     pack_key_panels(dst, key_rows<T>(p_, p_.k, batch, head_k), p_.k.row_stride, band.seq_k,
                     p_.head_dim, staging);
     E* v = dst + k_elements_;
@@ -84,8 +84,8 @@ class AttentionForward {
     const int64_t rows = min64(kBlockQ, band.seq_q - i0);
     if (rows <= 0) return;  // a shorter one of the packed sequences
     const int64_t q_elements = round_up(rows * dim_words_, 16);
-    A* scratch = thread_scratch<A>(
-        2, q_elements + kBlockQ * (dim_v_padded_ + 3) + kTileRows * kStep + kStep + 64);
+    A* scratch = thread_scratch<A>(Scratch::kBlock, q_elements + kBlockQ * (dim_v_padded_ + 3) +
+                                                        kTileRows * kStep + kStep + 64);
     E* q = reinterpret_cast<E*>(scratch);
     A* o = scratch + q_elements;         // [rows, Dv padded]
     A* m = o + kBlockQ * dim_v_padded_;  // [rows] running maximum

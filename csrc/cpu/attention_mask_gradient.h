@@ -119,7 +119,7 @@ class AttentionMaskGradient {
     const int64_t elements = round_up(Tiles::elements(problem_), 16);
     const int64_t sum_rows = per_row ? i_end - i_begin : 1;
     const int64_t sum_elements = sum_rows * kBlockK * static_cast<int64_t>(sizeof(Sum) / sizeof(A));
-    A* scratch = thread_scratch<A>(2, elements + sum_elements + kBlockK);
+    A* scratch = thread_scratch<A>(Scratch::kBlock, elements + sum_elements + kBlockK);
     Tiles tiles(problem_, dropout_, scratch);
     Sum* sum = reinterpret_cast<Sum*>(scratch + elements);  // [sum_rows, kBlockK]
     A* rounded = scratch + elements + sum_elements;         // [kBlockK]
@@ -183,7 +183,7 @@ void attention_column_gradient(const AttentionBackwardProblem& b, const Parallel
     const int64_t mask_batch = task / b.mask_heads, mask_head = task % b.mask_heads;
     const int64_t head_begin = b.mask_heads == 1 ? 0 : mask_head;
     const int64_t head_end = b.mask_heads == 1 ? p.heads_q : mask_head + 1;
-    double* sum = thread_scratch<double>(2, b.mask_rows);
+    double* sum = thread_scratch<double>(Scratch::kBlock, b.mask_rows);
     for (int64_t i = 0; i < b.mask_rows; ++i) sum[i] = 0;
     for (int64_t batch = 0; batch < p.batch; ++batch) {
       if (mask_batch_of(b, batch) != mask_batch) continue;

@@ -36,7 +36,7 @@ class OwnForward {
     const int64_t tokens = p.starts_q == nullptr ? p.batch * p.seq_q : p.tokens_q;
     const int64_t rows = p.heads_q * tokens;
     if (!AttentionFewQueries<T>::serves(p) || !any_is_large<T>(p, rows)) return;
-    A* row_max = thread_scratch<A>(kSlot, rows * (2 + p.head_dim_v));
+    A* row_max = thread_scratch<A>(Scratch::kOwnForward, rows * (2 + p.head_dim_v));
     computed_ = true;
     problem.row_max = row_max;
     problem.log_sum = row_max + rows;
@@ -53,13 +53,12 @@ class OwnForward {
     AttentionForward<T>(problem, parallel).run_blocks();
   }
   ~OwnForward() {
-    if (computed_) free_thread_scratch(kSlot);
+    if (computed_) free_thread_scratch(Scratch::kOwnForward);
   }
   OwnForward(const OwnForward&) = delete;
   OwnForward& operator=(const OwnForward&) = delete;
 
  private:
-  static constexpr int kSlot = 8;
   bool computed_ = false;
 };
 

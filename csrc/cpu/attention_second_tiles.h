@@ -144,7 +144,7 @@ struct SecondKeyRange {
     count = keys;
     operands.pack_keys(score_panels, p, t, batch, head_k, first, keys);
     const bool panels_v = s.needs_gradient_of_scores();
-    E* staging = thread_scratch<E>(1, kPanelKeys * dim_v_words);
+    E* staging = thread_scratch<E>(Scratch::kStaging, kPanelKeys * dim_v_words);
     const auto values = [&](E* panels, E* rows, const TensorView& x) {
       if (x.data == nullptr) return;
       const T* src = key_rows<T>(p, x, batch, head_k) + first * x.row_stride;

@@ -39,7 +39,7 @@ struct ScoreOperands {
 
   void pack_keys(E* dst, const AttentionProblem& p, const AttentionTangents& t, int64_t batch,
                  int64_t head_k, int64_t first, int64_t keys) const {
-    E* staging = thread_scratch<E>(1, kPanelKeys * dim_words);
+    E* staging = thread_scratch<E>(Scratch::kStaging, kPanelKeys * dim_words);
     const auto pack = [&](E* to, const TensorView& x) {
       const T* src = key_rows<T>(p, x, batch, head_k) + first * x.row_stride;
       for (int64_t j = 0; j < keys; j += kPanelKeys) {

@@ -270,7 +270,7 @@ struct KeyRange {
   // `hidden_from`: clear the keys that this mask hides from every query.
   void pack(const AttentionProblem& p, int64_t batch, int64_t head_k, int64_t first, int64_t count,
             const HeadMask<T>* hidden_from) {
-    E* staging = thread_scratch<E>(1, kPanel<A> * max64(dim_words, dim_v_words));
+    E* staging = thread_scratch<E>(Scratch::kStaging, kPanel<A> * max64(dim_words, dim_v_words));
     const T* k = key_rows<T>(p, p.k, batch, head_k) + first * p.k.row_stride;
     const T* v = key_rows<T>(p, p.v, batch, head_k) + first * p.v.row_stride;
     const Band band(p, batch);

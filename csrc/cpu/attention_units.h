@@ -37,7 +37,7 @@ struct QueryUnits {
   template <class Pack, class Block>
   void by_unit(int64_t units, const Pack& pack, const Block& block) const {
     parallel_tasks(parallel, units, [&](int64_t unit) {
-      E* packed = thread_scratch<E>(0, unit_elements);
+      E* packed = thread_scratch<E>(Scratch::kUnit, unit_elements);
       const int64_t batch = batch_of(unit), rows = Band(p, batch).seq_q;
       pack(batch, head_of(unit), packed);
       for (int64_t h = 0; h < heads_per_unit; ++h) {
@@ -53,7 +53,7 @@ struct QueryUnits {
     const int64_t unit_bytes = max64(1, unit_elements * static_cast<int64_t>(sizeof(E)));
     const int64_t group = max64(1, min64(units, max64(parallel.threads, kGroupBytes / unit_bytes)));
     const int64_t blocks = ceil_div(p.seq_q, kBlockQ);
-    E* packed = thread_scratch<E>(0, group * unit_elements);
+    E* packed = thread_scratch<E>(Scratch::kUnit, group * unit_elements);
     for (int64_t first = 0; first < units; first += group) {
       const int64_t count = min64(group, units - first);
       parallel_tasks(parallel, count, [&](int64_t u) {

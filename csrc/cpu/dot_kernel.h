@@ -109,7 +109,7 @@ void dot_product_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_str
   const int64_t chunk = min64(kDotChunk, round_up(share, 8));
   parallel_tasks(parallel, ceil_div(n, chunk), [&](int64_t task) {
     const int64_t j0 = task * chunk, cols = min64(chunk, n - j0);
-    A* c = thread_scratch<A>(6, m * kDotChunk);  // [m, kDotChunk]
+    A* c = thread_scratch<A>(Scratch::kProduct, m * kDotChunk);  // [m, kDotChunk]
     for (int64_t d = 0; d == 0 || d < k; d += kDotDepth) {
       const int64_t depth = min64(kDotDepth, k - d);
       const T* b_part = b + j0 * b_stride + d;

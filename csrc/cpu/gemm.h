@@ -155,11 +155,12 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
         kPackedBytes / (panels * panel_words * static_cast<int64_t>(sizeof(E)));
     const int64_t packed_blocks = max64(1, min64(min64(depth_blocks, affordable), kMostBlocks));
     // [packed_blocks][panels][words(block_depth)][kPanel]
-    E* packed_b = thread_scratch<E>(4, packed_blocks * panels * panel_words);
-    E* scratch = thread_scratch<E>(5, kBlockM * kBlockDepth + 64);
+    E* packed_b = thread_scratch<E>(Scratch::kPackedB, packed_blocks * panels * panel_words);
+    E* scratch = thread_scratch<E>(Scratch::kPackedA, kBlockM * kBlockDepth + 64);
     // Depth that does not fit is summed over in rounds, with all of the task's C kept between them.
     const int64_t kept_rows = depth_blocks > packed_blocks ? rows : min64(rows, kBlockM);
-    A* c = thread_scratch<A>(6, panels * kept_rows * kPanelCols);  // [panels][kept_rows][kPanel]
+    A* c = thread_scratch<A>(Scratch::kProduct,
+                             panels * kept_rows * kPanelCols);  // [panels][kept_rows][kPanel]
     for (int64_t first = 0; first < depth_blocks; first += packed_blocks) {
       const int64_t end = min64(depth_blocks, first + packed_blocks);
       Panels<E> b[kMostBlocks];

@@ -40,7 +40,7 @@ class LinearJvp {
     };
     const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols, E* dst,
                             int64_t panel_words) -> Panels<E> {
-      E* staging = thread_scratch<E>(7, kPanel<A> * kBlockDepth);
+      E* staging = thread_scratch<E>(Scratch::kLinearStaging, kPanel<A> * kBlockDepth);
       for_each_part(
           d, depth,
           [&](const Half& half, int64_t at, int64_t first, int64_t length, int64_t padded) {

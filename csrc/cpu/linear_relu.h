@@ -101,7 +101,9 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
   };
   const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols, E* dst,
                           int64_t panel_words) -> Panels<E> {
-    E* staging = sizeof(T) == sizeof(E) ? nullptr : thread_scratch<E>(7, kPanel<A> * kBlockDepth);
+    E* staging = sizeof(T) == sizeof(E)
+                     ? nullptr
+                     : thread_scratch<E>(Scratch::kLinearStaging, kPanel<A> * kBlockDepth);
     for (int64_t j = 0; j < cols; j += kPanel<A>) {
       pack_transposed_panel(dst + j / kPanel<A> * panel_words, w + (j0 + j) * p.w_stride + d,
                             p.w_stride, min64(kPanel<A>, cols - j), depth, staging);
@@ -212,7 +214,7 @@ void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& para
   using A = Acc<T>;
   using E = Operand<T>;
   const T* x = static_cast<const T*>(p.x);
-  A* sums = thread_scratch<A>(3, p.n);  // [n] db
+  A* sums = thread_scratch<A>(Scratch::kParts, p.n);  // [n] db
   for (int64_t j = 0; j < p.n; ++j) sums[j] = A(0);
   // Rows of G^T are columns of G, in strips [words(depth)][6].
   const auto load_a = [&](int64_t j0, int64_t count, int64_t d, int64_t depth, bool first_columns,

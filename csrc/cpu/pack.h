@@ -3,12 +3,13 @@
 
 #include "common/parallel.h"
 #include "cpu/operand.h"
+#include "cpu/scratch.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
 template <class T>
-T* thread_scratch(int slot, int64_t count) {
-  return static_cast<T*>(thread_scratch_bytes(slot, count * static_cast<int64_t>(sizeof(T))));
+T* thread_scratch(Scratch scratch, int64_t count) {
+  return static_cast<T*>(thread_scratch_bytes(scratch, count * static_cast<int64_t>(sizeof(T))));
 }
 
 template <class F>

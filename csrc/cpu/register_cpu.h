@@ -7,6 +7,7 @@
 
 #include "common/validate.h"
 #include "cpu/kernel_table.h"
+#include "cpu/scratch.h"
 
 namespace fastattn::cpu {
 

@@ -50,8 +50,8 @@ void passing_rows_gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, con
   const int64_t chunk = min64(share, max64(kUnit, kPassedWords / m / kUnit * kUnit));
   parallel_tasks(parallel, ceil_div(n, chunk), [&](int64_t task) {
     const int64_t j0 = task * chunk, cols = min64(chunk, n - j0);
-    A* a = thread_scratch<A>(5, m * kPassingDepth);  // [m, kPassingDepth]
-    A* c = thread_scratch<A>(6, m * cols);           // [m, cols]
+    A* a = thread_scratch<A>(Scratch::kPackedA, m * kPassingDepth);  // [m, kPassingDepth]
+    A* c = thread_scratch<A>(Scratch::kProduct, m * cols);           // [m, cols]
     for (int64_t e = 0; e < m * cols; ++e) c[e] = A(0);
     for (int64_t d = 0; d < k; d += kPassingDepth) {
       const int64_t depth = min64(kPassingDepth, k - d);
