@@ -7,7 +7,8 @@ Products, in the package directory:
   _build_info.json  what was built, or why not and what to do
 
 FASTATTN_SKIP_NATIVE=1 leaves the native library out, FASTATTN_REQUIRE_NATIVE=1 makes its failure
-an error, FASTATTN_BUILD_EMULATED=1 adds the kernels that only tests run. The CUDA library is built
+an error, FASTATTN_BUILD_EMULATED=1 adds the kernels that only tests run, FASTATTN_ONLY_THIS_CPU=1
+builds the kernels that run on this processor and no others. The CUDA library is built
 where nvcc is (in CUDA_HOME, on the PATH or in /usr/local/cuda), unless FASTATTN_SKIP_CUDA_BUILD=1;
 FASTATTN_CUDA_ARCHS=90a is all there is so far. CXX names the compiler, MAX_JOBS bounds the
 parallel compilations. A build that fails keeps the libraries of an earlier build in place.
@@ -106,6 +107,24 @@ def cuda_archs() -> list[str]:
 def isa_flags() -> dict[str, list[str]]:
     emulated = os.environ.get("FASTATTN_BUILD_EMULATED") == "1"
     return ISA_FLAGS | (EMULATED_FLAGS if emulated else {})
+
+
+def of_this_cpu(cxx: str, isas: list[str]) -> list[str]:
+    """The kernel sets that run here: the best one's and, as dispatch.cpp needs it, generic. All of
+    them where the compiler does not know this processor."""
+    command = [*shlex.split(cxx), "-march=native", "-dM", "-E", "-x", "c++", "-"]
+    result = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        return isas
+    defined = set(re.findall(r"#define (__\w+__) ", result.stdout))
+    here = [
+        isa
+        for isa, flags in ISA_FLAGS.items()
+        if {f"__{f.removeprefix('-m').upper()}__" for f in flags} <= defined
+    ]
+    # bfloat16 alone has avx512bf16's kernels, the other dtypes avx512's.
+    best = here[:2] if here[0] == "avx512bf16" else here[:1]
+    return [isa for isa in isas if isa in (*best, "generic")]
 
 
 def compile_errors(cxx: str, flags: list[str]) -> str:
@@ -289,6 +308,8 @@ def build_native(build_dir: Path, least: bool = False) -> list[str]:
         raise LeftOut("FASTATTN_SKIP_NATIVE=1 was set", "unset it and reinstall")
     cxx = compiler()
     isas = ["generic"] if least else usable_isas(cxx)
+    if os.environ.get("FASTATTN_ONLY_THIS_CPU") == "1":
+        isas = of_this_cpu(cxx, isas)
     write_ninja(build_dir, cxx, isas, module=not least)
     run_ninja(
         build_dir,

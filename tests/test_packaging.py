@@ -36,6 +36,7 @@ COMPILER = """#!/bin/sh
 case "$*" in
   *$REFUSE*) echo "error: refused" >&2; exit 1;;
   *-fsyntax-only*) exit 0;;
+  *-march=native*) printf "$DEFINED"; exit 0;;
 esac
 echo "$*" >> "$LOG"
 case "$*" in
@@ -220,6 +221,26 @@ def test_a_failed_build_keeps_the_libraries_of_the_last_one(tree):
     assert not build(tree, **env)["reason"], "the next good build says nothing of it"
     assert not build(tree, **env, FASTATTN_SKIP_NATIVE="1")["native"]
     assert not list((tree / "fastattn").glob("*.so")), "what is left out on purpose goes"
+
+
+@pytest.mark.parametrize(
+    ("defined", "expected"),
+    [
+        ("AVX2 FMA F16C", {"avx2", "generic"}),
+        ("AVX2 FMA F16C AVX512F AVX512BW AVX512DQ AVX512VL", {"avx512", "generic"}),
+        (
+            "AVX2 FMA F16C AVX512F AVX512BW AVX512DQ AVX512VL AVX512BF16",
+            {"avx512", "avx512bf16", "generic"},
+        ),
+        ("AVX2 FMA", {"generic"}),
+    ],
+)
+def test_the_kernels_of_one_processor(tree, defined, expected):
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("the kernel sets are x86's")
+    macros = "".join(f"#define __{name}__ 1\n" for name in defined.split())
+    env = fake_compiler(tree) | {"DEFINED": macros, "FASTATTN_ONLY_THIS_CPU": "1"}
+    assert set(build(tree, **env)["isas"]) == expected
 
 
 def test_a_failed_first_build_leaves_no_library(tree):
