@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastattn import backends, functional
 from fastattn.backends import FastAttnWarning
@@ -46,12 +46,24 @@ __all__ = [
     "varlen_attn",
 ]
 
+if TYPE_CHECKING:
+    from fastattn import integrations as integrations
+    from fastattn import nn as nn
+    from fastattn.integrations.compiler import CompileReport as CompileReport
+    from fastattn.integrations.compiler import compile_report as compile_report
+    from fastattn.integrations.sdpa import override_sdpa as override_sdpa
+    from fastattn.integrations.torch_nn import PatchReport as PatchReport
+    from fastattn.integrations.torch_nn import Plan as Plan
+    from fastattn.integrations.torch_nn import patch as patch
+    from fastattn.integrations.torch_nn import plan as plan
+    from fastattn.integrations.torch_nn import unpatch as unpatch
+else:
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
-    module = importlib.import_module(_LAZY[name])
-    return module if name in ("nn", "integrations") else getattr(module, name)
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
+        module = importlib.import_module(_LAZY[name])
+        return module if name in ("nn", "integrations") else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -39,7 +39,7 @@ ALLOWED = {
         "",
     },
     "__main__": {"cli"},
-    "__init__": {"backends", "functional"},
+    "__init__": {"backends", "functional", "integrations", "nn"},  # the last two for type checkers
 }
 # Other packages: torch, Triton for its kernels, any in the command line.
 THIRD_PARTY = {

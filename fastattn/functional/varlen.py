@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +14,69 @@ from fastattn.functional import _validate
 from fastattn.functional._autograd import apply, autocast
 from fastattn.functional._broadcast import broadcast, padded_head_dim
 from fastattn.functional.attention import AttentionFunction
+
+
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    *,
+    dropout_p: float = ...,
+    window_size: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    *,
+    dropout_p: float = ...,
+    window_size: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    *,
+    dropout_p: float = ...,
+    window_size: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    return_lse: bool = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def varlen_attn(
