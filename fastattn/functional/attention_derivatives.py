@@ -91,24 +91,24 @@ class AttentionDerivative(torch.autograd.Function):
         of_inputs = needs[1:]
         if cotangents.out is None and any(of_inputs):
             cotangents = cotangents._replace(out=torch.zeros_like(results.out))
-        rest = (call.options, _backend(call, len(tangents), inputs.query))
+        options, backend = call.options, _backend(call, len(tangents), inputs.query)
         if len(tangents) > 1:
-            found = higher_order.derivative(
-                cotangents, inputs, extras, tangents, call.options, needs
-            )
+            found = higher_order.derivative(cotangents, inputs, extras, tangents, options, needs)
         elif not tangents:
             grads = kernel(
-                ops.attention_backward, cotangents, inputs, extras, results, rest[0],
-                list(of_inputs), rest[1],
+                ops.attention_backward, cotangents, inputs, extras, results, options,
+                list(of_inputs), backend,
             )  # fmt: skip
             found = (None, None, *grads)
         elif not any(of_inputs):
-            tangent = kernel(ops.attention_jvp, inputs, extras, *tangents, results, *rest)
+            tangent = kernel(
+                ops.attention_jvp, inputs, extras, *tangents, results, options, backend
+            )
             found = (*tangent, *(None,) * 4)
         else:
             found = kernel(
                 ops.attention_double_backward, cotangents, inputs, extras, *tangents, results,
-                rest[0], list(needs), rest[1],
+                options, list(needs), backend,
             )  # fmt: skip
         return tuple(x for x, need in zip(found, needs.each(), strict=True) if need)
 
