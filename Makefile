@@ -39,9 +39,10 @@ sanitize: setup ## The C++ kernels and their tests under the address, undefined 
 demo: $(VENV)/.built-here ## Train real models on real data, stock torch beside fastattn
 	$(BIN)/python -m fastattn demo
 
-lint: setup ## ruff and clang-format, nothing is changed
+lint: setup ## ruff, mypy and clang-format, nothing is changed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu*' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: setup ## ruff and clang-format, in place

@@ -82,8 +82,9 @@ class Call:
     backend: str = NATIVE
 
 
-def split(args: Sequence[Any], *groups: type) -> list[Any]:
-    """The flat arguments of an op as these groups, and behind them what is left.
+def split(args: Sequence[Any], *groups: Any) -> list[Any]:
+    """The flat arguments of an op as these groups, which are classes of above, and behind them what
+    is left.
 
     >>> split((1, 2, 3, 4, "more"), Results)
     [Results(out=1, row_max=2, log_sum=3), 4, 'more']

@@ -3,6 +3,7 @@ says why it cannot."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -65,10 +66,9 @@ def _load_facts() -> ModuleType | None:
     """The module of facts about the processor. It is built for one version of Python; the kernels
     do without it."""
     try:
-        from fastattn import _C
+        return importlib.import_module("fastattn._C")
     except ImportError:
         return None
-    return _C
 
 
 build_info: dict = _read_build_info()

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,8 +143,8 @@ def _triton_reasons(problem: Problem) -> list[str]:
     found = []
     if problem.device != "cuda" and not (problem.device == "cpu" and triton.interpreting()):
         found.append(f"the inputs are on {problem.device}")
-    elif triton.why_not() is not None:
-        found.append(triton.why_not())
+    elif missing := triton.why_not():
+        found.append(missing)
     elif problem.device == "cuda" and not torch.compiler.is_compiling():
         against = why_not(_capability(problem.gpu), problem.dtype.itemsize, problem.head_dim)
         found += [against] if against is not None else []
@@ -335,7 +336,7 @@ def unavailable(backend: str) -> str | None:
     return "; ".join(against) or None
 
 
-def explain(op: str, *args: Tensor, backend: str | None = None, **options: object) -> Explanation:
+def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> Explanation:
     """Which backend serves ``op`` (one of ``attention``, ``varlen_attn``, ``linear``,
     ``linear_relu``, ``mlp``) with these arguments, and why not the others. Nothing is computed.
 
@@ -353,7 +354,8 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
             raise TypeError(f"args: expected query, key, value, got {len(tensors)} tensors")
         names = ("attn_mask", "dropout_p", "is_causal", "scale") if op == "attention" else ()
         call = dict(zip(names, args[3:], strict=False)) | options
-        problem = attention_problem(op, *tensors[:3], **call)
+        query, key, value = tensors[:3]
+        problem = attention_problem(op, query, key, value, **call)
     else:
         weights = tensors[1:2] if op == "linear_relu" else next(iter(args[1:]), ())
         problem = linear_problem(op, tensors[0], weights)
@@ -368,7 +370,8 @@ def explain(op: str, *args: Tensor, backend: str | None = None, **options: objec
     if chosen == "triton" and op in ("linear_relu", "mlp") and len(tensors) > 1:
         input, weight = tensors[:2]
         rows = input.numel() // max(1, input.shape[-1])
-        fused = fused_product(rows, *weight.shape, input.element_size())
+        n_out, n_in = weight.shape
+        fused = fused_product(rows, n_out, n_in, input.element_size())
         detail = "one fused kernel" if fused else "cuBLAS and a kernel for the ReLU and its bits"
     return Explanation(op, chosen, against, detail)
 
@@ -381,9 +384,10 @@ def _explain_linear(input: Tensor, weight: Tensor | None = None) -> Explanation:
     problem = linear_problem("linear", input, (weight,))._replace(dtype=dtype)
     against = {name: default_reasons(problem, name) for name in BACKENDS}
     rows = input.numel() // max(1, input.shape[-1])
-    slower = _products.why_torchs(rows, *weight.shape, dtype, input.device)
+    n_out, n_in = weight.shape
+    slower = _products.why_torchs(rows, n_out, n_in, dtype, input.device)
     if slower is None and not against["cpu"]:
         return Explanation("linear", "cpu", against, _products.why_kernels(dtype))
     for name in KERNELS:
-        against[name] = against[name] or [slower]
+        against[name] = against[name] or [slower or ""]
     return Explanation("linear", "torch", against, slower or "no kernel serves it")

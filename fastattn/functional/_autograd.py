@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from fastattn._problem import autocast_dtype, follows_autocast
 
 
-def apply(function: type[torch.autograd.Function], *args: object) -> Tensor | tuple[Tensor, ...]:
+def apply(function: type[torch.autograd.Function], *args: object) -> Any:
     """``function.apply(*args)``. Outside of torch.func and torch.compile without ``apply``'s own
     inspection of the signature, which takes longer than a small kernel; where nothing can be
     differentiated, the Function's ``inference``, if it has one."""
@@ -47,13 +47,14 @@ except (ImportError, AttributeError, KeyError):  # not a public interface
     _base_apply = None
 
 
+_is_legacy_batch: Callable[[Tensor], bool] | None
 try:
     from torch._C._functorch import is_legacy_batchedtensor as _is_legacy_batch
 except ImportError:  # not a public interface
     _is_legacy_batch = None
 
 
-def kernel(op: Callable[..., R], *args: object) -> R:
+def kernel(op: Callable[..., R], *args: Any) -> R:
     """``op(*args)`` in a Function's forward: the kernel at once, without the op's own autograd."""
     if recording():
         return op(*args)
@@ -61,14 +62,15 @@ def kernel(op: Callable[..., R], *args: object) -> R:
         return op(*args)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on for the device of the first; float64 is
     left alone, as in torch. It comes before the checks: code that autocast runs gives tensors of
     several dtypes, rotary embeddings float32 queries and keys beside 16-bit values."""
-    dtype = autocast_dtype(tensors[0].device.type)
+    dtype = autocast_dtype(first.device.type)
+    tensors = (first, *others)
     if dtype is None:
         return tensors
-    return tuple(t.to(dtype) if follows_autocast(t) else t for t in tensors)
+    return tuple(t.to(dtype) if t is not None and follows_autocast(t) else t for t in tensors)
 
 
 def save_for_forward(ctx, *tensors: Tensor | None) -> None:

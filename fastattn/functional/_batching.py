@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ DERIVATIVE = ("rows", "statistics", *FORWARD, "rows", "statistics", "statistics"
 def attention(
     call: Callable[..., Sequence[Tensor]],
     size: int,
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Any],  # Tensor | None
     in_dims: Sequence[int | None],
     kinds: Sequence[str],
     *,
@@ -53,7 +54,8 @@ class _Leading:
     """The mapped dimension is put in front: ``[N, *batch, H, S, D]``."""
 
     def __init__(self, size: int, whole_mask: bool) -> None:
-        self.size, self.whole_mask, self.merged = size, whole_mask, None
+        self.size, self.whole_mask = size, whole_mask
+        self.merged: int | None = None
 
     def rows(self, x: Tensor, dim: int | None) -> Tensor:
         return self._merge(_lead(x, dim, self.size), _MOST_DIMS)
@@ -65,7 +67,7 @@ class _Leading:
         if dim is None and not self.whole_mask and x.dim() < _MOST_DIMS:
             return x[None]
         x = _lead(x, dim, self.size)
-        if x.dim() > _MOST_DIMS:
+        if x.dim() > _MOST_DIMS and self.merged is not None:
             x = x.expand(x.shape[0], self.merged, *x.shape[2:])
         return self._merge(x, _MOST_DIMS)
 

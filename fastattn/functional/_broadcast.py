@@ -28,10 +28,11 @@ def broadcast(
         if not heads_k == heads_v == 1 or heads_q == 0:  # one head for all is the kernels' own
             heads_k = heads_q
     batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
-    return tuple(
-        x.expand(*batch, n, *x.shape[-2:])
-        for x, n in ((query, heads_q), (key, heads_k), (value, heads_k))
-    )
+
+    def expanded(x: Tensor, n: int) -> Tensor:
+        return x.expand(*batch, n, *x.shape[-2:])
+
+    return expanded(query, heads_q), expanded(key, heads_k), expanded(value, heads_k)
 
 
 def _shared(x: Tensor, by: int) -> Tensor:

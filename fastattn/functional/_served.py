@@ -7,6 +7,7 @@ and torch's errors. Nothing here raises and nothing is computed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,10 @@ def unobserved() -> bool:
     return not watched()
 
 
-def ordinary(*tensors: object, exported: bool = False) -> bool:
+def ordinary(*tensors: Any, exported: bool = False) -> bool:
     """Whether each is None or a dense strided tensor with data: no subclass, and no sparse, nested
     or meta tensor. ``exported``: the fake tensors of ``torch.export`` will do."""
-    kinds = (Tensor, torch.nn.Parameter)
+    kinds: tuple[type, ...] = (Tensor, torch.nn.Parameter)
     if exported and torch.compiler.is_compiling():
         kinds = (*kinds, FakeTensor)
     for x in tensors:
@@ -141,10 +142,11 @@ def product_wins(input: Tensor, weight: Tensor) -> bool:
         return False
     rows = input.numel() // max(1, input.shape[-1]) if input.dim() else 0
     dtype = computed_dtype(input)
-    return _products.why_torchs(rows, *weight.shape, dtype, input.device) is None
+    n_out, n_in = weight.shape
+    return _products.why_torchs(rows, n_out, n_in, dtype, input.device) is None
 
 
-def serves_sdpa(query: object, key: object, value: object, attn_mask: object) -> bool:
+def serves_sdpa(query: Any, key: Any, value: Any, attn_mask: Any) -> bool:
     """Whether a kernel takes a call of torch's scaled_dot_product_attention, whatever was given."""
     if not ordinary(query, key, value) or query is None or key is None or value is None:
         return False

@@ -4,13 +4,15 @@ runs: drop-ins are then slower, never wrong."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 LACKING: list[str] = []  # what this torch lacks
 
 
-def _from(home: object, name: str, instead: object) -> object:
+def _from(home: object, name: str, instead: Any) -> Any:
     found = getattr(home, name, None)
     if found is None:
         LACKING.append(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def _bad(kind: type[Exception], argument: str, expected: str, got: object) -> No
     raise kind(f"{argument}: expected {expected}, got {got}")
 
 
-def tensor(argument: str, x: object) -> None:
+def tensor(argument: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         _bad(TypeError, argument, "a tensor", type(x).__name__)
     if not x.dtype.is_floating_point:
@@ -34,7 +34,7 @@ def strided(argument: str, x: Tensor) -> None:
         _bad(TypeError, argument, "a strided tensor", "a nested one")
 
 
-def like(argument: str, x: object, first_name: str, first: Tensor) -> None:
+def like(argument: str, x: Any, first_name: str, first: Tensor) -> None:
     """x is a tensor of first's dtype, on its device."""
     tensor(argument, x)
     if x.dtype != first.dtype:
@@ -43,7 +43,7 @@ def like(argument: str, x: object, first_name: str, first: Tensor) -> None:
         _bad(ValueError, argument, f"{first_name}'s device {first.device}", x.device)
 
 
-def number(argument: str, x: object) -> float:
+def number(argument: str, x: Any) -> float:
     """x as Python's float. Torch's functions take what this takes: NumPy's scalars and tensors
     without dimensions too."""
     if isinstance(x, torch.SymFloat | torch.SymInt):
@@ -60,14 +60,14 @@ def number(argument: str, x: object) -> float:
     return as_float
 
 
-def probability(argument: str, p: object) -> float:
+def probability(argument: str, p: Any) -> float:
     p = number(argument, p)
     if not 0.0 <= p <= 1.0:
         _bad(ValueError, argument, "a probability in [0, 1]", p)
     return p
 
 
-def softcap(c: object) -> float:
+def softcap(c: Any) -> float:
     """The softcap as a number, 0 where there is none."""
     c = 0.0 if c is None else number("softcap", c)
     if c < 0.0:
@@ -78,7 +78,7 @@ def softcap(c: object) -> float:
 _UNBOUNDED = 1 << 60  # the kernels' kUnbounded
 
 
-def window(window_size: object) -> tuple[int, int]:
+def window(window_size: Any) -> tuple[int, int]:
     """The window as (left, right), -1 where a side is unbounded, as it is without a window."""
     if window_size is None:
         return -1, -1
@@ -90,7 +90,7 @@ def window(window_size: object) -> tuple[int, int]:
     return left, right
 
 
-def is_integer(x: object) -> bool:
+def is_integer(x: Any) -> bool:
     return isinstance(x, int | torch.SymInt | numbers.Integral)
 
 
@@ -133,7 +133,7 @@ def heads(x: Tensor) -> int:
     return x.shape[-3] if x.dim() > 2 else 1
 
 
-def attn_mask(mask: object, query: Tensor, scores_shape: tuple[int, ...]) -> None:
+def attn_mask(mask: Any, query: Tensor, scores_shape: tuple[int, ...]) -> None:
     if not isinstance(mask, Tensor):
         _bad(TypeError, "attn_mask", "a tensor or None", type(mask).__name__)
     strided("attn_mask", mask)
@@ -149,7 +149,7 @@ def attn_mask(mask: object, query: Tensor, scores_shape: tuple[int, ...]) -> Non
         _bad(ValueError, "attn_mask", expected, tuple(mask.shape))
 
 
-def slopes(alibi_slopes: object, query: Tensor, batch: int | None) -> None:
+def slopes(alibi_slopes: Any, query: Tensor, batch: int | None) -> None:
     """batch: of ``[batch, Hq]``; None where slopes can be ``[Hq]`` alone."""
     tensor("alibi_slopes", alibi_slopes)
     if alibi_slopes.device != query.device:
@@ -160,7 +160,7 @@ def slopes(alibi_slopes: object, query: Tensor, batch: int | None) -> None:
         _bad(ValueError, "alibi_slopes", f"shape {expected}", tuple(alibi_slopes.shape))
 
 
-def longest(argument: str, n: object) -> int:
+def longest(argument: str, n: Any) -> Any:  # int | torch.SymInt
     """An upper bound of lengths, as the kernels take it."""
     if isinstance(n, bool) or not is_integer(n):
         got = n if isinstance(n, float) else type(n).__name__

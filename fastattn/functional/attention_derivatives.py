@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ from fastattn import ops
 from fastattn.functional import _batching, higher_order
 from fastattn.functional._autograd import add, apply, kernel, save_for_forward
 from fastattn.ops import Call, Cotangents, Extras, Inputs, Results, Tangents, split
+
+Group = TypeVar("Group", Cotangents, Tangents)
 
 
 class Needs(NamedTuple):
@@ -66,7 +68,7 @@ class Derivative(NamedTuple):
     of_inputs: Tangents = Tangents()
 
     @classmethod
-    def of(cls, needs: Needs, found: Sequence[Tensor]) -> Derivative:
+    def of(cls, needs: Needs, found: Sequence[Tensor | None]) -> Derivative:
         """From the results of AttentionDerivative, which has one for each need."""
         given = iter(found)
         return cls(*split([next(given) if need else None for need in needs.each()],
@@ -88,6 +90,7 @@ class AttentionDerivative(torch.autograd.Function):
     def forward(request: Request, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         call, needs = request.call, request.needs
         cotangents, inputs, extras, results, *tangents = _saved(tensors)
+        found: Sequence[Any]
         of_inputs = needs[1:]
         if cotangents.out is None and any(of_inputs):
             cotangents = cotangents._replace(out=torch.zeros_like(results.out))
@@ -204,13 +207,14 @@ class Point:
     def tangents_of_results(self, tangents: Tangents) -> tuple[Tensor, Tensor]:
         """J_1: the tangents of out and lse, differentiable."""
         found = self.derivative(Cotangents(), [tangents], Needs(results=True)).of_results
-        likes = (self.results.out, self.results.row_max)
-        return tuple(
-            torch.zeros_like(like) if x is None else x for x, like in zip(found, likes, strict=True)
+        t_out, t_lse = found
+        return (
+            torch.zeros_like(self.results.out) if t_out is None else t_out,
+            torch.zeros_like(self.results.row_max) if t_lse is None else t_lse,
         )
 
 
-def _saved(tensors: Sequence) -> list:
+def _saved(tensors: Sequence[Any]) -> list[Any]:
     """AttentionDerivative's arguments behind the request, or one thing for each, by their groups:
     cotangents, inputs, extras, results, t_1 ... t_n."""
     parts = split(tensors, Cotangents, Inputs, Extras, Results)
@@ -218,7 +222,7 @@ def _saved(tensors: Sequence) -> list:
     return [*groups, *(Tangents(*flat[n : n + 4]) for n in range(0, len(flat), 4))]
 
 
-def _sum(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def _sum(a: Group, b: Group) -> Group:
     return type(a)(*map(add, a, b))
 
 

@@ -136,11 +136,11 @@ def written_attention(
     """
     key = key_transposed.transpose(-2, -1)
     if _fits_kernels(query, key, value) and (mask is None or _hides_no_row(mask, fill, query, key)):
-        mask = ~mask if fill is not None else mask
+        mask = ~mask if mask is not None and fill is not None else mask
         return attention_by_size(query, key, value, mask, dropout_p, scale=scale)
     scores = torch.matmul(query, key_transposed)
     scores = scores * scale if scale != 1.0 else scores
-    if fill is not None:
+    if mask is not None and fill is not None:
         scores = scores.masked_fill(mask, fill)
     elif mask is not None:
         scores = scores + mask

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,9 @@ def derivative(
     Returns:
         The six results in the inputs' dtypes, None for what is not needed.
     """
-    query, key, value, mask = inputs
+    query, key, value = inputs[:3]
+    mask: Any = inputs.attn_mask
+    x: Any
     for tangent in tangents:
         for name, x, t in zip(("query", "key", "value", "mask"), inputs, tangent, strict=True):
             if t is not None and t.shape != x.shape:
@@ -48,12 +51,13 @@ def derivative(
         )
     accumulator = _accumulator(query)
     out = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=accumulator)
-    results = [out, out.new_zeros(query.shape[:-1])]
+    results: list[Any] = [out, out.new_zeros(query.shape[:-1])]
     results += [torch.zeros_like(x, dtype=accumulator) for x in (query, key, value)]
-    float_mask = mask is not None and mask.dtype != torch.bool
-    results.append(torch.zeros_like(mask, dtype=accumulator) if float_mask else None)
+    has_gradient = mask is not None and mask.dtype != torch.bool
+    results.append(torch.zeros_like(mask, dtype=accumulator) if has_gradient else None)
 
-    calls = [(slice(None), slice(None), reference.Setting(options, extras))]
+    everything = slice(None), slice(None), reference.Setting(options, extras)
+    calls: Iterable[tuple[slice, slice, reference.Setting]] = [everything]
     if extras.starts_q is not None:
         calls = _sequences(options, extras)
     for rows_q, rows_k, call in calls:
@@ -91,10 +95,11 @@ class _Sequence:
     def __init__(self, rows_q: slice, rows_k: slice) -> None:
         self.rows_q, self.rows_k = rows_q, rows_k
 
-    def queries(self, x: Tensor | None, rows: slice = slice(None)) -> Tensor | None:
+    # Any is Tensor | None, like x.
+    def queries(self, x: Tensor | None, rows: slice = slice(None)) -> Any:
         return None if x is None else x[..., self.rows_q, :][..., rows, :]
 
-    def keys(self, x: Tensor | None) -> Tensor | None:
+    def keys(self, x: Tensor | None) -> Any:
         return None if x is None else x[..., self.rows_k, :]
 
     def statistics(self, x: Tensor | None, rows: slice) -> Tensor | None:
@@ -111,9 +116,11 @@ def _sequences(
     options: Options, extras: Extras
 ) -> Iterator[tuple[slice, slice, reference.Setting]]:
     """Rows of queries and of keys of each of the packed sequences, and its call."""
-    slopes, seed, *starts = extras
-    count = starts[0].shape[0] - 1
-    pairs = zip(*(itertools.pairwise(x.tolist()) for x in starts), strict=True)
+    slopes, seed, starts_q, starts_k = extras
+    assert starts_q is not None
+    assert starts_k is not None
+    count = starts_q.shape[0] - 1
+    pairs = zip(*(itertools.pairwise(x.tolist()) for x in (starts_q, starts_k)), strict=True)
     for b, (rows_q, rows_k) in enumerate(pairs):
         call = reference.Setting(options, Extras(slopes, seed))
         if slopes is not None and slopes.dim() == 2:
@@ -135,14 +142,15 @@ def _rows(
 ) -> list[Tensor | None]:
     """``derivative`` for rows whose scores all fit into memory."""
 
-    def leaf(x: Tensor | None) -> Tensor | None:
+    def leaf(x: Tensor | None) -> Any:
         if x is None or x.dtype == torch.bool:
             return x
         return x.detach().to(_accumulator(x)).requires_grad_()
 
     leaves = Inputs(*map(leaf, inputs))
+    each: Sequence[Any] = leaves
     tangents = [
-        [None if t is None else t.to(x.dtype) for t, x in zip(ts, leaves, strict=True)]
+        [None if t is None else t.to(x.dtype) for t, x in zip(ts, each, strict=True)]
         for ts in tangents
     ]
     with torch.enable_grad(), without_autocast(leaves.query):
@@ -151,16 +159,19 @@ def _rows(
         of = [leaf(torch.zeros_like(y) if c is None else c)
               for c, y in zip(cotangents, (out, lse), strict=True)]  # fmt: skip
         total = (out * of[0]).sum() + (lse * of[1]).sum()
+        zero = torch.zeros_like(total)
         for ts in tangents:
             along = [(x, t) for x, t in zip(leaves, ts, strict=True) if t is not None]
             if not along or not total.requires_grad:
                 return [None] * 6
+            directions: list[Any] = [x for x, _ in along]
             grads = torch.autograd.grad(
-                total, [x for x, _ in along], create_graph=True, materialize_grads=True
+                total, directions, create_graph=True, materialize_grads=True
             )
-            total = sum((g * t).sum() for g, (_, t) in zip(grads, along, strict=True))
-        wanted = [x if need else None for x, need in zip([*of, *leaves], (needs[0], *needs),
-                                                         strict=True)]  # fmt: skip
+            total = sum(((g * t).sum() for g, (_, t) in zip(grads, along, strict=True)), zero)
+        wanted: list[Any] = [
+            x if need else None for x, need in zip([*of, *leaves], (needs[0], *needs), strict=True)
+        ]
         at = [n for n, x in enumerate(wanted) if x is not None]
         if not at or not total.requires_grad:
             return [None] * 6

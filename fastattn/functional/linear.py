@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def _gradients_by_layer(
     """MLPFunction's gradients with a graph of their own."""
     with torch.enable_grad(), without_autocast(input):
         # An alias for each place: what is given twice, or is made of another one, counts apart.
-        tensors = [None if x is None else x.view_as(x) for x in (input, *parameters)]
+        tensors: list[Any] = [None if x is None else x.view_as(x) for x in (input, *parameters)]
         weights, biases = tensors[1 : layers + 1], tensors[layers + 1 :]
         out = layer_by_layer(tensors[0], weights, biases, ops.NATIVE)
         wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
@@ -133,7 +134,8 @@ def _gradients_of_frozen(
     grad_out: Tensor, weights: Sequence[Tensor], hidden: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same where no weight needs one: bilinear in grad_out and the weights, by torch."""
-    layers, grads = len(weights), [None] * len(needs)
+    layers = len(weights)
+    grads: list[Tensor | None] = [None] * len(needs)
     with without_autocast(grad_out):
         for i in reversed(range(layers)):
             if needs[1 + layers + i]:
@@ -166,7 +168,8 @@ def _layers(
     input: Tensor, layers: int, parameters: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and biases as the ops take them: an absent bias has shape ``[0]``."""
-    weights, biases = list(parameters[:layers]), list(parameters[layers:])
+    weights: list[Any] = list(parameters[:layers])
+    biases: list[Any] = list(parameters[layers:])
     if any(b is None for b in biases):
         absent = input.new_empty((0,))
         biases = [absent if b is None else b for b in biases]

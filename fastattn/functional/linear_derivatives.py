@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -233,7 +234,7 @@ def batched_linear_relu(
 
 def _in_front(
     size: int, tensors: Sequence[Tensor | None], in_dims: Sequence[int | None]
-) -> list[Tensor | None]:
+) -> list[Any]:
     """The tensors with the mapped dimension in front, repeated without a copy where it is not
     mapped."""
     return [

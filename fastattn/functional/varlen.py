@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -187,7 +187,7 @@ def _reference(
     starts_q: Tensor,
     starts_k: Tensor,
     slopes: Tensor | None,
-    **options: object,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """out ``[Hq, total_q, Dv]``, LSE ``[Hq, total_q]``, a sequence at a time."""
     ends = [itertools.pairwise(starts.tolist()) for starts in (starts_q, starts_k)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import CodeType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -81,14 +81,14 @@ def scripted_as(torchs: type[nn.Module]) -> Callable[[nn.Module], nn.Module]:
 def run_torchs(module: nn.Module, forward: Callable[..., R], *args: object) -> R:
     """``forward(*args)``, torch's own for ``module``. A symbolic trace records one call of the
     module instead, as it does where the class is torch's, unless it is a trace of that module."""
-    proxy = next((x for x in args if isinstance(x, fx.Proxy)), None)
+    proxy: Any = next((x for x in args if isinstance(x, fx.Proxy)), None)
     if proxy is None or module is proxy.tracer.root:
         return forward(*args)
     path = proxy.tracer.path_of_module(module)
     return proxy.tracer.create_proxy("call_module", path, args, {})
 
 
-def _torchs(function: object, home: str) -> object:
+def _torchs(function: Any, home: str) -> Any:
     """The function, or None where it is not the one that torch's file ``home`` defines."""
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType):
@@ -96,7 +96,7 @@ def _torchs(function: object, home: str) -> object:
     return function if code.co_filename.replace("\\", "/").endswith(home) else None
 
 
-_HOMES = {
+_HOMES: dict[Any, str] = {
     nn.Linear: "torch/nn/modules/linear.py",
     nn.ReLU: "torch/nn/modules/activation.py",
     nn.Dropout: "torch/nn/modules/dropout.py",

@@ -96,7 +96,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             out = out.transpose(0, 1)
         if not need_weights:
             weights = None
-        elif average_attn_weights:
+        elif average_attn_weights and weights is not None:
             weights = weights.mean(dim=1)
         if not batched:
             out, weights = out[0], None if weights is None else weights[0]
@@ -146,7 +146,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             else:
                 weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            projected = map(F.linear, (query, key, value), weights, biases)
+            projected = tuple(map(F.linear, (query, key, value), weights, biases))
 
         def heads(x: Tensor) -> Tensor:
             x = x.unflatten(-1, (self.num_heads, self.head_dim))
@@ -155,7 +155,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
 
         q, k, v = map(heads, projected)
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             one_key = (1, self.num_heads, 1, self.head_dim)
             k, v = (
                 torch.cat([x, b.to(x.dtype).view(one_key).expand(x.shape[0], -1, -1, -1)], dim=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +131,7 @@ class MLP(nn.Sequential):
             MLP.fits(self) and no_global_hooks() and unobserved() and ordinary(input, exported=True)
         ):
             return super().forward(input)  # what was put in since is called as in nn.Sequential
-        layers = list(self)[::2]
+        layers: list[Any] = list(self)[::2]
         weights, biases = [m.weight for m in layers], [m.bias for m in layers]
         if not ordinary(*weights, *biases, exported=True):
             return super().forward(input)

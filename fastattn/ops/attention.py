@@ -7,6 +7,7 @@ An attn_mask has query's rank. Beside starts_q and starts_k query is ``[1, Hq, t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def attention_double_backward(
     return op(*cotangents, *inputs, *extras, *tangents, *results, *options, needs)
 
 
-def _namespace(backend: str) -> object:
+def _namespace(backend: str) -> Any:
     return torch.ops.fastattn_triton if backend == "triton" else torch.ops.fastattn
 
 
@@ -104,7 +105,7 @@ def _gradients(inputs: Inputs, extras: Extras, needs: Sequence[bool]) -> list[Te
             _rows(x, x.shape[-1], extras) if need else inputs.query.new_empty(absent)
             for x, need in zip(inputs[:3], needs[:3], strict=True)
         ),
-        inputs.query.new_empty(mask.shape if needs[3] else absent),
+        inputs.query.new_empty(mask.shape if mask is not None and needs[3] else absent),
     ]
 
 

@@ -19,7 +19,7 @@ def _attention(inputs: Inputs, extras: Extras, of_scores: int, of_values: int) -
     """``of_scores`` products over D and ``of_values`` over Dv."""
     query, key, value, _ = inputs
     pairs = query.shape[:-1].numel() * key.shape[-2]
-    if extras.starts_q is not None:
+    if extras.starts_q is not None and extras.starts_k is not None:
         # Fake, or on the meta device: at most every pair of tokens.
         with contextlib.suppress(RuntimeError):
             lengths = extras.starts_q.diff() * extras.starts_k.diff()

@@ -150,8 +150,9 @@ def dropped(p: Tensor, call: Setting) -> Tensor:
     if call.options.dropout_p == 0.0 or call.extras.seed is None:
         return p
     batch, heads = math.prod(p.shape[:-3]), p.shape[-3] if p.dim() > 2 else 1
+    rows, keys = p.shape[-2:]
     keep = philox_keep_mask(
-        call.extras.seed, batch, heads, *p.shape[-2:], call.options.dropout_p, p.device,
+        call.extras.seed, batch, heads, rows, keys, call.options.dropout_p, p.device,
         call.first_row, call.first_batch,
     )  # fmt: skip
     return p * (keep.reshape(p.shape).to(p.dtype) / (1.0 - call.options.dropout_p))
@@ -247,11 +248,15 @@ def _gradients(
             grad = grad.unflatten(-3, (x.shape[-3], -1)).sum(-3)
         return grad.to(x.dtype)
 
-    grads = (like(dq, query), like(dk, key), like(dv, value))
     dmask = None
     if needs[3] and attn_mask is not None and attn_mask.dtype != torch.bool:
         dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype)  # E11
-    return (*(g if need else None for g, need in zip(grads, needs, strict=False)), dmask)
+    return (
+        like(dq, query) if needs[0] else None,
+        like(dk, key) if needs[1] else None,
+        like(dv, value) if needs[2] else None,
+        dmask,
+    )
 
 
 def _tangent_of_scores(

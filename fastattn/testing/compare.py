@@ -59,8 +59,8 @@ def assert_accurate(
     """
     assert actual.dtype == peer.dtype, f"{name}: expected {peer.dtype}, got {actual.dtype}"
     finite = oracle.double().nan_to_num(0.0, 0.0, 0.0)
-    size = finite.abs().max() if finite.numel() else 0.0
-    peer_error = _error(peer, oracle)
-    peer_error = peer_error.max() if peer_error.numel() else 0.0
+    size = float(finite.abs().max()) if finite.numel() else 0.0
+    errors = _error(peer, oracle)
+    peer_error = float(errors.max()) if errors.numel() else 0.0
     bound = factor * peer_error + 4 * unit_roundoff(actual.dtype) * size
     assert_close(name, actual, oracle, bound)

@@ -30,7 +30,7 @@ from fastattn.ops.triton.problem import (
 )
 
 
-def attention_forward(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_forward(*args: object) -> tuple[Tensor, ...]:
     """out ``[*, Hq, Sq, Dv]``, LSE ``[*, Hq, Sq]`` and its parts, row_max and log_sum."""
     inputs, extras, options = split(args, Inputs, Extras, Options)
     p = make_problem(inputs, extras, options)
@@ -70,7 +70,7 @@ def attention_forward(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return out, *(x.view(query.shape[:-1]) for x in rows)
 
 
-def attention_backward(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_backward(*args: object) -> tuple[Tensor, ...]:
     """The gradients of query, key, value and the float mask; one that is not needed is empty."""
     cotangents, inputs, extras, results, options, needs = split(
         args, Cotangents, Inputs, Extras, Results, Options

@@ -43,6 +43,7 @@ def check_cotangents(
 ) -> None:
     """What a gradient comes from is shaped like out and the LSE; only a float mask has one."""
     (grad_out, grad_lse), (out, row_max, _) = cotangents, results
+    assert grad_out is not None  # the op's schema
     require(grad_out.shape == out.shape, "grad_out", f"{tuple(out.shape)}", tuple(grad_out.shape))
     if grad_lse is not None:
         good = grad_lse.shape == row_max.shape

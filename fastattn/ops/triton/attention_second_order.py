@@ -41,7 +41,7 @@ def _make_tangents(p: Problem, inputs: Inputs, tangents: Tangents) -> Tangents4:
     require(good, "t_mask", "none without a float mask", t_mask)
     names = ("t_query", "t_key", "t_value", "t_mask")
     for name, tangent, x in zip(names, tangents, inputs, strict=True):
-        if tangent is None:
+        if tangent is None or x is None:
             continue
         good = tangent.shape == x.shape and tangent.dtype == x.dtype and tangent.device == x.device
         require(good, name, f"{x.dtype} {tuple(x.shape)} on {x.device}",

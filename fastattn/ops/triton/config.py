@@ -8,7 +8,7 @@ to a power of two. The limits: shared memory of 99 KB a block on sm_86 and sm_89
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -189,7 +189,10 @@ _TF32: dict[str, dict[int, dict[int, Tile]]] = {
 }
 
 
-def _newest(table: dict[int, object], capability: int) -> object:
+Entry = TypeVar("Entry")
+
+
+def _newest(table: dict[int, Entry], capability: int) -> Entry:
     """The entry of the newest architecture that is not newer than the GPU."""
     return table[max(a for a in table if a <= capability)]
 
@@ -251,7 +254,9 @@ def tile(
         chosen = _tf32_tile(kernel, capability, head_dim)
     table = _ATTENTION[kernel]
     row = _newest({a: r[element_bytes] for a, r in table.items() if element_bytes in r}, capability)
-    return chosen or _smallest(row, head_dim)
+    chosen = chosen or _smallest(row, head_dim)
+    assert chosen is not None  # the tables reach the largest head dim
+    return chosen
 
 
 # --- products ---------------------------------------------------------------------------------

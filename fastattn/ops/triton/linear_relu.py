@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -124,7 +125,7 @@ def _check_mask(mask: Tensor, m: int, n: int) -> None:
 
 def linear_relu_backward(
     grad_out: Tensor, input: Tensor, weight: Tensor, mask: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of input, weight and bias; one that is not needed has shape ``[0]``."""
     _check(input, weight)
     x, w = _rows(input), _rows(weight)
@@ -203,7 +204,8 @@ def linear_relu_jvp(
     _require(good, "t_input", "at least one tangent", None)
     t_x = None if t_input is None else _rows(t_input)
     t_w = None if t_weight is None else _rows(t_weight)
-    if t_x is None and t_w is None:
+    t_y: Any
+    if t_x is None and t_w is None and t_bias is not None:
         t_y = _masked(t_bias.expand(m, n), mask, m, n, False)[0]
     elif _fused(x, m, n, k):
         t_y = x.new_empty((m, n))

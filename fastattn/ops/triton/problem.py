@@ -61,8 +61,12 @@ def _check(inputs: Inputs, extras: Extras, options: Options) -> None:
     require(0 <= p < 1, "dropout_p", "a probability in [0, 1)", p)
     if p > 0:
         elements = math.prod(batch) if starts_q is None else starts_q.shape[0] - 1
-        good = seed is not None and seed.dtype == torch.int64 and seed.numel() > 0
-        good = good and elements % seed.numel() == 0
+        good = (
+            seed is not None
+            and seed.dtype == torch.int64
+            and seed.numel() > 0
+            and elements % seed.numel() == 0
+        )
         got = seed if seed is None else (seed.dtype, tuple(seed.shape))
         require(good, "seed", f"int64 [n] with n a divisor of the batch of {elements}", got)
     if slopes is not None:
@@ -85,7 +89,7 @@ def four_dims(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def row_strides(x: Tensor | None) -> tuple[int, int, int] | None:
+def row_strides(x: Tensor | None) -> tuple[int, ...] | None:
     return None if x is None else x.stride()[:3]
 
 
@@ -141,12 +145,10 @@ class Problem:
         if self.slopes is not None:
             slopes = self.slopes.to(self.dtype)
             self.slopes = slopes.expand(self.batch, self.heads_q).contiguous()
-        if bits["BOOL_MASK"]:
+        if self.mask is not None and bits["BOOL_MASK"]:
             self.mask = self.mask.view(torch.uint8)
-        if bits["DROPOUT"]:
-            self.seed = self.seed.reshape(-1).contiguous()
-        else:
-            self.seed = None
+        if self.seed is not None:
+            self.seed = self.seed.reshape(-1).contiguous() if bits["DROPOUT"] else None
 
     def widen(self, *tensors: Tensor | None) -> None:
         """Offsets of 64 bits where one of these asks for them too."""
@@ -194,7 +196,7 @@ class Problem:
             "seq_k": self.seq_k,
             "left": left,
             "right": right,
-            "seed_batch": self.batch // self.seed.numel() if drops else None,
+            "seed_batch": self.batch // self.seed.numel() if self.seed is not None else None,
             "threshold": math.floor(self.dropout_p * 2**32) if drops else None,
             **self.numbers,
             "SHAPE": (
@@ -232,7 +234,7 @@ def _block_d(x: Tensor) -> int:
     return max(16, next_power_of_2(x.shape[-1]))
 
 
-def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int] | None:
+def mask_strides(mask: Tensor | None) -> tuple[int, ...] | None:
     """0 where broadcast."""
     if mask is None:
         return None
