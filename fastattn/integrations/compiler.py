@@ -103,4 +103,4 @@ def _reset() -> None:
         _report.graphs = 0
 
 
-backend.reset = _reset
+vars(backend)["reset"] = _reset

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastattn import _products, backends
@@ -44,7 +45,9 @@ class ClassSwap:
             )
         vars(self.module)[FORMER_CLASS] = self.before
         if self.after is FusedSequential:
-            vars(self.module)[SMALL_BELOW] = small_below(self.module)
+            vars(self.module)[SMALL_BELOW] = small_below(
+                m for m in self.module._modules.values() if m is not None
+            )
         self.module.__class__ = self.after
 
     def undo(self) -> None:
@@ -133,6 +136,7 @@ def plan(model: nn.Module) -> Plan:
         else:
             made.left.add(part.name, part.before, None, part.reason)
     scripted: set[nn.Module] = set()
+    attention: tuple[type[nn.Module], ...] = tuple(ATTENTION)
     for name, module in model.named_modules():
         if module in scripted:
             continue
@@ -141,7 +145,7 @@ def plan(model: nn.Module) -> Plan:
             made.left.add(name, module, None, "it is scripted: patch the model, then script it")
         elif FORMER_CLASS in vars(module):
             made.left.add(name, module, None, "already patched")
-        elif isinstance(module, tuple(ATTENTION)):
+        elif isinstance(module, attention):
             _plan_attention(name, module, made)
         elif isinstance(module, nn.Sequential):
             _plan_sequential(name, module, made)
@@ -206,11 +210,11 @@ def _plan_linear(name: str, linear: nn.Linear, made: Plan) -> None:
         made.swaps.append(ClassSwap(name, linear, nn.Linear, fnn.Linear, why))
 
 
-def _why_swap(weight: nn.Parameter) -> str | None:
+def _why_swap(weight: Tensor) -> str | None:
     return _products.why_swap(*_facts(weight))
 
 
-def _facts(weight: nn.Parameter) -> tuple[int, int, torch.dtype, torch.device]:
+def _facts(weight: Tensor) -> tuple[Any, ...]:
     """n_out, n_in, dtype and the device that the module will be called on."""
     return *weight.shape, weight.dtype, torch.device("cpu") if weight.is_meta else weight.device
 
@@ -255,12 +259,12 @@ def _why_not(module: nn.Module, op: str) -> str | None:
     if any(parametrize.is_parametrized(m) for m in module.modules()):
         return "it is parametrized"
     for p in module.parameters():
-        if isinstance(p, nn.parameter.UninitializedTensorMixin):
+        if isinstance(p, nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
             return "it is lazy: run the model once, then patch"
         if type(p) is not nn.Parameter:
             return f"its parameters are of type {type(p).__name__}"
-    p = next(module.parameters(), None)
-    return None if p is None else backends.why_no_kernel(op, p.device, p.dtype)
+    first = next(module.parameters(), None)
+    return None if first is None else backends.why_no_kernel(op, first.device, first.dtype)
 
 
 def _report_own_forwards(model: nn.Module, scripted: set[nn.Module], left: PatchReport) -> None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -55,7 +55,7 @@ _ATTENTION_CLASS = re.compile(r"^class \w*Attention\w*\(nn\.Module\):", re.MULTI
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
 
-def why_not(kind: type[nn.Module]) -> str | None:
+def why_not(kind: Any) -> str | None:
     """Why a class of pretrained models cannot run on another implementation of attention in
     sdpa's place, or None. It judges by ``_supports_sdpa`` and by the source of the file that
     defines the class, as transformers does in ``set_attn_implementation``."""
@@ -174,7 +174,7 @@ def _parts(model: nn.Module, pretrained: type[nn.Module]) -> Iterator[Part]:
         owners[name] = part
         if part is None:
             continue
-        part.attentions += _asks_the_interface(type(module))
+        part.attentions += _asks_the_interface(type(module))  # type: ignore[arg-type]
         for value in vars(module).values():
             if isinstance(value, config_class) and not any(c is value for c in part.configs):
                 part.configs.append(value)
@@ -183,7 +183,8 @@ def _parts(model: nn.Module, pretrained: type[nn.Module]) -> Iterator[Part]:
 
 
 def _why_not_part(part: Part) -> str | None:
-    model, config = part.model, part.model.config
+    model: Any = part.model
+    config = model.config
     if _FORMER in vars(model):
         return "already patched"
     reason = why_not(type(model))

@@ -42,7 +42,7 @@ class Report:
     @property
     def counts(self) -> Counter[tuple[str, str]]:
         """How many parts went from what to what."""
-        return Counter((e.before, e.after) for e in self.swapped)
+        return Counter((e.before, e.after or "") for e in self.swapped)
 
     def summary(self) -> str:
         raise NotImplementedError

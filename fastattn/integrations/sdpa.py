@@ -33,7 +33,7 @@ def override_sdpa() -> Iterator[None]:
     with _lock:
         if _depth == 0:
             _tell_torchscript()
-            _former, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _sdpa
+            _former, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _sdpa  # type: ignore[assignment]
         _depth += 1
     try:
         yield

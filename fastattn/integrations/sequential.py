@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +113,7 @@ def call_straight(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def linear_relu_stretch(layers: Sequence[nn.Module], start: int) -> tuple[Sequence[nn.Linear], int]:
+def linear_relu_stretch(layers: Sequence[Any], start: int) -> tuple[Sequence[nn.Linear], int]:
     """The plain Linears from ``start`` on, a plain ReLU between any two of them, and how many of
     these have a ReLU behind them: all, or all but the last."""
     end = start

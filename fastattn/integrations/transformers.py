@@ -74,7 +74,7 @@ def register() -> None:
     register_with_accelerate()
 
 
-def _refuse_unfit_models(pretrained: type[nn.Module]) -> None:
+def _refuse_unfit_models(pretrained: Any) -> None:
     """Puts ``check_model`` before the method by which transformers accepts an implementation."""
     stock = pretrained.get_correct_attn_implementation
     if hasattr(stock, "_fastattn"):
@@ -89,11 +89,11 @@ def _refuse_unfit_models(pretrained: type[nn.Module]) -> None:
             requested_attention = NAME  # the one that pickles, which stock returns
         return stock(self, requested_attention, *args, **kwargs)
 
-    get_correct_attn_implementation._fastattn = True
+    vars(get_correct_attn_implementation)["_fastattn"] = True
     pretrained.get_correct_attn_implementation = get_correct_attn_implementation
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: Any) -> None:
     """Raises ValueError where ``model`` cannot run with ``attn_implementation="fastattn"``."""
     if not model._supports_sdpa:
         try:
@@ -126,7 +126,7 @@ def attention_mask(**options: Any) -> Tensor | None:
         and isinstance(kv_offset, int)
         and kv_offset == 0
     )
-    if not padding_only:
+    if not padding_only or padding is None:
         return sdpa_mask(**options)
     padding = padding.to(options.get("device", padding.device), torch.bool)
     may_skip = options.get("allow_is_bidirectional_skip", False)
