@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +86,7 @@ class Attention:
         }
         if peers == "all":
 
-            def math_path(*inputs: Tensor, **options: object) -> Tensor:
+            def math_path(*inputs: Any, **options: Any) -> Tensor:
                 with sdpa_kernel(SDPBackend.MATH):
                     return sdpa(*inputs, **options)
 
@@ -96,7 +98,7 @@ class Attention:
         size = torch.finfo(self.dtype).bits // 8
         tokens = self.heads * self.seq + (self.heads_k or self.heads) * self.keys
         moved = 2.0 * self.batch * tokens * self.dim * size
-        shared = {"seq": self.seq, "random": self.kind == "dropout"}
+        random = self.kind == "dropout"
 
         def build(direction: str) -> dict[str, Run]:
             inputs = self.inputs()
@@ -109,7 +111,8 @@ class Attention:
                 continue
             yield Case(
                 "attention", self.name, self.dtype, direction, factor * self.flops,
-                moved * (1 + (direction == "backward")), lambda d=direction: build(d), **shared,
+                moved * (1 + (direction == "backward")), functools.partial(build, direction),
+                seq=self.seq, random=random,
             )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def both_directions(
 
 def training_steps(
     model: nn.Module,
-    loss: Callable[[nn.Module], Tensor],
+    loss: Callable[[Any], Tensor],
     peers: str,
     lr: float,
     compiled: bool = False,

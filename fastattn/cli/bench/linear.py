@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -43,7 +44,7 @@ def linear_cases(peers: str) -> Iterator[Case]:
         for direction, factor in (("forward", 1), ("backward", 2)):
             yield Case(
                 "linear_relu", f"{model} {rows}x{n_in}->{n_out}", torch.float32, direction,
-                factor * flops, factor * moved, lambda d=direction, b=build: b(d),
+                factor * flops, factor * moved, functools.partial(build, direction),
             )  # fmt: skip
 
 
@@ -55,8 +56,8 @@ def mlp_cases(peers: str) -> Iterator[Case]:
         name = f"784-128-10, batch {rows}"
 
         def functions(rows=rows) -> dict[str, Run]:
-            net = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
-            w, b = [net[0].weight.data, net[2].weight.data], [net[0].bias.data, net[2].bias.data]
+            linears = nn.Linear(784, 128), nn.Linear(128, 10)
+            w, b = [m.weight.data for m in linears], [m.bias.data for m in linears]
             x = torch.randn(rows, 784)
 
             @torch.no_grad()

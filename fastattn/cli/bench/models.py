@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ def encoder_cases(peers: str) -> Iterator[Case]:
             layer.eval()
             ours = copy.deepcopy(layer)
             patch(ours)
-            modules = {OURS: ours, "eager": layer}
+            modules: dict[str, Callable[..., Tensor]] = {OURS: ours, "eager": layer}
             return both_directions(modules, [x], "forward")
 
         kind = "step" if training else "forward"
@@ -95,6 +95,7 @@ class _Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.hidden: Tensor
         self.register_buffer("hidden", torch.ones(length, length, dtype=torch.bool).triu(1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -193,15 +193,21 @@ def _over_length(results: Sequence[Result]) -> str:
 def _memory(results: Sequence[Result]) -> str:
     from fastattn.cli.page import figure_html, plt
 
-    known = [r for r in results if not r.error and r.memory is not None and r.peer_memory]
-    known = [r for r in known if max(r.memory, r.peer_memory) > 1e6]
+    sizes = [
+        (r, r.memory, r.peer_memory)
+        for r in results
+        if not r.error and r.memory is not None and r.peer_memory
+    ]
+    known = [each for each in sizes if max(each[1:]) > 1e6]
     if not known:
         return ""
     figure, ax = plt.subplots(figsize=(9, 0.3 * len(known) + 1))
     y = range(len(known))
-    ax.barh([i - 0.2 for i in y], [r.memory / 1e6 for r in known], height=0.35, label="fastattn")
-    ax.barh([i + 0.2 for i in y], [r.peer_memory / 1e6 for r in known], height=0.35, label="peer")
-    ax.set_yticks(list(y), [f"{_label(r)}, {r.peer}" for r in known], fontsize=7)
+    ax.barh(
+        [i - 0.2 for i in y], [ours / 1e6 for _, ours, _ in known], height=0.35, label="fastattn"
+    )
+    ax.barh([i + 0.2 for i in y], [peers / 1e6 for _, _, peers in known], height=0.35, label="peer")
+    ax.set_yticks(list(y), [f"{_label(r)}, {r.peer}" for r, *_ in known], fontsize=7)
     ax.invert_yaxis()
     ax.set_xlabel("peak resident memory of the first run beyond what was there, MB")
     ax.legend(fontsize=7)

@@ -8,6 +8,7 @@ derivative with the tangent of the output six times (twelve products); half of i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def _beside_torch(layer: Attention) -> Iterator[Case]:
     products with the gradients, over a graph that is kept."""
 
     def functions() -> dict[str, Callable[..., Tensor]]:
-        causal = {"is_causal": layer.kind == "causal"}
+        causal: dict[str, Any] = {"is_causal": layer.kind == "causal"}
 
         def math_path(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(SDPBackend.MATH):

@@ -56,9 +56,10 @@ def _put_checkpoint(gm: fx.GraphModule, node: fx.Node, report: CompileReport) ->
     body = node.args[0]
     if not isinstance(body, fx.Node) or body.op != "get_attr":
         return
-    inner = gm.get_submodule(body.target)
+    name = str(body.target)
+    inner = gm.get_submodule(name)
     if isinstance(inner, fx.GraphModule):
-        gm.set_submodule(body.target, with_kernels(inner, report))
+        gm.set_submodule(name, with_kernels(inner, report))
         node.target = _checkpoint
 
 

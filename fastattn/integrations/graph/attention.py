@@ -8,6 +8,7 @@ import operator
 from dataclasses import dataclass, field
 from numbers import Real
 from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,14 +104,14 @@ class _Written:
 
     out: fx.Node
     nodes: list[fx.Node] = field(default_factory=list)  # last first
-    value: fx.Node | None = None
+    value: Any = None  # fx.Node, as these
     dropout_p: object = 0.0
     softmax_dtype: torch.dtype | None = None
     mask: fx.Node | None = None
     fill: float | None = None  # of the scores where the mask is True; None: the mask is added
     scale: float = 1.0
-    query: fx.Node | None = None
-    key_transposed: fx.Node | None = None
+    query: Any = None
+    key_transposed: Any = None
 
     def read(self) -> bool:
         """Whether it is softmax(scale · QKᵀ + mask) V, with dropout or without."""
@@ -123,7 +124,7 @@ class _Written:
         self.query, self.key_transposed = _operands(node)
         return isinstance(self.query, fx.Node) and isinstance(self.key_transposed, fx.Node)
 
-    def _dropout(self, node: fx.Node) -> fx.Node:
+    def _dropout(self, node: Any) -> Any:
         if not isinstance(node, fx.Node) or node.target is not F.dropout:
             return node
         x, p, training = arguments(node, "input", "p", "training")
@@ -132,13 +133,13 @@ class _Written:
         self.nodes.append(node)
         return x
 
-    def _cast(self, node: fx.Node) -> fx.Node:
+    def _cast(self, node: Any) -> Any:
         if _is(node, ("to",)) and len(node.args) == 2 and not node.kwargs:
             self.nodes.append(node)
             return node.args[0]
         return node
 
-    def _softmax(self, node: fx.Node) -> fx.Node | None:
+    def _softmax(self, node: Any) -> Any:
         if not _is(node, _SOFTMAXES):
             return None
         x, dim = arguments(node, "input", "dim")
@@ -149,7 +150,7 @@ class _Written:
         self.nodes.append(node)
         return x
 
-    def _masked(self, node: fx.Node | None) -> fx.Node | None:
+    def _masked(self, node: Any) -> Any:
         if _is(node, _FILLS):
             x, mask, fill = arguments(node, "input", "mask", "value")
             if not isinstance(mask, fx.Node) or not isinstance(fill, Real):
@@ -165,7 +166,7 @@ class _Written:
                     return x
         return node
 
-    def _scaled(self, node: fx.Node | None) -> fx.Node | None:
+    def _scaled(self, node: Any) -> Any:
         if not _is(node, (*_FACTORS, *_DIVISORS)) or len(node.args) != 2 or node.kwargs:
             return node
         x, number = node.args
@@ -173,7 +174,7 @@ class _Written:
             x, number = number, x
         if not isinstance(x, fx.Node) or not isinstance(number, Real) or not number:
             return None
-        self.scale = float(number) if _is(node, _FACTORS) else 1.0 / number
+        self.scale = float(number) if _is(node, _FACTORS) else 1.0 / float(number)
         if not math.isfinite(self.scale):
             return None
         self.nodes.append(node)
@@ -209,7 +210,7 @@ def put_written_attention(rewriting: Rewriting, node: fx.Node) -> None:
     if reason is not None:
         return rewriting.leave(node, "softmax(QKᵀ)V", reason)
     name = name_of(node)
-    call = (
+    call: tuple[Any, ...] = (
         written.query, written.key_transposed, written.value, written.scale, written.mask,
         written.fill, written.dropout_p, written.softmax_dtype,
     )  # fmt: skip

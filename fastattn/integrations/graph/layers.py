@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -41,7 +42,11 @@ def put_layers(rewriting: Rewriting, first: fx.Node) -> None:
                 "faster on a CPU",
             )
     elif relus and relus == len(layers) - 1:
-        call = (layers[0].input, [x.weight for x in layers], [x.bias for x in layers])
+        call: tuple[Any, ...] = (
+            layers[0].input,
+            [x.weight for x in layers],
+            [x.bias for x in layers],
+        )
         name = ", ".join(name_of(layer.linear) for layer in layers)
         with rewriting.graph.inserting_before(layers[-1].linear):
             fused = rewriting.graph.call_function(drop_in.mlp, call)
@@ -56,7 +61,7 @@ def _put_layer(rewriting: Rewriting, layer: _Layer) -> None:
     linear, name = layer.linear, name_of(layer.linear)
     if layer.relu is not None:
         with rewriting.graph.inserting_before(linear):
-            call = (layer.input, layer.weight, layer.bias)
+            call: tuple[Any, ...] = (layer.input, layer.weight, layer.bias)
             fused = rewriting.graph.call_function(drop_in.linear_relu, call)
         rewriting.replace(layer.nodes, fused)
         rewriting.fuse(name, "linear, relu", "fastattn linear_relu")
@@ -126,7 +131,7 @@ def _stretch(first: fx.Node) -> list[_Layer]:
     return layers
 
 
-def _why_kernels(linear: fx.Node, weight: fx.Node) -> str | None:
+def _why_kernels(linear: fx.Node, weight: Any) -> str | None:
     """Why the kernels may multiply faster than torch, at some number of rows."""
     n_out, n_in = value_of(weight).shape
     computed = value_of(linear)

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ def why_not(op: str, node: fx.Node, *operands: object) -> str | None:
     return backends.why_no_kernel(op, value.device, value.dtype)
 
 
-def arguments(node: fx.Node, *names: str) -> tuple[object, ...]:
+def arguments(node: fx.Node, *names: str) -> tuple[Any, ...]:
     """The node's first arguments, by position or by name; None where one is not given."""
     given = (*node.args, *(None,) * (len(names) - len(node.args)))
     return tuple(
@@ -83,7 +84,7 @@ def arguments(node: fx.Node, *names: str) -> tuple[object, ...]:
     )
 
 
-def value_of(x: object) -> object:
+def value_of(x: object) -> Any:
     """What a node was when the graph was captured: a fake tensor, where it is a tensor."""
     return x.meta.get("example_value") if isinstance(x, fx.Node) else x
 
@@ -106,7 +107,7 @@ def may_set_a_mode(node: fx.Node) -> bool:
     return not is_input(node) and not all(isinstance(x, Tensor) for x in values)
 
 
-def is_input(node: fx.Node) -> bool:
+def is_input(node: Any) -> bool:
     """Whether the node is an input of the graph, or a number read from one."""
     if node.op == "call_method" and node.target in ("item", "size"):
         node = node.args[0]
@@ -127,7 +128,7 @@ def is_pure(node: fx.Node) -> bool:
     if any(x is True for x in (*node.args, *node.kwargs.values())):
         return False  # it may be in place, or dropout
     if node.op == "call_method":
-        return not node.target.endswith("_")
+        return not str(node.target).endswith("_")
     if node.op != "call_function" or node.target in (*_IN_PLACE, operator.setitem):
         return False
     home, name = getattr(node.target, "__module__", ""), getattr(node.target, "__name__", "_")
