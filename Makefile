@@ -20,8 +20,7 @@ $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 	FASTATTN_REQUIRE_NATIVE=1 FASTATTN_BUILD_EMULATED=1 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev]'
 	touch $(VENV)/.built-here $@
 
-# What the demo needs, in half the time: the kernels of this processor, and CUDA's beside a GPU only.
-# `make setup` adds the rest to it.
+# The demo needs the kernels of this processor, and CUDA's only beside a GPU. `make setup` adds the rest.
 $(VENV)/.built-here: $(VENV)/.deps $(SOURCES)
 	FASTATTN_REQUIRE_NATIVE=1 FASTATTN_ONLY_THIS_CPU=1 FASTATTN_SKIP_CUDA_BUILD=$(if $(shell command -v nvidia-smi),0,1) \
 		$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo]'

@@ -83,8 +83,8 @@ class Call:
 
 
 def split(args: Sequence[Any], *groups: Any) -> list[Any]:
-    """The flat arguments of an op as these groups, which are classes of above, and behind them what
-    is left.
+    """The flat arguments of an op as these groups, classes of this module, and the arguments that
+    follow them.
 
     >>> split((1, 2, 3, 4, "more"), Results)
     [Results(out=1, row_max=2, log_sum=3), 4, 'more']

@@ -21,7 +21,7 @@ enum class Scratch {
   kCount
 };
 
-// Scratch memory cannot be had. The text has its place within: there may be no memory for it
+// There is no memory for a buffer. The object holds its text, as there may be no memory for that
 // either.
 class ScratchError : public std::bad_alloc {
  public:

@@ -25,7 +25,7 @@ from pathlib import Path
 import against_oracle
 import fuzzed
 
-CHUNK = 2000  # starting a process costs as much as 500 problems
+CHUNK = 2000  # problems of a process, which takes seconds to start
 ISAS = ("generic", "avx2", "avx512", "avx512bf16", "emulated")
 HERE = Path(__file__).resolve()
 
