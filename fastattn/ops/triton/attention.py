@@ -16,18 +16,11 @@ from fastattn.ops.triton.attention_forward import attention_forward_kernel
 from fastattn.ops.triton.attention_parts import (
     check_cotangents,
     check_results,
+    launch_walk,
     make_rows,
     mask_gradient,
-    mask_lists,
 )
-from fastattn.ops.triton.launch import cdiv, launch
-from fastattn.ops.triton.problem import (
-    four_dims,
-    like_rows,
-    make_problem,
-    mask_strides,
-    row_strides,
-)
+from fastattn.ops.triton.problem import four_dims, like_rows, make_problem
 
 
 def attention_forward(*args: object) -> tuple[Tensor, ...]:
@@ -37,34 +30,13 @@ def attention_forward(*args: object) -> tuple[Tensor, ...]:
     query, value = inputs.query, inputs.value
     out = like_rows(p.q, value.shape[-1], p.starts_q is not None)
     rows = [torch.empty(p.q.shape[:3], dtype=p.dtype, device=query.device) for _ in range(3)]
-    tile = p.tile("forward", p.k, p.v)
-    k, v = p.walked(tile, tile.block_k, p.k, p.v)
-    lists, counts, list_strides = mask_lists(p, tile, by_key=False)
-    launch(
+    launch_walk(
+        p,
         attention_forward_kernel,
-        (cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
-        p.q,
-        k,
-        v,
-        out,
-        *rows,
-        p.mask,
-        lists,
-        counts,
-        *p.shared(),
-        row_strides(p.q),
-        row_strides(p.k),
-        row_strides(p.v),
-        row_strides(out),
-        rows[0].stride()[:2],
-        mask_strides(p.mask),
-        list_strides,
-        p.heads_q,
-        p.batch * p.heads_q,
-        p.group,
-        p.section(p.seq_k, p.heads_k) * p.group,
-        *p.tokens(),
-        **p.common("forward", tile),
+        "forward",
+        {"q": p.q, "k": p.k, "v": p.v, "o": out},
+        dict(zip(("lse", "max", "log_sum"), rows, strict=True)),
+        walked=("k", "v"),
     )
     out = out.view(*query.shape[:-1], value.shape[-1])
     return out, *(x.view(query.shape[:-1]) for x in rows)
@@ -86,68 +58,29 @@ def attention_backward(*args: object) -> tuple[Tensor, ...]:
     p.widen(do)
     rows = make_rows(p, do, four_dims(results.out), softmax, cotangents.lse)
     grads = [query.new_empty((0,)) for _ in range(4)]  # none may be another
-    strides = (*map(row_strides, (p.q, p.k, p.v, do)), rows.stride()[:2])
+    operands = {"q": p.q, "k": p.k, "v": p.v, "do": do}
     if needs[0]:
         dq = like_rows(p.q, query.shape[-1], varlen)
-        tile = p.tile("queries", p.k, p.v)
-        k, v = p.walked(tile, tile.block_k, p.k, p.v)
-        lists, counts, list_strides = mask_lists(p, tile, by_key=False)
-        launch(
+        launch_walk(
+            p,
             attention_backward_queries_kernel,
-            (cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
-            p.q,
-            k,
-            v,
-            do,
-            rows,
-            dq,
-            p.mask,
-            lists,
-            counts,
-            *p.shared(),
-            *strides,
-            row_strides(dq),
-            mask_strides(p.mask),
-            list_strides,
-            p.heads_q,
-            p.batch * p.heads_q,
-            p.group,
-            p.section(p.seq_k, p.heads_k) * p.group,
-            *p.tokens(),
-            **p.common("queries", tile),
+            "queries",
+            {**operands, "dq": dq},
+            {"rows": rows},
+            walked=("k", "v"),
         )
         grads[0] = dq.view(query.shape)
     if needs[1] or needs[2]:
         dk = like_rows(p.k, query.shape[-1], varlen)
         dv = like_rows(p.v, value.shape[-1], varlen)
-        tile = p.tile("keys", p.q, do)
-        q, d_out = p.walked(tile, tile.block_q, p.q, do)
-        lists, counts, list_strides = mask_lists(p, tile, by_key=True)
-        launch(
+        launch_walk(
+            p,
             attention_backward_keys_kernel,
-            (cdiv(p.seq_k, tile.block_k) * p.batch * p.heads_k,),
-            q,
-            p.k,
-            p.v,
-            d_out,
-            rows,
-            dk,
-            dv,
-            p.mask,
-            lists,
-            counts,
-            *p.shared(),
-            *strides,
-            row_strides(dk),
-            row_strides(dv),
-            mask_strides(p.mask),
-            list_strides,
-            p.heads_k,
-            p.batch * p.heads_k,
-            p.group,
-            p.section(p.seq_q * p.group, p.heads_k),
-            *p.tokens(),
-            **p.common("keys", tile),
+            "keys",
+            {**operands, "dk": dk, "dv": dv},
+            {"rows": rows},
+            walked=("q", "do"),
+            by_key=True,
         )
         grads[1] = dk.view(key.shape) if needs[1] else grads[1]
         grads[2] = dv.view(value.shape) if needs[2] else grads[2]

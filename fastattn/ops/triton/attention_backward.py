@@ -60,42 +60,16 @@ def weights_and_gradient(
     keep,
     i,
     j,
-    seq_q,
-    seq_k,
-    left,
-    right,
-    scale,
-    cap_scale,
-    cap,
-    slope,
-    keep_scale,
-    p_mask,
-    mask_strides,
+    of,  # Weights
     ACC: tl.constexpr,
     EDGE: tl.constexpr,
     FLAGS: tl.constexpr,
 ):
     """P, dS before the softcap, the softcap's tanh, what is visible: E6, E7."""
-    s, capped, visible = primitives.scores(
-        qk,
-        i,
-        j,
-        seq_q,
-        seq_k,
-        left,
-        right,
-        scale,
-        cap_scale,
-        cap,
-        slope,
-        p_mask,
-        mask_strides,
-        EDGE,
-        FLAGS,
-    )
-    p = primitives.weights(s, softmax, scale, FLAGS)  # E6
+    s, capped, visible = primitives.scores(qk, i, j, of, EDGE, FLAGS)
+    p = primitives.weights(s, softmax, of.scale, FLAGS)  # E6
     dp = primitives.dot(a, tl.trans(b), ACC, FLAGS)  # behind P: both fit into the registers then
-    ds = score_gradient(p, dp, delta, keep, keep_scale, visible, EDGE, FLAGS)
+    ds = score_gradient(p, dp, delta, keep, of.dropout.scale, visible, EDGE, FLAGS)
     return p, ds, capped, visible
 
 
@@ -128,10 +102,10 @@ def attention_delta_kernel(
     i_b64, i_h64 = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
     o_q = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m_q = o_q < seq_q
-    p_o += i_b64 * o_strides[0] + i_h64 * o_strides[1]
-    p_do += i_b64 * do_strides[0] + i_h64 * do_strides[1]
-    o = primitives.load_rows(p_o, o_q, o_strides[2], seq_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
-    do = primitives.load_rows(p_do, o_q, do_strides[2], seq_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
+    o_rows = primitives.rows_of(p_o, o_strides, i_b64, i_h64, 0, seq_q)
+    do_rows = primitives.rows_of(p_do, do_strides, i_b64, i_h64, 0, seq_q)
+    o = primitives.load_rows(o_rows, o_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
+    do = primitives.load_rows(do_rows, o_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
     product = tl.sum(o.to(ACC) * do.to(ACC), 1)  # E6, E14
     if flags.LSE_GRADIENT & FLAGS:
         p_grad_lse += i_b64 * grad_lse_strides[0] + i_h64 * grad_lse_strides[1]

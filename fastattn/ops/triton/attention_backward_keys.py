@@ -8,93 +8,45 @@ transposed, ``[BLOCK_K, BLOCK_Q]``.
 import triton
 import triton.language as tl
 
-from fastattn.ops.triton import flags, primitives
-from fastattn.ops.triton.attention_backward import (
-    load_statistics,
-    weights_and_gradient,
-)
+from fastattn.ops.triton import flags, primitives, walk
+from fastattn.ops.triton.attention_backward import load_statistics, weights_and_gradient
 
 
 @triton.jit
-def _keys_step(
-    dk,  # [BLOCK_K, BLOCK_D]
-    dv,  # [BLOCK_K, BLOCK_DV]
-    k,
-    v,
+def _step(
+    state,
     i_first,
-    j_first,
-    i_b,
-    i_h,
-    p_q,
-    p_do,
-    p_rows,
-    p_mask,
-    stride_q,
-    stride_do,
-    mask_strides,
-    seq_q,
-    seq_k,
-    left,
-    right,
-    scale,
-    cap_scale,
-    cap,
-    slope,
-    keep_scale,
-    seed,
-    threshold,
-    SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
+    own,
+    walked,
+    at,
+    of,
+    SHAPE: tl.constexpr,
     ACC: tl.constexpr,
     EDGE: tl.constexpr,
     FLAGS: tl.constexpr,
 ):
-    """One block of queries: E6, E7, E9, E10."""
-    HEAD_DIM: tl.constexpr = SHAPE[0]
-    HEAD_DIM_V: tl.constexpr = SHAPE[1]
-    BLOCK_D: tl.constexpr = SHAPE[2]
-    BLOCK_DV: tl.constexpr = SHAPE[3]
-    BLOCK_Q: tl.constexpr = SHAPE[4]
-    BLOCK_K: tl.constexpr = SHAPE[5]
-    o_q = i_first + tl.arange(0, BLOCK_Q)
-    o_k = j_first + tl.arange(0, BLOCK_K)
-    q = primitives.load_block(
-        p_q, i_b, i_h, i_first, o_q, stride_q, seq_q, HEAD_DIM, BLOCK_Q, BLOCK_D, True, FLAGS
-    )
+    """dK and dV after one block of queries: E6, E7, E9, E10."""
+    dk, dv = state  # [BLOCK_K, BLOCK_D], [BLOCK_K, BLOCK_DV]
+    k, v = own
+    q_rows, do_rows, p_rows = walked
+    o_q = i_first + tl.arange(0, SHAPE.block_q)
+    o_k = at.first + tl.arange(0, SHAPE.block_k)
+    q = primitives.load_block(q_rows, i_first, SHAPE.block_q, SHAPE.d, SHAPE.block_d, True, FLAGS)
     do = primitives.load_block(
-        p_do, i_b, i_h, i_first, o_q, stride_do, seq_q, HEAD_DIM_V, BLOCK_Q, BLOCK_DV, True, FLAGS
+        do_rows, i_first, SHAPE.block_q, SHAPE.dv, SHAPE.block_dv, True, FLAGS
     )
-    softmax, delta = load_statistics(p_rows, o_q, seq_q, flags.ROW)
+    softmax, delta = load_statistics(p_rows, o_q, at.seq_q, flags.ROW)
     if flags.MAY_BE_EMPTY & FLAGS:
         q = primitives.clear_rows(q, softmax[0] != float("inf"))
         do = primitives.clear_rows(do, softmax[0] != float("inf"))
     qk = primitives.dot(k, tl.trans(q), ACC, FLAGS)  # [BLOCK_K, BLOCK_Q]
     keep = True
     if flags.DROPOUT & FLAGS:
-        keep = tl.trans(primitives.dropout_keep(seed, i_h, o_q, j_first, threshold, BLOCK_K))
+        keep = tl.trans(primitives.dropout_keep(of.dropout, o_q, at.first, SHAPE.block_k))
     p, ds, capped, _ = weights_and_gradient(
-        qk,
-        v,
-        do,
-        primitives.as_row(softmax),
-        delta[None, :],
-        keep,
-        o_q[None, :],
-        o_k[:, None],
-        seq_q,
-        seq_k,
-        left,
-        right,
-        scale,
-        cap_scale,
-        cap,
-        slope,
-        keep_scale,
-        p_mask,
-        mask_strides,
-        ACC,
-        EDGE,
-        FLAGS,
-    )
+        qk, v, do, primitives.as_row(softmax), delta[None, :], keep, o_q[None, :], o_k[:, None],
+        of, ACC, EDGE, FLAGS,
+    )  # fmt: skip
     if flags.DROPOUT & FLAGS:
         p = tl.where(keep, p, 0.0)
     dv += primitives.dot(p.to(do.dtype), do, ACC, FLAGS)  # E10
@@ -104,43 +56,25 @@ def _keys_step(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=[
-        "heads", "batch_heads", "section", "tokens_q", "tokens_k",
-        "seq_q", "seq_k", "left", "right", "seed_batch", "threshold",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=walk.SIZES_BUT_GROUP)
 def attention_backward_keys_kernel(
     p_q,  # [B, Hq, Sq, D]; with TMA the tensor's descriptor
     p_k,  # [B, Hk, Sk, D]
     p_v,  # [B, Hk, Sk, Dv]
-    p_do,  # [B, Hq, Sq, Dv]; the same
-    p_rows,  # [B, Hq, Sq, ROW]
+    p_do,  # [B, Hq, Sq, Dv]; with TMA the tensor's descriptor
     p_dk,
     p_dv,
-    p_mask,
-    p_lists,  # [..., 2, query blocks]
-    p_counts,  # [..., 2]
-    p_slopes,
-    p_seed,
-    p_starts_q,
-    p_starts_k,
-    q_strides,
-    k_strides,
-    v_strides,
-    do_strides,
-    row_strides,  # of batch, head
-    dk_strides,
-    dv_strides,
-    mask_strides,
-    list_strides,  # of batch, head, key block
+    p_rows,  # [B, Hq, Sq, ROW]
+    strides,  # Strides
+    mask,  # Mask
+    extras,  # Extras
     heads,  # key heads
     batch_heads,
     group,
     section,
     tokens_q,
     tokens_k,
-    seq_q,
+    seq_q,  # the longest, where there are several
     seq_k,
     left,
     right,
@@ -150,109 +84,43 @@ def attention_backward_keys_kernel(
     cap_scale: "fp64",
     cap: "fp64",
     keep_scale: "fp64",
-    SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
+    SHAPE: tl.constexpr,  # Shape
     FLAGS: tl.constexpr,
 ):
-    # ids
-    HEAD_DIM: tl.constexpr = SHAPE[0]
-    HEAD_DIM_V: tl.constexpr = SHAPE[1]
-    BLOCK_D: tl.constexpr = SHAPE[2]
-    BLOCK_DV: tl.constexpr = SHAPE[3]
-    BLOCK_Q: tl.constexpr = SHAPE[4]
-    BLOCK_K: tl.constexpr = SHAPE[5]
     ACC: tl.constexpr = p_rows.dtype.element_ty
-    blocks = tl.cdiv(seq_k, BLOCK_K)
-    query_blocks = tl.cdiv(seq_q, BLOCK_Q)
-    # Under a causal mask the first keys are seen by the most queries.
-    i_block, i_hk, i_b = primitives.scheduled_block(blocks, heads, batch_heads, section, False)
-    i_b64, i_hk64 = i_b.to(tl.int64), i_hk.to(tl.int64)
-    start_q, seq_q = primitives.sequence(p_starts_q, i_b, tokens_q, seq_q, FLAGS)
-    start_k, seq_k = primitives.sequence(p_starts_k, i_b, tokens_k, seq_k, FLAGS)
-    j_first = i_block * BLOCK_K
-    if flags.VARLEN & FLAGS:
-        if j_first >= seq_k:
+    at = walk.place_of_keys(
+        extras, heads, batch_heads, section, tokens_q, tokens_k, seq_q, seq_k, SHAPE, FLAGS
+    )
+    if flags.VARLEN & FLAGS:  # noqa: SIM102 - known at compile time
+        if at.first >= at.seq_k:
             return
-        i_b64 = i_b64 * 0
-    o_k = j_first + tl.arange(0, BLOCK_K)
-
-    # this program's tensors
-    p_k += i_b64 * k_strides[0] + i_hk64 * k_strides[1] + start_k * k_strides[2]
-    p_v += i_b64 * v_strides[0] + i_hk64 * v_strides[1] + start_k * v_strides[2]
-    p_dk += i_b64 * dk_strides[0] + i_hk64 * dk_strides[1] + start_k * dk_strides[2]
-    p_dv += i_b64 * dv_strides[0] + i_hk64 * dv_strides[1] + start_k * dv_strides[2]
-    scale = primitives.scalar(scale, ACC)
-    cap_scale = primitives.scalar(cap_scale, ACC)
-    cap = primitives.scalar(cap, ACC)
-    keep_scale = primitives.scalar(keep_scale, ACC)
-    seed = primitives.dropout_seed(p_seed, i_b, seed_batch, FLAGS)
-
-    # prologue
-    k = primitives.load_rows(p_k, o_k, k_strides[2], seq_k, HEAD_DIM, BLOCK_D, True, FLAGS)
-    v = primitives.load_rows(p_v, o_k, v_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, True, FLAGS)
-    dk = tl.zeros((BLOCK_K, BLOCK_D), ACC)
-    dv = tl.zeros((BLOCK_K, BLOCK_DV), ACC)
-
-    # main loops
+    o_k = at.first + tl.arange(0, SHAPE.block_k)
+    k_rows = primitives.key_rows(p_k, strides.k, at)
+    v_rows = primitives.key_rows(p_v, strides.v, at)
+    k = primitives.load_rows(k_rows, o_k, SHAPE.d, SHAPE.block_d, True, FLAGS)
+    v = primitives.load_rows(v_rows, o_k, SHAPE.dv, SHAPE.block_dv, True, FLAGS)
+    dk = primitives.zeros(SHAPE.block_k, SHAPE.block_d, ACC)
+    dv = primitives.zeros(SHAPE.block_k, SHAPE.block_dv, ACC)
     for i_group in range(0, group):
-        i_h = i_hk * group + i_group
-        i_h64 = i_h.to(tl.int64)
-        slope = 0.0
-        if flags.ALIBI & FLAGS:
-            slope = tl.load(p_slopes + i_b * (heads * group) + i_h)
-        p_mask_h = 0
-        if flags.MASKED & FLAGS:
-            p_mask_h = p_mask + i_b64 * mask_strides[0] + i_h64 * mask_strides[1]
-        args = (
-            j_first,
-            i_b,
-            i_h,
-            primitives.head_pointer(p_q, i_b64, i_h64, start_q, q_strides, FLAGS),
-            primitives.head_pointer(p_do, i_b64, i_h64, start_q, do_strides, FLAGS),
-            p_rows + i_b64 * row_strides[0] + i_h64 * row_strides[1] + start_q * flags.ROW,
-            p_mask_h,
-            q_strides[2],
-            do_strides[2],
-            mask_strides,
-            seq_q,
-            seq_k,
-            left,
-            right,
-            scale,
-            cap_scale,
-            cap,
-            slope,
-            keep_scale,
-            seed,
-            threshold,
+        at_head = walk.at_head(at, at.i_hk * group + i_group)
+        of = walk.weights_of(
+            at_head, extras, mask, heads * group, left, right, seed_batch, threshold,
+            (scale, cap_scale, cap, keep_scale), ACC, FLAGS,
+        )  # fmt: skip
+        walked = (
+            primitives.walked_queries(p_q, strides.q, at_head, FLAGS),
+            primitives.walked_queries(p_do, strides.do, at_head, FLAGS),
+            walk.statistics_at(p_rows, strides.rows, at_head, flags.ROW),
         )
-        if flags.MASKED & FLAGS:
-            i_list = i_b64 * list_strides[0] + i_h64 * list_strides[1] + i_block * list_strides[2]
-            p_count = p_counts + i_list * 2
-            p_list = p_lists + i_list * 2 * query_blocks
-            for n in range(0, tl.load(p_count)):
-                i_first = tl.load(p_list + n) * BLOCK_Q
-                dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, True, FLAGS)
-            if flags.BOOL_MASK & FLAGS:
-                for n in range(0, tl.load(p_count + 1)):
-                    i_first = tl.load(p_list + query_blocks + n) * BLOCK_Q
-                    dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, False, FLAGS)
-        else:
-            lo, full_lo, full_hi, hi = primitives.query_range(
-                j_first, seq_q, seq_k, left, right, BLOCK_Q, BLOCK_K, FLAGS
-            )
-            if flags.WINDOW_RIGHT & FLAGS:
-                for i_first in range(lo, full_lo, BLOCK_Q):
-                    dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, True, FLAGS)
-            for i_first in range(full_lo, full_hi, BLOCK_Q):
-                i_first = tl.multiple_of(i_first, BLOCK_Q)
-                dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, False, FLAGS)
-            if flags.WINDOW_LEFT & FLAGS:
-                for i_first in range(full_hi, hi, BLOCK_Q):
-                    dk, dv = _keys_step(dk, dv, k, v, i_first, *args, SHAPE, ACC, True, FLAGS)
+        dk, dv = walk.walk_queries(
+            _step, (dk, dv), (k, v), walked, at_head, of, mask, SHAPE, ACC, FLAGS
+        )
 
     # epilogue
-    dk *= scale
+    dk *= primitives.scalar(scale, ACC)
     if flags.DROPOUT & FLAGS:
-        dv *= keep_scale
-    primitives.store_rows(p_dk, o_k, dk, dk_strides[2], seq_k, HEAD_DIM, BLOCK_D, FLAGS)
-    primitives.store_rows(p_dv, o_k, dv, dv_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, FLAGS)
+        dv *= primitives.scalar(keep_scale, ACC)
+    dk_rows = primitives.key_rows(p_dk, strides.dk, at)
+    dv_rows = primitives.key_rows(p_dv, strides.dv, at)
+    primitives.store_rows(dk_rows, o_k, dk, SHAPE.d, SHAPE.block_d, FLAGS)
+    primitives.store_rows(dv_rows, o_k, dv, SHAPE.dv, SHAPE.block_dv, FLAGS)

@@ -11,7 +11,7 @@ the second order's, E14.
 import triton
 import triton.language as tl
 
-from fastattn.ops.triton import flags, primitives
+from fastattn.ops.triton import flags, primitives, tuples, walk
 from fastattn.ops.triton.attention_backward import (
     load_second_statistics,
     load_statistics,
@@ -45,9 +45,8 @@ def mask_map_kernel(
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
     p_mask += i_b64 * mask_strides[0] + i_h64 * mask_strides[1]
-    visible, _ = primitives.visible_keys(
-        o_q[:, None], o_k[None, :], seq_k, left, right, p_mask, mask_strides, seq_q, FLAGS
-    )
+    band = tuples.Band(seq_q, seq_k, left, right, p_mask, mask_strides)
+    visible, _ = primitives.visible_keys(o_q[:, None], o_k[None, :], band, FLAGS)
     some = tl.max(tl.max((visible & (o_q < seq_q)[:, None]).to(tl.int32), 1), 0)
     every = tl.min(tl.min(visible.to(tl.int32), 1), 0)
     if flags.FLOAT_MASK & FLAGS:
@@ -100,21 +99,10 @@ def attention_mask_gradient_kernel(
     p_t_v,
     p_rows,  # [B, Hq, Sq, WIDTH]
     p_dm,  # fp32 or fp64
-    p_mask,
-    p_t_mask,
-    p_slopes,
-    p_seed,
-    q_strides,
-    k_strides,
-    v_strides,
-    do_strides,
-    t_q_strides,
-    t_k_strides,
-    t_v_strides,
-    row_strides,  # of batch, head
+    strides,  # Strides
     dm_strides,  # of batch, head, row, column
-    mask_strides,
-    t_mask_strides,
+    mask,  # Mask
+    extras,  # Extras
     heads,
     group,
     seq_q,
@@ -133,18 +121,13 @@ def attention_mask_gradient_kernel(
     cap_scale: "fp64",
     cap: "fp64",
     keep_scale: "fp64",
-    SHAPE: tl.constexpr,  # D, Dv, both rounded up, rows and columns of the tile
+    SHAPE: tl.constexpr,  # Shape
     SHARED_ROWS: tl.constexpr,
     SHARED_COLUMNS: tl.constexpr,
     FLAGS: tl.constexpr,
 ):
-    # ids
-    HEAD_DIM: tl.constexpr = SHAPE[0]
-    HEAD_DIM_V: tl.constexpr = SHAPE[1]
-    BLOCK_D: tl.constexpr = SHAPE[2]
-    BLOCK_DV: tl.constexpr = SHAPE[3]
-    BLOCK_Q: tl.constexpr = SHAPE[4]
-    BLOCK_K: tl.constexpr = SHAPE[5]
+    BLOCK_Q: tl.constexpr = SHAPE.block_q
+    BLOCK_K: tl.constexpr = SHAPE.block_k
     ACC: tl.constexpr = p_rows.dtype.element_ty
     WIDTH: tl.constexpr = flags.SECOND_ROW if flags.SECOND_ORDER & FLAGS else flags.ROW
     pid = tl.program_id(0)
@@ -153,10 +136,7 @@ def attention_mask_gradient_kernel(
     i_bh = pid // column_blocks // row_blocks
     programs_h = heads // each_head
     i_b, i_h = i_bh // programs_h * each_batch, i_bh % programs_h * each_head
-    scale = primitives.scalar(scale, ACC)
-    cap_scale = primitives.scalar(cap_scale, ACC)
-    cap = primitives.scalar(cap, ACC)
-    keep_scale = primitives.scalar(keep_scale, ACC)
+    numbers = (scale, cap_scale, cap, keep_scale)
     dm = tl.zeros((BLOCK_Q, BLOCK_K), ACC)
 
     # main loop
@@ -165,114 +145,49 @@ def attention_mask_gradient_kernel(
         h = i_h + n // (each_row * each_column) % each_head
         i_first = (i_row * each_row + n // each_column % each_row) * BLOCK_Q
         j_first = (i_column * each_column + n % each_column) * BLOCK_K
-        o_k = j_first + tl.arange(0, BLOCK_K)
-        b64, h64, hk64 = b.to(tl.int64), h.to(tl.int64), (h // group).to(tl.int64)
+        at = walk.place_of_head(b, h, h // group, seq_q, seq_k, i_first)
+        of = walk.weights_of(
+            at, extras, mask, heads, left, right, seed_batch, threshold, numbers, ACC, FLAGS
+        )
         o_q = i_first + tl.arange(0, BLOCK_Q)
-        p_mask_here = p_mask + b64 * mask_strides[0] + h64 * mask_strides[1]
-        q = primitives.load_rows(
-            p_q + b64 * q_strides[0] + h64 * q_strides[1],
-            o_q, q_strides[2], seq_q, HEAD_DIM, BLOCK_D, True, FLAGS,
-        )  # fmt: skip
-        do = primitives.load_rows(
-            p_do + b64 * do_strides[0] + h64 * do_strides[1],
-            o_q, do_strides[2], seq_q, HEAD_DIM_V, BLOCK_DV, True, FLAGS,
-        )  # fmt: skip
-        k = primitives.load_rows(
-            p_k + b64 * k_strides[0] + hk64 * k_strides[1],
-            o_k, k_strides[2], seq_k, HEAD_DIM, BLOCK_D, True, FLAGS,
-        )  # fmt: skip
-        v = primitives.load_rows(
-            p_v + b64 * v_strides[0] + hk64 * v_strides[1],
-            o_k, v_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, True, FLAGS,
-        )  # fmt: skip
-        row = b64 * row_strides[0] + h64 * row_strides[1]
-        softmax, delta = load_statistics(p_rows + row, o_q, seq_q, WIDTH)
-        slope = 0.0
-        if flags.ALIBI & FLAGS:
-            slope = tl.load(p_slopes + b * heads + h)
+        o_k = j_first + tl.arange(0, BLOCK_K)
+        q, t_q = walk.query_and_tangent(p_q, p_t_q, strides, at, o_q, SHAPE, FLAGS)
+        do_rows = primitives.query_rows(p_do, strides.do, at)
+        do = primitives.load_rows(do_rows, o_q, SHAPE.dv, SHAPE.block_dv, True, FLAGS)
+        k_rows, v_rows, t_k_rows, t_v_rows = walk.keys_and_tangents(
+            p_k, p_v, p_t_k, p_t_v, strides, at, FLAGS
+        )
+        k = primitives.load_rows(k_rows, o_k, SHAPE.d, SHAPE.block_d, True, FLAGS)
+        v = primitives.load_rows(v_rows, o_k, SHAPE.dv, SHAPE.block_dv, True, FLAGS)
+        p_rows_here = walk.statistics_at(p_rows, strides.rows, at, WIDTH)
+        softmax, delta = load_statistics(p_rows_here, o_q, seq_q, WIDTH)
         keep = True
         if flags.DROPOUT & FLAGS:
-            seed = primitives.dropout_seed(p_seed, b, seed_batch, FLAGS)
-            keep = primitives.dropout_keep(seed, h, o_q, j_first, threshold, BLOCK_K)
+            keep = primitives.dropout_keep(of.dropout, o_q, j_first, BLOCK_K)
         if flags.SECOND_ORDER & FLAGS:
-            t_q, t_k, t_v = q, k, v
-            if flags.T_QUERY & FLAGS:
-                t_q = primitives.load_rows(
-                    p_t_q + b64 * t_q_strides[0] + h64 * t_q_strides[1],
-                    o_q, t_q_strides[2], seq_q, HEAD_DIM, BLOCK_D, True, FLAGS,
-                )  # fmt: skip
+            t_k, t_v = k, v
             if flags.T_KEY & FLAGS:
-                t_k = primitives.load_rows(
-                    p_t_k + b64 * t_k_strides[0] + hk64 * t_k_strides[1],
-                    o_k, t_k_strides[2], seq_k, HEAD_DIM, BLOCK_D, True, FLAGS,
-                )  # fmt: skip
+                t_k = primitives.load_rows(t_k_rows, o_k, SHAPE.d, SHAPE.block_d, True, FLAGS)
             if flags.T_VALUE & FLAGS:
-                t_v = primitives.load_rows(
-                    p_t_v + b64 * t_v_strides[0] + hk64 * t_v_strides[1],
-                    o_k, t_v_strides[2], seq_k, HEAD_DIM_V, BLOCK_DV, True, FLAGS,
-                )  # fmt: skip
-            p_t_mask_here = 0
-            if flags.T_MASK & FLAGS:
-                p_t_mask_here = p_t_mask + b64 * t_mask_strides[0] + h64 * t_mask_strides[1]
-            mu, beta = load_second_statistics(p_rows + row, o_q, seq_q, WIDTH)
+                t_v = primitives.load_rows(t_v_rows, o_k, SHAPE.dv, SHAPE.block_dv, True, FLAGS)
+            mu, beta = load_second_statistics(p_rows_here, o_q, seq_q, WIDTH)
             p, tangent, _, _, visible = weights_and_tangent(
-                q,
-                t_q,
-                k,
-                t_k,
-                primitives.as_column(softmax),
-                mu[:, None],
-                o_q[:, None],
-                o_k[None, :],
-                seq_q,
-                seq_k,
-                left,
-                right,
-                scale,
-                cap_scale,
-                cap,
-                slope,
-                p_mask_here,
-                p_t_mask_here,
-                mask_strides,
-                t_mask_strides,
-                ACC,
-                flags.T_QUERY,
-                flags.T_KEY,
-                True,
-                FLAGS,
-            )
+                q, t_q, k, t_k, primitives.as_column(softmax), mu[:, None], o_q[:, None],
+                o_k[None, :], of, ACC, flags.T_QUERY, flags.T_KEY, True, FLAGS,
+            )  # fmt: skip
             g = primitives.dot(do, tl.trans(v), ACC, FLAGS)
-            ds = score_gradient(p, g, delta[:, None], keep, keep_scale, visible, True, FLAGS)
-            h = primitives.dot(do, tl.trans(t_v), ACC, FLAGS)
+            keep_scale_here = of.dropout.scale
+            ds = score_gradient(p, g, delta[:, None], keep, keep_scale_here, visible, True, FLAGS)
+            h_tile = primitives.dot(do, tl.trans(t_v), ACC, FLAGS)
             gradient = second_gradient(
-                p, ds, tangent, h, beta[:, None], keep, keep_scale, visible, True, FLAGS
+                p, ds, tangent, h_tile, beta[:, None], keep, keep_scale_here, visible, True, FLAGS
             )
         else:
+            qk = primitives.dot(q, tl.trans(k), ACC, FLAGS)
             _, gradient, _, _ = weights_and_gradient(
-                primitives.dot(q, tl.trans(k), ACC, FLAGS),
-                do,
-                v,
-                primitives.as_column(softmax),
-                delta[:, None],
-                keep,
-                o_q[:, None],
-                o_k[None, :],
-                seq_q,
-                seq_k,
-                left,
-                right,
-                scale,
-                cap_scale,
-                cap,
-                slope,
-                keep_scale,
-                p_mask_here,
-                mask_strides,
-                ACC,
-                True,
-                FLAGS,
-            )
+                qk, do, v, primitives.as_column(softmax), delta[:, None], keep, o_q[:, None],
+                o_k[None, :], of, ACC, True, FLAGS,
+            )  # fmt: skip
         # An empty row's dO may be NaN; none of its keys is visible.
         dm += gradient  # E11, E14
 

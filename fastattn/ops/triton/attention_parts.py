@@ -12,9 +12,7 @@ from torch import Tensor
 
 from fastattn._call import Cotangents, Inputs, Results
 from fastattn.ops.triton import config, flags
-from fastattn.ops.triton.attention_backward import (
-    attention_delta_kernel,
-)
+from fastattn.ops.triton.attention_backward import attention_delta_kernel
 from fastattn.ops.triton.attention_mask import (
     attention_mask_gradient_kernel,
     mask_list_kernel,
@@ -22,6 +20,7 @@ from fastattn.ops.triton.attention_mask import (
 )
 from fastattn.ops.triton.launch import cdiv, launch, next_power_of_2
 from fastattn.ops.triton.problem import FLAG, Problem, is_wide, mask_strides, require, row_strides
+from fastattn.ops.triton.tuples import Mask, Strides
 
 _DELTA_ROWS = 32
 _MAP_TILE = 1024  # entries of the mask's map that one step turns into lists
@@ -124,6 +123,54 @@ def _add_product(
     )
 
 
+def launch_walk(
+    p: Problem,
+    kernel,
+    name: str,
+    operands: dict[str, Tensor | None],
+    statistics: dict[str, Tensor],
+    walked: Sequence[str],
+    t_mask: Tensor | None = None,
+    by_key: bool = False,
+) -> None:
+    """Launches a kernel whose programs walk keys, or, by_key, queries.
+
+    name: the kernel's in config.KERNELS; operands: the ``[B, H, S, D]`` tensors by their names in
+    Strides; statistics: the tensors of a few numbers a row, all with the strides of the first;
+    walked: the names of the operands that a program loads block by block.
+    """
+    tile = p.tile(name, *(operands[x] for x in walked))
+    strides = Strides(
+        **{x: row_strides(tensor) for x, tensor in operands.items()},
+        rows=next(iter(statistics.values())).stride()[:2],
+    )
+    if by_key:
+        heads, blocks, step = p.heads_k, cdiv(p.seq_k, tile.block_k), tile.block_q
+        section = p.section(p.seq_q * p.group, p.heads_k)
+    else:
+        heads, blocks, step = p.heads_q, cdiv(p.seq_q, tile.block_q), tile.block_k
+        section = p.section(p.seq_k, p.heads_k) * p.group
+    descriptors = p.walked(tile, step, *(operands[x] for x in walked))
+    pointers = {**operands, **dict(zip(walked, descriptors, strict=True)), **statistics}
+    lists = mask_lists(p, tile, by_key)
+    tokens_q, tokens_k = p.tokens()
+    launch(
+        kernel,
+        (blocks * p.batch * heads,),
+        **{f"p_{x}": pointer for x, pointer in pointers.items()},
+        strides=strides,
+        mask=Mask(p.mask, mask_strides(p.mask), *lists, t_mask, mask_strides(t_mask)),
+        extras=p.shared(),
+        heads=heads,
+        batch_heads=p.batch * heads,
+        group=p.group,
+        section=section,
+        tokens_q=tokens_q,
+        tokens_k=tokens_k,
+        **p.common(name, tile),
+    )
+
+
 class Tangents4(NamedTuple):
     """The tangents in 4 dimensions; the problem's FLAGS say which there are."""
 
@@ -163,26 +210,22 @@ def mask_gradient(
         device=p.q.device,
     )
     row_blocks, column_blocks = 1 if shared_rows else blocks[0], 1 if shared_columns else blocks[1]
+    operands = {"q": p.q, "k": p.k, "v": p.v, "do": do, "t_q": t.q, "t_k": t.k, "t_v": t.v}
+    strides = Strides(
+        **{x: row_strides(tensor) for x, tensor in operands.items()}, rows=rows.stride()[:2]
+    )
     launch(
         attention_mask_gradient_kernel,
         (math.prod(outer) * row_blocks * column_blocks,),
-        p.q,
-        p.k,
-        p.v,
-        do,
-        *t[:3],
-        rows,
-        dm,
-        p.mask,
-        t.mask,
-        *p.shared()[:2],
-        *map(row_strides, (p.q, p.k, p.v, do, *t[:3])),
-        rows.stride()[:2],
-        dm.stride(),
-        mask_strides(p.mask),
-        mask_strides(t.mask),
-        p.heads_q,
-        p.group,
+        **{f"p_{x}": pointer for x, pointer in operands.items()},
+        p_rows=rows,
+        p_dm=dm,
+        strides=strides,
+        dm_strides=dm.stride(),
+        mask=Mask(p.mask, mask_strides(p.mask), t=t.mask, t_strides=mask_strides(t.mask)),
+        extras=p.shared(),
+        heads=p.heads_q,
+        group=p.group,
         row_blocks=row_blocks,
         column_blocks=column_blocks,
         each_batch=p.batch // outer[0] if outer[0] else 1,

@@ -14,13 +14,12 @@ from fastattn.ops.triton.attention_parts import (
     Tangents4,
     check_cotangents,
     check_results,
+    launch_walk,
     make_second_rows,
     mask_gradient,
-    mask_lists,
 )
 from fastattn.ops.triton.attention_second_keys import attention_second_keys_kernel
 from fastattn.ops.triton.attention_second_queries import attention_second_queries_kernel
-from fastattn.ops.triton.launch import cdiv, launch
 from fastattn.ops.triton.problem import (
     FLAG,
     Problem,
@@ -28,9 +27,7 @@ from fastattn.ops.triton.problem import (
     like_rows,
     make_problem,
     mask_4d,
-    mask_strides,
     require,
-    row_strides,
 )
 
 
@@ -58,47 +55,24 @@ def _make_tangents(p: Problem, inputs: Inputs, tangents: Tangents) -> Tangents4:
     return t
 
 
+def _operands(p: Problem, t: Tangents4) -> dict[str, Tensor | None]:
+    return {"q": p.q, "k": p.k, "v": p.v, "t_q": t.q, "t_k": t.k, "t_v": t.v}
+
+
 def _jvp(
     p: Problem, t: Tangents4, out: Tensor, row_max: Tensor, log_sum: Tensor
 ) -> tuple[Tensor, Tensor]:
     """tO ``[B, Hq, Sq, Dv]`` and μ ``[B, Hq, Sq]``, E12."""
     t_out = like_rows(p.q, p.v.shape[-1], p.starts_q is not None)
     mu = torch.empty_like(row_max)
-    tile = p.tile("jvp", p.k, p.v, t.k, t.v)
-    k, v, t_k, t_v = p.walked(tile, tile.block_k, p.k, p.v, t.k, t.v)
-    lists, counts, list_strides = mask_lists(p, tile, by_key=False)
-    launch(
+    launch_walk(
+        p,
         attention_jvp_kernel,
-        (cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
-        p.q,
-        k,
-        v,
-        t.q,
-        t_k,
-        t_v,
-        out,
-        row_max,
-        log_sum,
-        t_out,
-        mu,
-        p.mask,
-        t.mask,
-        lists,
-        counts,
-        *p.shared(),
-        *map(row_strides, (p.q, p.k, p.v, t.q, t.k, t.v, out)),
-        row_max.stride()[:2],
-        row_strides(t_out),
-        mu.stride()[:2],
-        mask_strides(p.mask),
-        mask_strides(t.mask),
-        list_strides,
-        p.heads_q,
-        p.batch * p.heads_q,
-        p.group,
-        p.section(p.seq_k, p.heads_k) * p.group,
-        *p.tokens(),
-        **p.common("jvp", tile),
+        "jvp",
+        {**_operands(p, t), "o": out, "t_o": t_out},
+        {"max": row_max, "log_sum": log_sum, "mu": mu},
+        walked=("k", "v", "t_k", "t_v"),
+        t_mask=t.mask,
     )
     return t_out, mu
 
@@ -121,38 +95,14 @@ def attention_jvp(*args: object) -> tuple[Tensor, Tensor]:
 
 def _gradient_of_queries(p: Problem, t: Tangents4, do: Tensor, rows: Tensor) -> Tensor:
     gq = like_rows(p.q, p.q.shape[-1], p.starts_q is not None)
-    tile = p.tile("second_queries", p.k, p.v, t.k, t.v)
-    k, v, t_k, t_v = p.walked(tile, tile.block_k, p.k, p.v, t.k, t.v)
-    lists, counts, list_strides = mask_lists(p, tile, by_key=False)
-    launch(
+    launch_walk(
+        p,
         attention_second_queries_kernel,
-        (cdiv(p.seq_q, tile.block_q) * p.batch * p.heads_q,),
-        p.q,
-        k,
-        v,
-        t.q,
-        t_k,
-        t_v,
-        do,
-        rows,
-        gq,
-        p.mask,
-        t.mask,
-        lists,
-        counts,
-        *p.shared(),
-        *map(row_strides, (p.q, p.k, p.v, t.q, t.k, t.v, do)),
-        rows.stride()[:2],
-        row_strides(gq),
-        mask_strides(p.mask),
-        mask_strides(t.mask),
-        list_strides,
-        p.heads_q,
-        p.batch * p.heads_q,
-        p.group,
-        p.section(p.seq_k, p.heads_k) * p.group,
-        *p.tokens(),
-        **p.common("second_queries", tile),
+        "second_queries",
+        {**_operands(p, t), "do": do, "dq": gq},
+        {"rows": rows},
+        walked=("k", "v", "t_k", "t_v"),
+        t_mask=t.mask,
     )
     return gq
 
@@ -160,40 +110,15 @@ def _gradient_of_queries(p: Problem, t: Tangents4, do: Tensor, rows: Tensor) -> 
 def _gradients_of_keys(p: Problem, t: Tangents4, do: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     packed = p.starts_q is not None
     gk, gv = (like_rows(x, x.shape[-1], packed) for x in (p.k, p.v))
-    tile = p.tile("second_keys", p.q, t.q, do)
-    q, t_q, d_out = p.walked(tile, tile.block_q, p.q, t.q, do)
-    lists, counts, list_strides = mask_lists(p, tile, by_key=True)
-    launch(
+    launch_walk(
+        p,
         attention_second_keys_kernel,
-        (cdiv(p.seq_k, tile.block_k) * p.batch * p.heads_k,),
-        q,
-        p.k,
-        p.v,
-        t_q,
-        t.k,
-        t.v,
-        d_out,
-        rows,
-        gk,
-        gv,
-        p.mask,
-        t.mask,
-        lists,
-        counts,
-        *p.shared(),
-        *map(row_strides, (p.q, p.k, p.v, t.q, t.k, t.v, do)),
-        rows.stride()[:2],
-        row_strides(gk),
-        row_strides(gv),
-        mask_strides(p.mask),
-        mask_strides(t.mask),
-        list_strides,
-        p.heads_k,
-        p.batch * p.heads_k,
-        p.group,
-        p.section(p.seq_q * p.group, p.heads_k),
-        *p.tokens(),
-        **p.common("second_keys", tile),
+        "second_keys",
+        {**_operands(p, t), "do": do, "dk": gk, "dv": gv},
+        {"rows": rows},
+        walked=("q", "t_q", "do"),
+        t_mask=t.mask,
+        by_key=True,
     )
     return gk, gv
 

@@ -31,18 +31,7 @@ def weights_and_tangent(
     mu,
     i,
     j,
-    seq_q,
-    seq_k,
-    left,
-    right,
-    scale,
-    cap_scale,
-    cap,
-    slope,
-    p_mask,
-    p_t_mask,
-    mask_strides,
-    t_mask_strides,
+    of,  # Weights
     ACC: tl.constexpr,
     T_A: tl.constexpr,
     T_B: tl.constexpr,
@@ -50,32 +39,18 @@ def weights_and_tangent(
     FLAGS: tl.constexpr,
 ):
     """P, A - μ, tQ Kᵀ + Q tKᵀ, the softcap's tanh, what is visible: E6, E12."""
-    s, capped, visible = primitives.scores(
-        primitives.dot(a, tl.trans(b), ACC, FLAGS),
-        i,
-        j,
-        seq_q,
-        seq_k,
-        left,
-        right,
-        scale,
-        cap_scale,
-        cap,
-        slope,
-        p_mask,
-        mask_strides,
-        EDGE,
-        FLAGS,
-    )
-    p = primitives.weights(s, softmax, scale, FLAGS)  # E6
+    qk = primitives.dot(a, tl.trans(b), ACC, FLAGS)
+    s, capped, visible = primitives.scores(qk, i, j, of, EDGE, FLAGS)
+    p = primitives.weights(s, softmax, of.scale, FLAGS)  # E6
     x = cross(a, t_a, b, t_b, ACC, T_A, T_B, FLAGS)
     if EDGE:
         x = tl.where(visible, x, 0.0)  # a hidden key's tangent may be NaN
-    tangent = x * scale
+    tangent = x * of.scale
     if flags.SOFTCAP & FLAGS:
         tangent *= 1.0 - capped * capped
     if flags.T_MASK & FLAGS:
-        p_tile = p_t_mask + i.to(tl.int64) * t_mask_strides[2] + j.to(tl.int64) * t_mask_strides[3]
+        strides = of.t_mask_strides
+        p_tile = of.p_t_mask + i.to(tl.int64) * strides[2] + j.to(tl.int64) * strides[3]
         tangent += tl.load(p_tile, mask=visible, other=0.0).to(ACC)
     return p, tangent - mu, x, capped, visible
 

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastattn._call import Extras, Inputs, Options
 from fastattn.ops.triton import MAX_HEAD_DIM, capability, config, flags, interpreting
 from fastattn.ops.triton.launch import next_power_of_2
+from fastattn.ops.triton.tuples import Shape
 
 FLAG = {
     name: getattr(flags, name).value
@@ -155,9 +156,9 @@ class Problem:
         if is_wide(*tensors):
             self.flags |= FLAG["WIDE"]
 
-    def shared(self) -> tuple[Tensor | None, ...]:
-        """What the kernels that walk keys or queries take beside the operands and the mask."""
-        return self.slopes, self.seed, self.starts_q, self.starts_k
+    def shared(self) -> Extras:
+        """The tensors without a derivative, as the kernels take them."""
+        return Extras(self.slopes, self.seed, self.starts_q, self.starts_k)
 
     def window(self) -> tuple[int | None, int | None]:
         """The window's bounds as the kernels take them."""
@@ -199,7 +200,7 @@ class Problem:
             "seed_batch": self.batch // self.seed.numel() if self.seed is not None else None,
             "threshold": math.floor(self.dropout_p * 2**32) if drops else None,
             **self.numbers,
-            "SHAPE": (
+            "SHAPE": Shape(
                 self.q.shape[-1],
                 self.v.shape[-1],
                 block_d,

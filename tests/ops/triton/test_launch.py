@@ -44,12 +44,13 @@ def launches(monkeypatch) -> list:
     return calls
 
 
+def count(value: object) -> int:
+    """How many of the value's parts are not None: those inside tuples one by one."""
+    return sum(map(count, value)) if isinstance(value, tuple) else value is not None
+
+
 def live(kernel, arguments: dict) -> int:
-    """Arguments that are neither None nor compile-time, those inside tuples one by one."""
-
-    def count(value: object) -> int:
-        return sum(map(count, value)) if isinstance(value, tuple) else value is not None
-
+    """Arguments that are neither None nor compile-time."""
     constant = {kernel.arg_names[n] for n in kernel.constexprs}
     return sum(count(value) for name, value in arguments.items() if name not in constant)
 
@@ -82,13 +83,12 @@ def test_a_plain_launch_binds_few_arguments(launches):
 def test_an_absent_option_is_none(launches):
     attend()
     optional = {
-        "p_mask", "p_lists", "p_counts", "p_slopes", "p_seed", "p_starts_q", "p_starts_k",
-        "mask_strides", "list_strides", "tokens_q", "tokens_k", "left", "seed_batch", "threshold",
-        "p_grad_lse", "grad_lse_strides",
+        "mask", "extras", "tokens_q", "tokens_k", "left", "seed_batch", "threshold", "p_grad_lse",
+        "grad_lse_strides",
     }  # fmt: skip
     seen = set()
     for kernel, arguments in launches:
-        there = {name for name in optional & arguments.keys() if arguments[name] is not None}
+        there = {name for name in optional & arguments.keys() if count(arguments[name])}
         assert not there, kernel.__name__
         seen |= optional & arguments.keys()
     assert seen == optional
@@ -96,11 +96,11 @@ def test_an_absent_option_is_none(launches):
 
 def test_a_mask_is_passed(launches):
     attend(torch.empty(1, 1, 256, 256, dtype=torch.bool))
-    masked = [a for kernel, a in launches if {"p_lists", "p_counts"} <= a.keys() and "p_q" in a]
+    masked = [a["mask"] for kernel, a in launches if "mask" in a]
     assert len(masked) == 3
-    for arguments in masked:
-        for name in ("p_mask", "p_lists", "p_counts", "mask_strides", "list_strides"):
-            assert arguments[name] is not None, name
+    for mask in masked:
+        for name in ("p", "strides", "lists", "counts", "list_strides"):
+            assert getattr(mask, name) is not None, name
 
 
 def test_few_globals_are_compared(launches):
