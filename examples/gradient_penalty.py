@@ -1,9 +1,9 @@
 """WGAN-GP on handwritten digits with an attention critic.
 
 The gradient penalty differentiates the critic's gradient: a double backward through the attention.
-torch's fused attention has none, so that torch's layers must run on SDPA's math path, which stores
-every score; fastattn's stay fused. (Gulrajani et al. 2017, "Improved training of Wasserstein
-GANs".)
+torch's fused attention has no double backward, so torch's layers run on SDPA's math path, which
+stores every score. fastattn's layers stay fused. (Gulrajani et al. 2017, "Improved training of
+Wasserstein GANs".)
 """
 
 from __future__ import annotations

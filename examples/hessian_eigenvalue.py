@@ -1,9 +1,9 @@
 """The largest eigenvalue of the loss's Hessian while a transformer learns handwritten digits.
 
 Gradient descent with learning rate h diverges where the curvature passes 2/h. In practice training
-first sharpens the loss until it gets there and then stays: the edge of stability (Cohen et al.
-2021). Power iteration needs only Hessian-vector products, each a jvp of the gradient: forward mode
-over reverse mode, through the fused attention.
+first sharpens the loss until its curvature reaches 2/h, and then stays there: the edge of stability
+(Cohen et al. 2021). Power iteration needs only Hessian-vector products. Each is a jvp of the
+gradient, forward mode over reverse mode, through the fused attention.
 """
 
 from __future__ import annotations

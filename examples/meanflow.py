@@ -5,7 +5,7 @@ network learns the mean velocity u between two times r < t from the identity
 
     u = v - (t - r) du/dt,    du/dt = v d_z u + d_t u,
 
-whose derivative is one forward-mode pass, ``torch.func.jvp`` of the network in the direction
+in which du/dt is one forward-mode pass, ``torch.func.jvp`` of the network in the direction
 (v, 0, 1), through the fused attention and MLP. A sample is then e - u(e, 0, 1). (Geng et al. 2025,
 "Mean flows for one-step generative modeling".)
 """

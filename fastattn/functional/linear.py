@@ -165,7 +165,8 @@ def _gradients_by_layer(
 ) -> list[Tensor | None]:
     """MLPFunction's gradients with a graph of their own."""
     with torch.enable_grad(), without_autocast(input):
-        # An alias for each place: what is given twice, or is made of another one, counts apart.
+        # An alias of each argument: a tensor that is given twice, or computed from another
+        # argument, gets a gradient for each place.
         tensors: list[Any] = [None if x is None else x.view_as(x) for x in (input, *parameters)]
         weights, biases = tensors[1 : layers + 1], tensors[layers + 1 :]
         out = layer_by_layer(tensors[0], weights, biases, ops.NATIVE)
@@ -177,7 +178,8 @@ def _gradients_by_layer(
 def _gradients_of_frozen(
     grad_out: Tensor, weights: Sequence[Tensor], hidden: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The same where no weight needs one: bilinear in grad_out and the weights, by torch."""
+    """The same where no weight needs a gradient, by torch's products: the gradients are then
+    bilinear in grad_out and the weights."""
     layers = len(weights)
     grads: list[Tensor | None] = [None] * len(needs)
     with without_autocast(grad_out):
@@ -202,7 +204,7 @@ def layer_by_layer(
     biases: Sequence[Tensor | None],
     backend: str,
 ) -> Tensor:
-    """The MLP, a node a layer."""
+    """The MLP, with an autograd node for each layer."""
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         input = apply(LinearReLUFunction, input, weight, bias, backend)[0]
     return torch.nn.functional.linear(input, weights[-1], biases[-1])

@@ -61,7 +61,7 @@ def backend(
     report = CompileReport(graphs=1)
     try:
         fused = with_kernels(gm, report)
-    except Exception as error:  # of a graph that nobody thought of: the model itself runs
+    except Exception as error:  # an unforeseen graph: the model itself runs
         warnings.warn(
             f"torch.compile(backend='fastattn') leaves a graph as it is: {error!r}. Please report "
             "it to the project's issue tracker",

@@ -228,7 +228,7 @@ def _plan_sequential(name: str, module: nn.Sequential, made: Plan) -> None:
 
 
 def _plan_linear(name: str, linear: nn.Linear, made: Plan) -> None:
-    """Swaps a Linear whose product the kernels may win, in its dtype or in autocast's."""
+    """Plans to swap a Linear whose product the kernels may win, in its dtype or in autocast's."""
     weight = linear._parameters.get("weight")
     if weight is None or _why_not_linear(linear) is not None:
         return
@@ -295,7 +295,8 @@ def _why_not(module: nn.Module, op: str) -> str | None:
 
 
 def _report_own_forwards(model: nn.Module, scripted: set[nn.Module], left: PatchReport) -> None:
-    """One entry for each class with a forward of its own that may put a ReLU behind a Linear."""
+    """Reports each class with a forward of its own that may put a ReLU after a Linear, in one
+    entry."""
     found = [
         (name or "(root)", type(module))
         for name, module in model.named_modules()

@@ -52,7 +52,7 @@ def override_sdpa() -> Iterator[None]:
 
 
 def _tell_torchscript() -> None:
-    """What torch.jit.script compiles for a call of _sdpa: torch's operator. It would read _sdpa's
+    """Makes torch.jit.script compile torch's operator for a call of _sdpa. It would read _sdpa's
     source otherwise, and could not compile torch's own modules within override_sdpa, or ever
     after."""
     try:

@@ -15,9 +15,9 @@ from fastattn.integrations.pretrained import NAME, why_not
 
 __all__ = ["NAME", "attention_forward", "attention_mask", "register"]
 
-# What a model may hand its attention function without any effect on sdpa's result: what the mask
-# or the keys hold already, what is for the flash kernels or for the loss, outputs asked of the
-# model.
+# Arguments that a model may pass to its attention function without any effect on sdpa's result: the
+# mask or the keys hold them already, or they are for the flash kernels, the loss or the model's
+# other outputs.
 _HARMLESS = frozenset(
     {
         "cache_position",

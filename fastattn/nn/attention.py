@@ -109,8 +109,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             if need_weights:
                 weights = _softmax_scores(q, k, mask, causal)
             out = attention_by_size(q, k, v, mask, p, causal)
-        # Outside of inference torch's result lies sequence first: a dropout behind it draws in that
-        # order.
+        # Outside of inference torch's result is stored sequence first, and a dropout after it draws
+        # in that order.
         learned = torch.is_grad_enabled() and self.out_proj.weight.requires_grad
         inference = not (self.training or out.requires_grad or learned)
         lies_batch_first = batch_first and (inference or not batched)
@@ -158,8 +158,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         where none is appended."""
         bias = self.in_proj_bias
         if batched and batch_first and torch.is_grad_enabled():
-            # As in torch, whose product takes a copy here, what was given may change in place
-            # before the backward.
+            # The caller may change the inputs in place before the backward: torch's product takes a
+            # copy here too.
             own = {id(x): x.clone() for x in (query, key, value)}
             query, key, value = (own[id(x)] for x in (query, key, value))
         if self._qkv_same_embed_dim and query is key and key is value:

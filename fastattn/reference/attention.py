@@ -99,7 +99,7 @@ def _scores(
 
 
 def _hide(x: Tensor, used: Tensor) -> Tensor:
-    """Clears the rows of x that nobody uses, so that not even a NaN in them gets out."""
+    """x with its unused rows at 0, so that a NaN in them reaches no result."""
     return torch.where(used[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
@@ -110,7 +110,7 @@ class Weights(NamedTuple):
     lse: Tensor  # [*, Hq, Sq]
     capped: Tensor  # [*, Hq, Sq, Sk], the softcap's tanh
     visible: Tensor  # bool [*, Hq, Sq, Sk]
-    q: Tensor  # [*, Hq, Sq, D] without the rows that nobody uses, as k and v
+    q: Tensor  # [*, Hq, Sq, D], unused rows at 0, as in k and v
     k: Tensor  # [*, Hq, Sk, D]
     v: Tensor  # [*, Hq, Sk, Dv]
 
