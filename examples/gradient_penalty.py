@@ -79,7 +79,7 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def compare(side: int, images: Tensor, digits: Tensor) -> None:
-    """Critic steps of torch's layers on the math path and of fastattn's, in pairs."""
+    """Times critic steps of torch's layers on the math path and of fastattn's, in pairs."""
     critics = [Critic(kind.TransformerEncoderLayer, side) for kind in (nn, fastattn.nn)]
     critics[1].load_state_dict(critics[0].state_dict())
     optimizers = [adam(critic) for critic in critics]

@@ -187,6 +187,26 @@ def test_links_lead_somewhere(file):
         assert not anchor or anchor in anchors(there), link
 
 
+def drawn() -> list[tuple[str, str]]:
+    """What DESIGN.md's text drawings of calls say is in which file or folder."""
+    found = []
+    for line in (ROOT / "DESIGN.md").read_text().splitlines():
+        match = re.fullmatch(r"[│ ]*[├└]─ (.+?) {2,}([\w/.]+(?:\.py|\.h|\.cpp|/)).*", line)
+        for name in match[1].split(", ") if match else ():
+            name = re.sub(r"^(n [=>] \d: |or )|\(.*| \.\.\.$", "", name)
+            found.append((re.split(r"::|\.", name)[-1], match[2]))
+    return found
+
+
+def test_what_design_draws_is_there():
+    assert len(drawn()) > 30
+    for name, place in drawn():
+        path = next(p for p in (PACKAGE / place, ROOT / place) if p.exists())
+        texts = [p.read_text() for p in (path.rglob("*.*") if path.is_dir() else [path])
+                 if p.suffix in (".py", ".h", ".cpp", ".cu")]  # fmt: skip
+        assert any(re.search(rf"\b{name}\b", text) for text in texts), (name, place)
+
+
 def test_lazy_names_are_modules_or_documented():
     """help(fastattn) and dir(fastattn) show every name."""
     for name in fastattn.__all__:
