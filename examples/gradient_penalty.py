@@ -1,9 +1,9 @@
 """WGAN-GP on handwritten digits with an attention critic.
 
 The gradient penalty differentiates the critic's gradient: a double backward through the attention.
-torch's fused attention has none, so that torch's layers must run on SDPA's math path, which stores
-every score; fastattn's stay fused. (Gulrajani et al. 2017, "Improved training of Wasserstein
-GANs".)
+torch's fused attention has no double backward, so torch's layers run on SDPA's math path, which
+stores every score. fastattn's layers stay fused. (Gulrajani et al. 2017, "Improved training of
+Wasserstein GANs".)
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def compare(side: int, images: Tensor, digits: Tensor) -> None:
-    """Critic steps of torch's layers on the math path and of fastattn's, in pairs."""
+    """Times critic steps of torch's layers on the math path and of fastattn's, in pairs."""
     critics = [Critic(kind.TransformerEncoderLayer, side) for kind in (nn, fastattn.nn)]
     critics[1].load_state_dict(critics[0].state_dict())
     optimizers = [adam(critic) for critic in critics]

@@ -1,9 +1,9 @@
 """The largest eigenvalue of the loss's Hessian while a transformer learns handwritten digits.
 
 Gradient descent with learning rate h diverges where the curvature passes 2/h. In practice training
-first sharpens the loss until it gets there and then stays: the edge of stability (Cohen et al.
-2021). Power iteration needs only Hessian-vector products, each a jvp of the gradient: forward mode
-over reverse mode, through the fused attention.
+first sharpens the loss until its curvature reaches 2/h, and then stays there: the edge of stability
+(Cohen et al. 2021). Power iteration needs only Hessian-vector products. Each is a jvp of the
+gradient, forward mode over reverse mode, through the fused attention.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOST_ITERATIONS = 30
 
 
 class Classifier(nn.Module):
-    """A token is a row of the image."""
+    """A transformer that classifies images; a token is a row of the image."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def hvp(loss: Callable[[Parameters], Tensor], at: Parameters, v: Parameters) -> 
 def largest_eigenvalue(
     loss: Callable[[Parameters], Tensor], at: Parameters, v: Parameters
 ) -> tuple[float, Parameters]:
-    """That of largest size, and its eigenvector; v is where to start."""
+    """The eigenvalue of largest size, and its eigenvector; v is where to start."""
     found = 0.0
     for _ in range(MOST_ITERATIONS):
         v = scaled(v, dot(v, v).rsqrt())
@@ -80,7 +80,7 @@ def largest_eigenvalue(
 
 
 def disagreement(loss: Callable[[Parameters], Tensor], at: Parameters, v: Parameters) -> float:
-    """Of the product with reverse mode over reverse mode, relative."""
+    """The relative difference of the product from the one by reverse mode over reverse mode."""
     slope = grad(lambda at: dot(grad(loss)(at), v))(at)
     product = hvp(loss, at, v)
     difference = {name: slope[name] - x for name, x in product.items()}

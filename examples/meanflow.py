@@ -5,7 +5,7 @@ network learns the mean velocity u between two times r < t from the identity
 
     u = v - (t - r) du/dt,    du/dt = v d_z u + d_t u,
 
-whose derivative is one forward-mode pass, ``torch.func.jvp`` of the network in the direction
+in which du/dt is one forward-mode pass, ``torch.func.jvp`` of the network in the direction
 (v, 0, 1), through the fused attention and MLP. A sample is then e - u(e, 0, 1). (Geng et al. 2025,
 "Mean flows for one-step generative modeling".)
 """
@@ -30,7 +30,7 @@ WIDTH, BATCH, EVERY = 64, 128, 50
 
 
 class MeanVelocity(nn.Module):
-    """u(z, r, t, digit); a token is a patch of 2x2 pixels."""
+    """The network u(z, r, t, digit); a token is a patch of 2x2 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def to_images(patches: Tensor) -> Tensor:
 
 
 def squared_error(net: MeanVelocity, x: Tensor, digit: Tensor) -> Tensor:
-    """Of u against its target, ``[N]``."""
+    """The squared error of u against its target, ``[N]``."""
     v = torch.randn_like(x) - x
     times = torch.sigmoid(torch.randn(2, len(x)) - 0.4)
     t, r = times.amax(0), times.amin(0)

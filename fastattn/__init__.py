@@ -1,4 +1,17 @@
-"""Fused linear+ReLU and softmax attention for PyTorch, under one contract on every backend."""
+"""Fused linear+ReLU and softmax attention for PyTorch, under one contract on every backend.
+
+- Functions: ``scaled_dot_product_attention``, ``varlen_attn``, ``linear_relu``, ``mlp``.
+- Modules with torch.nn's arguments and parameter names: ``fastattn.nn``.
+- Models that exist already: ``plan``, ``patch`` and ``unpatch``; ``torch.compile(model,
+  backend="fastattn")`` and ``compile_report``; ``override_sdpa``.
+- Which backend serves a call, and why: ``fastattn.backends.explain``, or ``fastattn doctor`` in a
+  shell.
+
+>>> import torch, fastattn
+>>> query, key, value = torch.randn(3, 2, 8, 16, 64)  # each [batch, heads, sequence, head dim]
+>>> fastattn.scaled_dot_product_attention(query, key, value, is_causal=True).shape
+torch.Size([2, 8, 16, 64])
+"""
 
 from __future__ import annotations
 

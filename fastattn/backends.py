@@ -1,8 +1,8 @@
 """Which backend serves a call, and why the others do not.
 
-A backend's limits are the reasons it gives against a problem; the first backend without one is
-taken, of those whose kernels have been verified. An explicit backend is obeyed or raises with its
-reasons.
+Each backend gives its reasons against a problem; a backend without a reason serves it. A call goes
+to the first backend that serves it and whose kernels have been verified. A backend that the call
+names is obeyed, or raises with its reasons.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _extension, _products, ops
-from fastattn._problem import (
-    Problem,
-    attention_problem,
-    computed_dtype,
-    fused_mlp,
-    linear_problem,
-)
+from fastattn._problem import Problem, attention_problem, computed_dtype, fused_mlp, linear_problem
 from fastattn.ops import triton
 from fastattn.ops.triton.config import fused_product, why_not
 from fastattn.verification import first_use
@@ -32,9 +26,8 @@ KERNELS = ("cpu", "cuda", "triton")
 BACKENDS = (*KERNELS, "reference")
 OPS = ("attention", "varlen_attn", "linear", "linear_relu", "mlp")
 
-# The families of CUDA kernels (attention_forward, attention_backward, linear_relu, mlp) that are
-# taken by default, before Triton's, where they serve the call. A family belongs here when
-# benchmarks/results/ has a table in which it is right, and faster than Triton's, on hardware.
+# The families of CUDA kernels (attention_forward, attention_backward, linear_relu, mlp) that come
+# before Triton's by default: those right, and faster, in a table of benchmarks/results/.
 PROVEN_ON_HARDWARE: frozenset[str] = frozenset()
 
 
@@ -62,7 +55,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _default = _named_backend()
 _warned: set[str] = set()
 _served_by_cpu: set[Problem] = set()
-_layers_on_cpu: set[tuple[str, torch.dtype]] = set()  # ops and dtypes of those
+_layers_on_cpu: set[tuple[str, torch.dtype]] = set()  # op and dtype of calls that cpu served
 _verdicts: dict[tuple[str, Problem], list[str]] = {}  # of the self-check, where it is done
 
 
@@ -179,8 +172,7 @@ def _unproven(problem: Problem, backend: str) -> list[str]:
 
 
 def _failures(problem: Problem, backend: str, run: bool = True) -> list[str]:
-    """Which of the call's kernels are wrong on this GPU. Those that were never used before are
-    checked, if ``run``; a failure warns."""
+    """The call's kernels that are wrong on this GPU, after a check if ``run``; a failure warns."""
     if problem.device != "cuda" or backend == "reference" or not self_check:
         return []
     of = families(problem, backend)
@@ -215,7 +207,7 @@ def _failures(problem: Problem, backend: str, run: bool = True) -> list[str]:
 
 @torch.compiler.assume_constant_result
 def _known_failures(backend: str, of: tuple[str, ...], gpu: int | None) -> list[str]:
-    """Those of any dtype and head dim, which need not be constants to the compiler."""
+    """The failures of any dtype and head dim, which the compiler may hold as symbols."""
     return [
         f"its kernel {kernel} failed the self-check on this GPU ({failure})"
         for kernel, failure in first_use.known(gpu).items()
@@ -292,16 +284,16 @@ def select(problem: Problem, backend: str | None = None, *, run_self_check: bool
 
 
 def kernels_of(backend: str) -> str:
-    """Whose ops a chosen backend calls: "triton", or "native" for the CPU's and CUDA's, which are
-    one op for the tensors' device."""
+    """Which ops a chosen backend calls: "triton", or "native", whose ops run the C++ kernels on CPU
+    tensors and the CUDA kernels on CUDA tensors."""
     return "triton" if backend == "triton" else ops.NATIVE
 
 
 def select_layers(
     op: str, input: Tensor, weights: Sequence[Tensor], backend: str | None = None
 ) -> str:
-    """``select`` for a call of ``linear_relu`` or ``mlp``. On a CPU the dtype decides: there a call
-    like an earlier one is known at a glance, which a small layer's time consists of."""
+    """``select`` for a call of ``linear_relu`` or ``mlp``. On a CPU the op and the dtype decide, so
+    that a look-up in a set answers: a small layer takes only some microseconds in all."""
     if torch.compiler.is_compiling() or backend is not None or not input.is_cpu:
         return select(linear_problem(op, input, weights), backend)
     if (op, input.dtype) in _layers_on_cpu and _default is None:
@@ -313,7 +305,7 @@ def select_layers(
 
 
 def _warn(message: str, stacklevel: int) -> None:
-    """Once for each message, at the line that calls a function of the user's level."""
+    """Warns once for each message, at the line of the user's code that made the call."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, FastAttnWarning, stacklevel=stacklevel)
@@ -337,11 +329,25 @@ def unavailable(backend: str) -> str | None:
 
 
 def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> Explanation:
-    """Which backend serves ``op`` (one of ``attention``, ``varlen_attn``, ``linear``,
-    ``linear_relu``, ``mlp``) with these arguments, and why not the others. Nothing is computed.
+    """The Explanation of a call: which backend serves it, and why not the others.
 
-    ``linear`` (input, weight) is the product of ``fastattn.nn.Linear``, under the autocast that is
-    on: its backend is ``cpu`` or ``torch``, whose own product is then faster."""
+    Nothing is computed. The backend of ``linear`` is ``torch`` where torch's product is taken.
+
+    Args:
+        op: ``attention``, ``varlen_attn``, ``linear``, ``linear_relu`` or ``mlp``.
+        args: what the call has by position. ``linear`` (input, weight) is the product of
+            ``fastattn.nn.Linear``, under the autocast that is on.
+        backend: as in the call.
+        options: what the call has by keyword.
+
+    Raises:
+        ValueError, TypeError: an unknown op or backend; tensors that are missing.
+        RuntimeError: ``backend`` names one that cannot serve the call.
+
+    >>> query = torch.randn(2, 8, 16, 64)
+    >>> explain("attention", query, query, query, softcap=5.0).backend in available()
+    True
+    """
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
     tensors = [a for a in args if isinstance(a, Tensor)]

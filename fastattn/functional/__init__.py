@@ -1,4 +1,9 @@
-"""The user's functions and their autograd Functions."""
+"""The user's functions, and the autograd Functions that they call.
+
+``scaled_dot_product_attention``, ``varlen_attn``, ``linear_relu`` and ``mlp`` check their
+arguments, choose a backend and call an autograd Function. The Functions themselves, for code that
+has done both, are ``AttentionFunction``, ``LinearReLUFunction`` and ``MLPFunction``.
+"""
 
 from fastattn.functional import _registration as _  # noqa: F401
 from fastattn.functional.attention import AttentionFunction, scaled_dot_product_attention

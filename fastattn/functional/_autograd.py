@@ -13,9 +13,12 @@ from fastattn._problem import autocast_dtype, follows_autocast
 
 
 def apply(function: type[torch.autograd.Function], *args: object) -> Any:
-    """``function.apply(*args)``. Outside of torch.func and torch.compile without ``apply``'s own
-    inspection of the signature, which takes longer than a small kernel; where nothing can be
-    differentiated, the Function's ``inference``, if it has one."""
+    """``function.apply(*args)``, in less time.
+
+    Outside of torch.func and torch.compile it skips ``apply``'s inspection of the signature, which
+    takes longer than a small kernel. Where nothing can be differentiated it calls the Function's
+    ``inference``, or ``forward`` if the Function has none.
+    """
     if recording():
         return function.forward(*args)  # the op has its own autograd
     if in_transform():
@@ -26,13 +29,14 @@ def apply(function: type[torch.autograd.Function], *args: object) -> Any:
 
 
 def recording() -> bool:
-    """Whether torch.compile or torch.jit.trace writes down the ops that are called. A Function
-    would be a call of Python in what they write, which cannot be saved."""
+    """Whether torch.compile or torch.jit.trace records the ops that are called. A Function in the
+    record would be a call of Python, which cannot be saved."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """Where torch's own operations compute derivatives: in their operands' dtype, as kernels do."""
+    """A context for derivatives by torch's own operations: these keep their operands' dtype, as
+    kernels do."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -55,7 +59,7 @@ except ImportError:  # not a public interface
 
 
 def kernel(op: Callable[..., R], *args: Any) -> R:
-    """``op(*args)`` in a Function's forward: the kernel at once, without the op's own autograd."""
+    """Calls an op in a Function's forward, below the op's own autograd."""
     if recording():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -63,9 +67,12 @@ def kernel(op: Callable[..., R], *args: Any) -> R:
 
 
 def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype where autocast is on for the device of the first; float64 is
-    left alone, as in torch. It comes before the checks: code that autocast runs gives tensors of
-    several dtypes, rotary embeddings float32 queries and keys beside 16-bit values."""
+    """The tensors, cast to autocast's dtype where autocast is on for the first one's device;
+    float64 is left alone, as in torch.
+
+    The cast comes before the checks, because code under autocast gives tensors of several dtypes:
+    rotary embeddings give float32 queries and keys beside 16-bit values.
+    """
     dtype = autocast_dtype(first.device.type)
     tensors = (first, *others)
     if dtype is None:
@@ -81,8 +88,8 @@ def save_for_forward(ctx, *tensors: Tensor | None) -> None:
 
 
 class _Add(torch.autograd.Function):
-    """a + b. Torch calls a Function's jvp with forward mode switched off, so that plain operations
-    there would lose the tangents of an outer jvp; Functions switch it on again."""
+    """a + b. Torch calls a Function's jvp with forward mode off, where a plain addition would
+    lose the tangents of an outer jvp; a Function switches forward mode on again."""
 
     generate_vmap_rule = True
 
@@ -118,8 +125,9 @@ def may_be_differentiated() -> bool:
 
 
 def is_batched_gradient(grad: Tensor) -> bool:
-    """Whether it stands for many, in torch.autograd.grad(is_grads_batched=True), which has no
-    transform of its own and needs ops that return tuples."""
+    """Whether ``grad`` stands for a batch of gradients, in ``torch.autograd.grad`` with
+    ``is_grads_batched=True``. That is no transform of torch.func, and needs ops that return
+    tuples."""
     return _is_legacy_batch is not None and _is_legacy_batch(grad)
 
 

@@ -12,7 +12,7 @@ _MOST_DIMS = 9  # of the kernels: 6 batch dimensions, heads, rows, columns
 
 
 # The kind of each tensor argument of a Function, in the order of ``fastattn._call``.
-# AttentionDerivative has groups of four tangents behind these.
+# AttentionDerivative has groups of four tangents after these.
 _INPUTS = ("rows", "rows", "rows", "mask")
 _EXTRAS = ("slopes", "seed", "starts", "starts")
 FORWARD = (*_INPUTS, *_EXTRAS)
@@ -28,11 +28,12 @@ def attention(
     *,
     whole_mask: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """``call(*tensors)`` of all ``size`` elements of the mapped dimension at once, and where that
-    dimension is in the results.
+    """``call(*tensors)`` once for all ``size`` elements of the mapped dimension, and the place of
+    that dimension in each result.
 
-    kinds: FORWARD or DERIVATIVE. whole_mask: the mask's gradient is a result, so that each element
-    needs a mask of its own.
+    Args:
+        kinds: FORWARD or DERIVATIVE.
+        whole_mask: the mask's gradient is a result, so that each element needs a mask of its own.
     """
     kinds = (*kinds, *_INPUTS * ((len(tensors) - len(kinds)) // 4))
     at = kinds.index("mask")
@@ -93,7 +94,7 @@ class _Leading:
 
 
 class _Packed(_Leading):
-    """The mapped dimension goes through the tokens, ``[1, H, N * tokens, D]``: N times as many
+    """The mapped dimension joins the tokens, ``[1, H, N * tokens, D]``: N times as many
     sequences."""
 
     def __init__(self, size: int, tokens: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""Shapes that torch's attention takes and the kernels do not, made into shapes that they do."""
+"""Turns shapes that only torch's attention takes into shapes that the kernels take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def broadcast(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Valid inputs as ``[*, H, Sq, D]``, ``[*, Hk, Sk, D]``, ``[*, Hk, Sk, Dv]`` with Hk a divisor
-    of H: views, but where key and value are shared by different numbers of query heads."""
+    of H. They are views, except where different numbers of query heads share key and value."""
     if query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and query.dim() > 2:
         return query, key, value
     heads_q, heads_k, heads_v = map(heads, (query, key, value))
@@ -36,7 +36,7 @@ def broadcast(
 
 
 def _shared(x: Tensor, by: int) -> Tensor:
-    """Each head of x ``by`` times."""
+    """x with each head repeated ``by`` times."""
     if by == 1:
         return x
     one = heads(x) == 1
@@ -44,7 +44,7 @@ def _shared(x: Tensor, by: int) -> Tensor:
 
 
 def padded_head_dim(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """A head dim of 0, where every score is 0, as one of 1."""
+    """Query and key with a head dim of 0, at which every score is 0, padded to 1."""
     if query.shape[-1] > 0:
         return query, key
     return F.pad(query, (0, 1)), F.pad(key, (0, 1))

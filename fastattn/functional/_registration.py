@@ -1,6 +1,6 @@
-"""The ops' own autograd, for whoever calls them without the Functions: graphs of torch.compile and
-torch.export, and users of torch.ops. An op that is differentiated, in any mode, goes through its
-Function; otherwise the kernel is called."""
+"""The ops' own autograd, for callers that do not go through the Functions: graphs of torch.compile
+and torch.export, and users of torch.ops. An op that is differentiated, in any mode, goes through
+its Function; any other call goes to the kernel."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _mlp_inference(backend: str, *args):
 
 
 class _MLPBackward(torch.autograd.Function):
-    """The op, whose derivative is refused where it is asked for."""
+    """``mlp_backward``; refuses to be differentiated."""
 
     @staticmethod
     def forward(layers, needs, grad_out, input, *tensors):

@@ -75,9 +75,12 @@ LEAST_ATTENTION = 1 << 22
 
 
 def is_small_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> bool:
-    """Whether attention has so little to do on a CPU that a kernel call takes longer than torch's.
-    Dropout, and dtypes without a product of torch's, are the kernels' at any size; so is whatever
-    may be differentiated, since torch's fused attention has no second derivative."""
+    """Whether attention on a CPU is so small that torch's takes less time than a kernel call.
+
+    The kernels take three kinds of calls at any size: with dropout; in a dtype that torch has no
+    product in; and those that may be differentiated, since torch's fused attention has no second
+    derivative.
+    """
     if not query.is_cpu or dropout_p > 0.0 or torch.compiler.is_compiling() or transforming():
         return False
     columns = query.shape[-1] + value.shape[-1]
@@ -96,8 +99,8 @@ def serves_layers(
     biases: Sequence[Tensor | None],
     exported: bool = False,
 ) -> bool:
-    """Whether a kernel takes ``linear_relu`` or ``mlp`` with these. Shapes, dtypes and devices that
-    do not fit together are torch's to refuse, or to broadcast."""
+    """Whether a kernel takes ``linear_relu`` or ``mlp`` with these. Not where shapes, dtypes or
+    devices do not fit together: torch refuses these, or broadcasts them."""
     if input is None or not ordinary(input, *weights, *biases, exported=exported):
         return False
     shape = input.shape
@@ -126,8 +129,8 @@ def serves_layers(
 
 
 def is_torchs_product(input: object, n_out: int) -> bool:
-    """Whether a Linear's product with ``input`` is torch's at the first look: an ordinary tensor on
-    a CPU, no autocast, and too little to do for the kernels. It runs before each call."""
+    """A quick test before each call: whether a Linear's product with ``input``, an ordinary
+    tensor on a CPU without autocast, is too small for the kernels."""
     return (
         type(input) is Tensor
         and input.is_cpu

@@ -1,6 +1,9 @@
-"""Torch's private names that tell whether a kernel may stand in for torch's own code. They are
-reached here alone. In a torch that lacks one of them the answer is the one with which torch's code
-runs: drop-ins are then slower, never wrong."""
+"""The one home of torch's private names that tell whether a kernel may stand in for torch's own
+code.
+
+In a torch that lacks one of them the answer is the one with which torch's code runs: drop-ins are
+then slower, never wrong.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def _from(home: object, name: str, instead: Any) -> Any:
 
 
 class _Unknown:
-    """No tensor and no mode is one."""
+    """Stands for a class that this torch lacks: nothing is an instance of it."""
 
 
 tracing_state = _from(torch._C, "_get_tracing_state", lambda: True)

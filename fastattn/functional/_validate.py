@@ -1,6 +1,6 @@
-"""Is this input legal? The Python mirror of csrc/common/validate.h, run before any kernel.
+"""Is this input legal? The Python mirror of csrc/common's checks, run before any kernel.
 
-ValueError for sizes, devices and numbers, TypeError for kinds of objects and dtypes; each names
+Sizes, devices and numbers raise ValueError, kinds of objects and dtypes TypeError. Each error names
 the argument, what was expected and what was got.
 """
 
@@ -150,7 +150,7 @@ def attn_mask(mask: Any, query: Tensor, scores_shape: tuple[int, ...]) -> None:
 
 
 def slopes(alibi_slopes: Any, query: Tensor, batch: int | None) -> None:
-    """batch: of ``[batch, Hq]``; None where slopes can be ``[Hq]`` alone."""
+    """batch: that of slopes ``[batch, Hq]``; None where slopes can only be ``[Hq]``."""
     tensor("alibi_slopes", alibi_slopes)
     if alibi_slopes.device != query.device:
         _bad(ValueError, "alibi_slopes", f"query's device {query.device}", alibi_slopes.device)
@@ -170,7 +170,7 @@ def longest(argument: str, n: Any) -> Any:  # int | torch.SymInt
     return n if isinstance(n, torch.SymInt) else min(int(n), _LONGEST)
 
 
-_LONGEST = 2**31 - 1  # more than this is no bound
+_LONGEST = 2**31 - 1  # a larger bound means no bound
 
 
 def sequence_starts(argument: str, starts: object, query: Tensor) -> None:

@@ -24,9 +24,44 @@ from fastattn.ops import Cotangents, Extras, Inputs, Results, Tangents, split
 
 
 class AttentionFunction(torch.autograd.Function):
-    """(out, lse, row_max, log_sum) by the kernels: the first two are differentiable any number of
-    times in every mode, the others are for the derivatives. Saves q, k, v, the mask, all results
-    but the LSE, and the dropout seed: O(S) memory."""
+    """Softmax attention by the kernels, as an autograd Function.
+
+    The first two results, out and lse, can be differentiated any number of times in every mode; the
+    other two are for the derivatives. ``apply`` checks nothing that a kernel does not check.
+    Saves query, key, value, the mask, the seed and all results but the LSE: O(S) memory.
+
+    Args of ``apply``, all by position:
+        call: a ``fastattn.ops.Call``: the options (scale, dropout_p, ...) and whose kernels.
+        query: ``[*, Hq, Sq, D]``.
+        key: ``[*, Hk, Sk, D]``, Hk a divisor of Hq.
+        value: ``[*, Hk, Sk, Dv]``.
+        attn_mask: None, bool (True = attend) or of query's dtype; query's rank, each extent that
+            of ``[*, Hq, Sq, Sk]`` or 1.
+        slopes: None or ALiBi's slopes, ``[Hq]`` or ``[n, Hq]``; they get no gradient.
+        seed: None or dropout's seeds, int64 ``[n]``, n a divisor of the batch.
+        starts_q: None or where packed sequences start, int32 or int64 ``[B + 1]``; query is then
+            ``[1, Hq, tokens, D]`` and attn_mask None.
+        starts_k: the same of key and value.
+
+    Returns:
+        out ``[*, Hq, Sq, Dv]`` in query's dtype; lse, row_max and log_sum ``[*, Hq, Sq]`` in
+        float32 (float64 for float64).
+
+    Raises:
+        RuntimeError: a kernel refuses an argument, or the slopes are to be differentiated.
+
+    The online softmax is that of Milakov and Gimelshein 2018 (arXiv 1805.02867), the backward that
+    of FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+
+    >>> import torch
+    >>> from fastattn.functional import AttentionFunction
+    >>> from fastattn.ops import Call, Options
+    >>> query, key, value = torch.randn(3, 2, 4, 16, 8)
+    >>> call = Call(Options(is_causal=True, scale=8**-0.5))
+    >>> out, lse, *_ = AttentionFunction.apply(call, query, key, value, *[None] * 5)
+    >>> out.shape, lse.shape
+    (torch.Size([2, 4, 16, 8]), torch.Size([2, 4, 16]))
+    """
 
     @staticmethod
     def forward(call, query, key, value, attn_mask, slopes, seed, starts_q, starts_k):
@@ -143,37 +178,52 @@ def scaled_dot_product_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale · Q Kᵀ + mask) V; the positional part is ``torch.nn.functional``'s, with its
-    meaning.
+    """softmax(scale · Q Kᵀ + mask) V, ``[..., H, Sq, Dv]``.
+
+    The positional arguments are those of ``torch.nn.functional.scaled_dot_product_attention``, with
+    their meaning. Differentiable any number of times, in every mode, in O(S) memory.
 
     Args:
         query: ``[..., Hq, Sq, D]``, floating point.
-        key: ``[..., Hk, Sk, D]``; value: ``[..., Hv, Sk, Dv]``. All dimensions before the last two
-            broadcast, heads too. One dtype for the three; under autocast any, which then become
-            autocast's.
-        attn_mask: bool (True = attend) or float added to the scores, broadcastable to ``[..., H,
-            Sq, Sk]``. A float mask may require grad.
+        key: ``[..., Hk, Sk, D]``. The dimensions before the last two of query, key and value
+            broadcast, heads too. One dtype for the three; under autocast any, and they are cast.
+        value: ``[..., Hv, Sk, Dv]``.
+        attn_mask: bool (True = attend) or float (added to the scores), broadcastable to
+            ``[..., H, Sq, Sk]``. A float mask may require grad.
             ``torch.nn.attention.bias.causal_lower_right`` is accepted.
         dropout_p: probability in [0, 1] of dropping an attention weight; applied whenever it is
-            positive.
+            positive. The keep-mask is Philox4x32-10 (Salmon et al. 2011) of a seed that is drawn
+            from torch's generator.
         is_causal: query i sees keys j <= i (top-left aligned). Together with attn_mask: both.
         scale: finite; ``1/sqrt(D)`` by default.
         enable_gqa: allow Hk and Hv to be divisors of Hq, each head serving Hq/Hk neighbours.
-        window_size: ``(left, right)``: query i sees i-left <= j <= i+right; -1 is unbounded.
-        softcap: c > 0 turns a score s into c·tanh(s/c) before the mask; 0 and None do not.
-        alibi_slopes: ``[H]`` or ``[B, H]``: adds -slope·|i-j|.
-        return_lse: also return the log-sum-exp of each row, ``[..., H, Sq]``, float32
-            (float64 for float64), differentiable.
-        backend: ``cpu``, ``cuda``, ``triton``, ``reference`` or None for the first that serves the
-        call.
+        window_size: ``(left, right)``, in keys: query i sees i-left <= j <= i+right; -1 is
+            unbounded.
+        softcap: c > 0 turns a score s into c·tanh(s/c) before the mask (Gemma 2, arXiv 2408.00118);
+            0 and None do not.
+        alibi_slopes: ``[H]`` or ``[B, H]``: adds -slope·|i-j| to the scores (ALiBi, Press et al.
+            2021, arXiv 2108.12409).
+        return_lse: also return the log-sum-exp of each row.
+        backend: ``cpu``, ``cuda``, ``triton``, ``reference``, or None for the first that serves the
+            call; ``fastattn.backends.explain`` says which that is.
 
     Returns:
-        ``[..., H, Sq, Dv]`` in query's dtype. A row with nothing to attend to is 0, its LSE -inf,
-        its gradients 0.
+        ``[..., H, Sq, Dv]`` in query's dtype. With ``return_lse`` also the LSE, ``[..., H, Sq]``,
+        natural logarithm, float32 (float64 for float64), differentiable. A row with nothing to
+        attend to is 0, its LSE -inf, its gradients 0.
 
     Raises:
-        ValueError, TypeError: bad input; RuntimeError: an explicit backend that cannot serve the
-        call.
+        ValueError: a shape, device or number that does not fit.
+        TypeError: a dtype or type that does not fit.
+        RuntimeError: ``backend`` names one that cannot serve the call.
+
+    >>> import torch, fastattn
+    >>> query, key, value = torch.randn(3, 2, 8, 16, 64)
+    >>> out, lse = fastattn.scaled_dot_product_attention(
+    ...     query, key, value, is_causal=True, window_size=(4, 0), return_lse=True
+    ... )
+    >>> out.shape, lse.shape
+    (torch.Size([2, 8, 16, 64]), torch.Size([2, 8, 16]))
     """
     _validate.tensor("query", query)
     query, key, value = autocast(query, key, value)

@@ -49,13 +49,14 @@ class Needs(NamedTuple):
     attn_mask: bool = False
 
     def each(self) -> tuple[bool, ...]:
-        """Of (t_out, t_lse, the four gradients)."""
+        """One need for each of (t_out, t_lse, the four gradients)."""
         return (self.results, *self)
 
 
 @dataclass(frozen=True)
 class Request:
-    """To torch.func one argument, no tree."""
+    """What AttentionDerivative is asked for. torch.func takes a dataclass as one argument, a
+    tuple as a tree of arguments."""
 
     call: Call
     needs: Needs
@@ -80,7 +81,8 @@ class Derivative(NamedTuple):
 
 
 class AttentionDerivative(torch.autograd.Function):
-    """What of (J_n: t_out, t_lse; G_n: four gradients) ``needs`` names, n = len(tangents) / 4.
+    """Those of J_n (t_out, t_lse) and of G_n (four gradients) that ``needs`` names;
+    n = len(tangents) / 4.
 
     The tensors are cotangents (of out ``[*, Hq, Sq, Dv]`` and LSE ``[*, Hq, Sq]``), inputs, extras,
     results, and the tangents t_1 ... t_n. All are saved.
@@ -215,7 +217,7 @@ class Point:
 
 
 def _saved(tensors: Sequence[Any]) -> list[Any]:
-    """AttentionDerivative's arguments behind the request, or one thing for each, by their groups:
+    """AttentionDerivative's arguments after the request, or one item for each of them, in groups:
     cotangents, inputs, extras, results, t_1 ... t_n."""
     parts = split(tensors, Cotangents, Inputs, Extras, Results)
     groups, flat = parts[:4], parts[4:]
@@ -227,7 +229,8 @@ def _sum(a: Group, b: Group) -> Group:
 
 
 def _backend(call: Call, order: int, query: Tensor) -> str:
-    """The CUDA kernels are those of the forward and of the first backward alone."""
+    """Whose kernels to call: CUDA has kernels for the forward and the first backward alone, and
+    Triton's take the other orders."""
     return "triton" if query.is_cuda and order > 0 else call.backend
 
 

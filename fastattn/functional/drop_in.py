@@ -1,8 +1,8 @@
 """Calls that stand in for torch's own: a kernel where it is faster, else torch's operations.
 
-Whoever puts one of these into a program has seen, before, that the tensors are ordinary ones and
-that a kernel serves them (``_served``). What changes from call to call is decided here: the size of
-the problem, and whether somebody watches torch's operations.
+Code that puts one of these into a program has checked before that the tensors are ordinary ones and
+that a kernel serves them (``_served``). The functions here decide what changes from call to call:
+the size of the problem, and whether somebody watches torch's operations.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _laid_out_as(query: Tensor, out: Tensor) -> Tensor:
     return there.permute(sorted(range(4), key=order.__getitem__))
 
 
-# Added to a score, less than this takes its key out, which is for masks alone to do.
+# A mask that adds less than this to a score hides the key; a bias is never so low.
 _LEAST_BIAS = -1000.0
 
 
@@ -162,8 +162,8 @@ def _fits_kernels(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _hides_no_row(mask: Tensor, fill: float | None, query: Tensor, key: Tensor) -> bool:
-    """Whether every query sees a key. What a row is whose keys are all masked depends on the value
-    that stands for masked: NaN, or a mean of all values."""
+    """Whether every query sees a key. A row whose keys are all masked is NaN, or a mean of all
+    values, depending on the value that stands for masked."""
     shape = (*query.shape[:-1], key.shape[-2])
     if not _served.ordinary(mask) or not 2 <= mask.dim() <= len(shape):
         return False
@@ -194,8 +194,8 @@ def transformer_encoder_layer(
     ffn_weight_2: Tensor,
     ffn_bias_2: Tensor,
 ) -> Tensor:
-    """``torch._transformer_encoder_layer_fwd`` without a mask, by which torch.nn's layer runs at
-    inference: ``[B, S, E]`` -> ``[B, S, E]``."""
+    """``torch._transformer_encoder_layer_fwd`` without a mask, the function that torch.nn's
+    layer calls at inference: ``[B, S, E]`` -> ``[B, S, E]``."""
 
     def attended(x: Tensor) -> Tensor:
         heads = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))

@@ -16,7 +16,7 @@ from fastattn import reference
 from fastattn.functional._autograd import is_batched_gradient, without_autocast
 from fastattn.ops import Cotangents, Extras, Inputs, Options, Tangents
 
-_SCORES = 1 << 20  # scores of all heads and batch elements that are there at a time
+_SCORES = 1 << 20  # scores that exist at a time, of all heads and batch elements
 
 
 def derivative(

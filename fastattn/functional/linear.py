@@ -28,8 +28,32 @@ from fastattn.functional.linear_derivatives import (
 
 
 class LinearReLUFunction(torch.autograd.Function):
-    """relu(x Wᵀ + b) and its bit-mask, differentiable any number of times in every mode. Saves x, W
-    and one bit an output element; no x where W is frozen."""
+    """relu(x Wᵀ + b) by the kernels, as an autograd Function.
+
+    The output can be differentiated any number of times in every mode. Saves x, W and one bit an
+    output element; no x where W is frozen.
+
+    Args of ``apply``, all by position:
+        input: ``[*, K]``.
+        weight: ``[N, K]``.
+        bias: ``[N]`` or None.
+        backend: ``"native"`` (default), the C++ or CUDA kernels of the tensors' device, or
+            ``"triton"``.
+
+    Returns:
+        The output ``[*, N]``, and the ReLU's bits, uint8 ``[M, ceil(N / 8)]`` for the M rows of
+        input: bit n % 8 of byte n // 8 is set where output n is not <= 0.
+
+    Raises:
+        RuntimeError: a kernel refuses an argument.
+
+    >>> import torch
+    >>> from fastattn.functional import LinearReLUFunction
+    >>> input, weight, bias = torch.randn(4, 8), torch.randn(12, 8), torch.randn(12)
+    >>> out, bits = LinearReLUFunction.apply(input, weight, bias)
+    >>> out.shape, bits.shape
+    (torch.Size([4, 12]), torch.Size([4, 2]))
+    """
 
     @staticmethod
     def forward(input, weight, bias, backend=ops.NATIVE):
@@ -71,9 +95,29 @@ class LinearReLUFunction(torch.autograd.Function):
 
 
 class MLPFunction(torch.autograd.Function):
-    """A whole Linear-ReLU-...-Linear stack as one node: (out, hidden activations...). Saves x, the
-    weights and the hidden activations, from which the ReLUs are read; no x where all weights are
-    frozen. Its second derivative and forward mode are its layers'."""
+    """A stack Linear-ReLU-...-Linear by the kernels, as one autograd Function.
+
+    Saves x, the weights and the hidden activations, from which the backward reads the ReLUs; no x
+    where all weights are frozen. The second derivative and forward mode go layer by layer.
+
+    Args of ``apply``, all by position:
+        input: ``[*, N_0]``.
+        layers: L, the number of layers, an int.
+        parameters: L weights ``[N_l, N_{l-1}]``, then L biases ``[N_l]`` or None.
+
+    Returns:
+        The output ``[*, N_L]``, then the hidden activations of the L - 1 first layers.
+
+    Raises:
+        RuntimeError: a kernel refuses an argument.
+
+    >>> import torch
+    >>> from fastattn.functional import MLPFunction
+    >>> weights = [torch.randn(6, 8), torch.randn(3, 6)]
+    >>> out, hidden = MLPFunction.apply(torch.randn(4, 8), 2, *weights, None, None)
+    >>> out.shape, hidden.shape
+    (torch.Size([4, 3]), torch.Size([4, 6]))
+    """
 
     @staticmethod
     def forward(input, layers, *parameters):
@@ -121,7 +165,8 @@ def _gradients_by_layer(
 ) -> list[Tensor | None]:
     """MLPFunction's gradients with a graph of their own."""
     with torch.enable_grad(), without_autocast(input):
-        # An alias for each place: what is given twice, or is made of another one, counts apart.
+        # An alias of each argument: a tensor that is given twice, or computed from another
+        # argument, gets a gradient for each place.
         tensors: list[Any] = [None if x is None else x.view_as(x) for x in (input, *parameters)]
         weights, biases = tensors[1 : layers + 1], tensors[layers + 1 :]
         out = layer_by_layer(tensors[0], weights, biases, ops.NATIVE)
@@ -133,7 +178,8 @@ def _gradients_by_layer(
 def _gradients_of_frozen(
     grad_out: Tensor, weights: Sequence[Tensor], hidden: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The same where no weight needs one: bilinear in grad_out and the weights, by torch."""
+    """The same where no weight needs a gradient, by torch's products: the gradients are then
+    bilinear in grad_out and the weights."""
     layers = len(weights)
     grads: list[Tensor | None] = [None] * len(needs)
     with without_autocast(grad_out):
@@ -158,7 +204,7 @@ def layer_by_layer(
     biases: Sequence[Tensor | None],
     backend: str,
 ) -> Tensor:
-    """The MLP, a node a layer."""
+    """The MLP, with an autograd node for each layer."""
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         input = apply(LinearReLUFunction, input, weight, bias, backend)[0]
     return torch.nn.functional.linear(input, weights[-1], biases[-1])
@@ -179,17 +225,29 @@ def _layers(
 def linear_relu(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
-    """relu(input weightᵀ + bias).
+    """relu(input weightᵀ + bias), ``[..., out_features]``, as one kernel.
 
     Args:
         input: ``[..., in_features]``, floating point.
-        weight: ``[out_features, in_features]``; bias: ``[out_features]`` or None; input's dtype
-        and device.
-        backend: ``cpu``, ``cuda``, ``triton``, ``reference`` or None for the first that serves the
-        call.
+        weight: ``[out_features, in_features]``, of input's dtype and device; under autocast the
+            dtypes may differ, and all are cast.
+        bias: ``[out_features]`` or None.
+        backend: ``cpu``, ``cuda``, ``triton``, ``reference``, or None for the first that serves the
+            call.
 
     Returns:
         ``[..., out_features]`` in input's dtype. A NaN stays a NaN.
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+        TypeError: a dtype or type that does not fit.
+        RuntimeError: ``backend`` names one that cannot serve the call.
+
+    >>> import torch, fastattn
+    >>> input, weight, bias = torch.randn(4, 8), torch.randn(3, 8), torch.randn(3)
+    >>> out = fastattn.linear_relu(input, weight, bias)
+    >>> torch.allclose(out, torch.relu(input @ weight.T + bias), atol=1e-5)
+    True
     """
     _validate.tensor("input", input)
     input, weight, bias = autocast(input, weight, bias)
@@ -223,13 +281,24 @@ def mlp(
 
     Args:
         input: ``[..., N_0]``, floating point.
-        weights: L >= 1 tensors ``[N_l, N_{l-1}]``; biases: L tensors ``[N_l]`` or Nones, or None
-        for no bias at all.
-        backend: ``cpu``, ``cuda``, ``triton``, ``reference`` or None for the first that serves the
-        call.
+        weights: L >= 1 tensors ``[N_l, N_{l-1}]``, of input's dtype and device; under autocast the
+            dtypes may differ, and all are cast.
+        biases: L tensors ``[N_l]`` or Nones, or None for no bias at all.
+        backend: ``cpu``, ``cuda``, ``triton``, ``reference``, or None for the first that serves the
+            call.
 
     Returns:
         ``[..., N_L]`` in input's dtype.
+
+    Raises:
+        ValueError: a shape, device or number of layers that does not fit.
+        TypeError: a dtype or type that does not fit.
+        RuntimeError: ``backend`` names one that cannot serve the call.
+
+    >>> import torch, fastattn
+    >>> weights = [torch.randn(6, 8), torch.randn(3, 6)]
+    >>> fastattn.mlp(torch.randn(4, 8), weights).shape
+    torch.Size([4, 3])
     """
     weights = list(weights)
     biases = [None] * len(weights) if biases is None else list(biases)

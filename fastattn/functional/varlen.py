@@ -97,21 +97,44 @@ def varlen_attn(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of each of B packed sequences with itself; names as
-    ``torch.nn.attention.varlen.varlen_attn``.
+    """Attention of each of B packed sequences with itself, ``[total_q, Hq, Dv]``.
+
+    The names are those of ``torch.nn.attention.varlen.varlen_attn``.
 
     Args:
-        query: ``[total_q, Hq, D]``; key: ``[total_k, Hk, D]``; value: ``[total_k, Hk, Dv]``; Hk
-            divides Hq.
-        cu_seq_q, cu_seq_k: int32 or int64 ``[B + 1]``: where each sequence starts, and the total
-            at the end.
-        max_q, max_k: upper bounds of the lengths. On a GPU neither they nor the starts are compared
-            with the data, which would wait for it; nothing is read out of bounds.
-        is_causal, scale, dropout_p, window_size, softcap, alibi_slopes, return_lse, backend: as in
-            ``scaled_dot_product_attention``; the causal mask is top-left aligned in each sequence.
+        query: ``[total_q, Hq, D]``, floating point.
+        key: ``[total_k, Hk, D]``, Hk a divisor of Hq.
+        value: ``[total_k, Hv, Dv]``, Hv a divisor of Hq.
+        cu_seq_q: int32 or int64 ``[B + 1]``, in tokens: where each sequence of query starts, and
+            total_q at the end.
+        cu_seq_k: the same for key and value.
+        max_q: an upper bound of the lengths in query, in tokens. On a GPU neither the bounds nor
+            the starts are compared with the data, which would wait for the GPU; nothing is read
+            out of bounds.
+        max_k: the same for key and value.
+        is_causal: query i of a sequence sees its keys j <= i (top-left aligned).
+        scale: finite; ``1/sqrt(D)`` by default.
+        dropout_p: as in ``scaled_dot_product_attention``.
+        window_size: as in ``scaled_dot_product_attention``, within each sequence.
+        softcap: as in ``scaled_dot_product_attention``.
+        alibi_slopes: ``[Hq]`` or ``[B, Hq]``: adds -slope·|i-j|, i and j counted in each sequence.
+        return_lse: also return the log-sum-exp of each row.
+        backend: as in ``scaled_dot_product_attention``.
 
     Returns:
-        ``[total_q, Hq, Dv]`` (and the LSE, ``[Hq, total_q]``).
+        ``[total_q, Hq, Dv]`` in query's dtype. With ``return_lse`` also the LSE, ``[Hq, total_q]``,
+        natural logarithm, float32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape, device or number that does not fit.
+        TypeError: a dtype or type that does not fit.
+        RuntimeError: ``backend`` names one that cannot serve the call.
+
+    >>> import torch, fastattn
+    >>> query, key, value = torch.randn(3, 10, 4, 32)  # 10 tokens: sequences of 3 and of 7
+    >>> starts = torch.tensor([0, 3, 10])
+    >>> fastattn.varlen_attn(query, key, value, starts, starts, 7, 7).shape
+    torch.Size([10, 4, 32])
     """
     _validate.tensor("query", query)
     query, key, value = autocast(query, key, value)

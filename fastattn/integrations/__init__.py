@@ -1,5 +1,5 @@
-"""Other people's code: torch.nn models, torch's SDPA, Hugging Face transformers. Each is known
-only here."""
+"""fastattn in other people's code: models of torch.nn, torch's SDPA, torch.compile, Hugging Face
+transformers. The rest of the package knows nothing of them."""
 
 from __future__ import annotations
 

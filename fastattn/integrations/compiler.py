@@ -1,9 +1,9 @@
 """``torch.compile(model, backend="fastattn")``: kernels in models whose forward is their own.
 
 Dynamo captures what a model calls and guards what the capture depends on: arguments, flags, hooks,
-modes. The backend puts kernels into that graph (``fastattn.integrations.graph``) and runs it with
-torch's eager operations: it generates no code, it compiles in seconds, autograd sees each call, and
-a graph for dynamic shapes serves all lengths.
+modes. The backend puts kernels into that graph (``fastattn.integrations.graph``) and runs the graph
+with torch's eager operations. It generates no code, so that a model compiles in seconds, autograd
+sees each call, and a graph for dynamic shapes serves all lengths.
 """
 
 from __future__ import annotations
@@ -27,23 +27,32 @@ _report = CompileReport()
 def backend(
     gm: fx.GraphModule, example_inputs: Sequence[object], **options: object
 ) -> Callable[..., object]:
-    """The compiler backend, as ``torch.compile`` calls it: a graph of torch's functions to the
-    callable that runs it.
+    """The compiler backend, as ``torch.compile`` calls it.
 
-    It is found by its name ``"fastattn"`` where the package is installed. In a checkout that is not
-    installed, give the function itself: ``torch.compile(model, backend=compiler.backend)``.
+    torch finds it by the name ``"fastattn"`` where the package is installed. In a checkout that is
+    not installed, give the function itself: ``torch.compile(model, backend=compiler.backend)``.
 
-    Hooks that are put on a module after it was compiled are not seen, with this backend as with any
-    other, unless ``torch._dynamo.config.skip_nnmodule_hook_guards`` is False: torch guards hooks
-    only then.
+    As with any other backend, Dynamo sees hooks that are put on a module after compilation only
+    where ``torch._dynamo.config.skip_nnmodule_hook_guards`` is False.
 
-    Raises ValueError for ``mode`` and ``options``: the backend has none.
+    Args:
+        gm: the graph of torch's functions that Dynamo captured; it stays as it is.
+        example_inputs: not read.
+        options: what ``torch.compile`` was given as ``mode`` and ``options``: nothing is allowed.
 
-    Example::
+    Returns:
+        The function that runs the graph with kernels in it.
 
-        model = torch.compile(model, backend="fastattn")
-        model(x).sum().backward()
-        print(fastattn.compile_report())
+    Raises:
+        ValueError: ``mode`` or ``options`` was given.
+
+    >>> import torch, fastattn
+    >>> from fastattn.integrations import compiler
+    >>> layers = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU())
+    >>> torch.compile(layers, backend=compiler.backend)(torch.randn(4, 8)).shape
+    torch.Size([4, 6])
+    >>> fastattn.compile_report().graphs > 0
+    True
     """
     given = {name: x for name, x in options.items() if x and x != "default"}
     if given:
@@ -52,7 +61,7 @@ def backend(
     report = CompileReport(graphs=1)
     try:
         fused = with_kernels(gm, report)
-    except Exception as error:  # of a graph that nobody thought of: the model itself runs
+    except Exception as error:  # an unforeseen graph: the model itself runs
         warnings.warn(
             f"torch.compile(backend='fastattn') leaves a graph as it is: {error!r}. Please report "
             "it to the project's issue tracker",
@@ -70,18 +79,26 @@ def backend(
 def compile_report() -> CompileReport:
     """What the backend ``"fastattn"`` fused in this process, what it left alone, and why.
 
-    Of all graphs since the start, or since ``torch.compiler.reset()``. A graph that Dynamo captures
-    again (for another mode, or shapes that became dynamic) counts again; what is said of it twice
-    is listed once.
+    Returns:
+        The report of all graphs since the start, or since ``torch.compiler.reset()``. A graph that
+        Dynamo captures again (for another mode, or for shapes that became dynamic) counts again;
+        an entry that occurs twice is listed once.
+
+    >>> import torch, fastattn
+    >>> torch.compiler.reset()
+    >>> print(fastattn.compile_report())
+    fastattn: 0 graphs; nothing fused; 0 left alone
     """
     with _lock:
         return CompileReport(list(_report.entries), graphs=_report.graphs)
 
 
 def register_with_accelerate() -> None:
-    """Makes the backend's name one that accelerate lets pass, and with it the Trainer's
-    ``TrainingArguments(torch_compile_backend="fastattn")``: accelerate knows the backends of an
-    enum of its own and asks Dynamo for no other. Without accelerate nothing is done. Idempotent.
+    """Makes accelerate accept the backend's name, and with it the Trainer's
+    ``TrainingArguments(torch_compile_backend="fastattn")``.
+
+    accelerate has an enum of the backends and asks Dynamo for no other; this adds a member. Without
+    accelerate nothing is done. Idempotent.
     """
     try:
         from accelerate.utils import DynamoBackend

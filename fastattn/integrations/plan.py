@@ -29,7 +29,7 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class ClassSwap:
-    """One module whose class is to change."""
+    """One module whose class will change."""
 
     name: str
     module: nn.Module
@@ -56,7 +56,7 @@ class ClassSwap:
 
 @dataclass(frozen=True)
 class AttentionSwap:
-    """One Hugging Face model whose attention is to be fastattn's."""
+    """One Hugging Face model whose attention will become fastattn's."""
 
     part: pretrained.Part
 
@@ -86,8 +86,15 @@ class AttentionSwap:
 
 @dataclass
 class Plan:
-    """The swaps to make and the modules to leave alone. ``print`` gives lines, ``rich.print`` a
-    table; ``apply`` makes the swaps, all or none."""
+    """The swaps to make in a model, and the modules to leave alone. ``print`` gives lines,
+    ``rich.print`` a table.
+
+    >>> import fastattn
+    >>> from torch import nn
+    >>> made = fastattn.plan(nn.TransformerEncoderLayer(64, 4, 128))
+    >>> len(made.swaps) == len(made.apply().swapped) > 0
+    True
+    """
 
     model: nn.Module
     swaps: list[ClassSwap | AttentionSwap] = field(default_factory=list)
@@ -102,7 +109,14 @@ class Plan:
         return report
 
     def apply(self) -> PatchReport:
-        """Makes the swaps and says which. An exception leaves the model as it was."""
+        """Makes the swaps, all or none: an exception leaves the model as it was.
+
+        Returns:
+            The report of what was swapped.
+
+        Raises:
+            RuntimeError: the model has changed since it was planned.
+        """
         report = PatchReport(list(self.left.entries), notes=list(self.left.notes))
         done: list[ClassSwap | AttentionSwap] = []
         try:
@@ -126,7 +140,20 @@ class Plan:
 def plan(model: nn.Module) -> Plan:
     """What ``patch(model)`` would do. The model is looked at; it is not run and not changed.
 
-    Raises TypeError when ``model`` is not an ``nn.Module``.
+    Args:
+        model: any module.
+
+    Returns:
+        The Plan, whose ``apply`` makes the swaps.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+
+    >>> import fastattn
+    >>> from torch import nn
+    >>> model = nn.TransformerEncoderLayer(64, 4, 128)
+    >>> fastattn.plan(model).swaps[0].after
+    <class 'fastattn.nn.transformer.TransformerEncoderLayer'>
     """
     check(model)
     made = Plan(model)
@@ -201,7 +228,7 @@ def _plan_sequential(name: str, module: nn.Sequential, made: Plan) -> None:
 
 
 def _plan_linear(name: str, linear: nn.Linear, made: Plan) -> None:
-    """Swaps a Linear whose product the kernels may win, in its dtype or in autocast's."""
+    """Plans to swap a Linear whose product the kernels may win, in its dtype or in autocast's."""
     weight = linear._parameters.get("weight")
     if weight is None or _why_not_linear(linear) is not None:
         return
@@ -268,7 +295,8 @@ def _why_not(module: nn.Module, op: str) -> str | None:
 
 
 def _report_own_forwards(model: nn.Module, scripted: set[nn.Module], left: PatchReport) -> None:
-    """One entry for each class with a forward of its own that may put a ReLU behind a Linear."""
+    """Reports each class with a forward of its own that may put a ReLU after a Linear, in one
+    entry."""
     found = [
         (name or "(root)", type(module))
         for name, module in model.named_modules()

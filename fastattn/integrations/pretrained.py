@@ -153,8 +153,8 @@ def _is_inside(part: Part, outer: Part) -> bool:
 
 
 def _follow(outer: Part, inner: list[Part]) -> None:
-    """The config of a model without attention of its own, where people look for the name, follows
-    when all the models inside change."""
+    """Changes the config of a model without attention of its own, where people look for the
+    name, when all the models inside change."""
     if inner and all(p.reason is None for p in inner):
         inner[0].configs += outer.configs
 

@@ -1,4 +1,4 @@
-"""What ``patch``, ``unpatch`` and the compiler backend tell about their work."""
+"""What ``patch``, ``unpatch`` and the compiler backend report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Entry:
 
 @dataclass
 class Report:
-    """What became of parts of a model, and why. ``print`` gives lines, ``rich.print`` a table."""
+    """What became of a model's parts, and why. ``print`` gives lines, ``rich.print`` a table."""
 
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # on modules that have no entry
@@ -33,10 +33,12 @@ class Report:
 
     @property
     def swapped(self) -> list[Entry]:
+        """The entries of parts that became something else."""
         return [e for e in self.entries if e.after is not None]
 
     @property
     def skipped(self) -> list[Entry]:
+        """The entries of parts that were left alone."""
         return [e for e in self.entries if e.after is None]
 
     @property
@@ -45,6 +47,7 @@ class Report:
         return Counter((e.before, e.after or "") for e in self.swapped)
 
     def summary(self) -> str:
+        """One line: how many parts became what."""
         raise NotImplementedError
 
     def _counted(self, nothing: str) -> str:
@@ -69,7 +72,17 @@ class Report:
 
 @dataclass
 class PatchReport(Report):
-    """What ``patch`` or ``unpatch`` swapped, what it left alone, and why."""
+    """What ``patch`` or ``unpatch`` swapped, what it left alone, and why.
+
+    ``swapped`` and ``skipped`` are lists of ``Entry``; ``notes`` are lines on modules that have
+    none; ``print`` gives lines, ``rich.print`` a table.
+
+    >>> import fastattn
+    >>> from torch import nn
+    >>> report = fastattn.patch(nn.TransformerEncoderLayer(64, 4, 128))
+    >>> [(entry.before, entry.after) for entry in report.swapped][0]
+    ('TransformerEncoderLayer', 'fastattn TransformerEncoderLayer')
+    """
 
     dry_run: bool = False  # nothing was changed: the entries say what would be
     nothing: str = "nothing to swap"  # what it says without entries
@@ -82,7 +95,7 @@ class PatchReport(Report):
 @dataclass
 class CompileReport(Report):
     """What ``torch.compile(backend="fastattn")`` fused in the graphs that it was given, what it
-    left alone, and why."""
+    left alone, and why. ``graphs`` counts the graphs; the rest is as in ``PatchReport``."""
 
     graphs: int = 0
 

@@ -1,4 +1,4 @@
-"""``torch.nn.functional.scaled_dot_product_attention`` on fastattn's kernels, for a while."""
+"""fastattn in place of ``torch.nn.functional.scaled_dot_product_attention``, for a while."""
 
 from __future__ import annotations
 
@@ -20,14 +20,21 @@ _former: Callable[..., Tensor] = _torchs  # what _sdpa stands in for
 
 @contextmanager
 def override_sdpa() -> Iterator[None]:
-    """Within it, ``torch.nn.functional.scaled_dot_product_attention`` is fastattn's.
+    """A context in which ``torch.nn.functional.scaled_dot_product_attention`` is fastattn's.
 
-    It holds for every thread until the last one has left, and may be nested. Calls that fastattn
-    has no kernel for (other devices and dtypes, nested tensors, tensor subclasses) and calls that
-    it refuses go to torch's own, with torch's own errors.
-    TorchScript compiles torch's function in it as without it.
-    Code that took the function by ``from torch.nn.functional import scaled_dot_product_attention``
-    before keeps what it took.
+    - The context holds for every thread until the last one has left it, and may be nested.
+    - torch's own function serves the calls that fastattn has no kernel for (other devices and
+      dtypes, nested tensors, tensor subclasses) and those that fastattn refuses, with torch's own
+      errors.
+    - TorchScript compiles torch's function, as outside of the context.
+    - Code that ran ``from torch.nn.functional import scaled_dot_product_attention`` before keeps
+      torch's function.
+
+    >>> import torch, fastattn
+    >>> query, key, value = torch.randn(3, 2, 8, 16, 64)
+    >>> with fastattn.override_sdpa():
+    ...     torch.nn.functional.scaled_dot_product_attention(query, key, value).shape
+    torch.Size([2, 8, 16, 64])
     """
     global _depth, _former
     with _lock:
@@ -45,7 +52,7 @@ def override_sdpa() -> Iterator[None]:
 
 
 def _tell_torchscript() -> None:
-    """What torch.jit.script compiles for a call of _sdpa: torch's operator. It would read _sdpa's
+    """Makes torch.jit.script compile torch's operator for a call of _sdpa. It would read _sdpa's
     source otherwise, and could not compile torch's own modules within override_sdpa, or ever
     after."""
     try:

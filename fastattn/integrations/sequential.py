@@ -34,7 +34,7 @@ class FusedSequential(nn.Sequential):
     """
 
     __prepare_scriptable__ = to_torch
-    # ``patch`` sets it. Layers replaced since make it wrong: that costs time alone.
+    # ``patch`` sets it. Layers that are replaced later make it wrong, which costs time alone.
     _fastattn_small_below = 0
 
     def __getitem__(self, idx: int | slice) -> nn.Module:
@@ -44,8 +44,8 @@ class FusedSequential(nn.Sequential):
         return super().__getitem__(idx)
 
     def forward(self, input: Tensor) -> Tensor:
-        # A small call takes some microseconds in all, so its look is written out. Whoever watches
-        # torch's functions would see the input's attributes read.
+        # A small call takes some microseconds in all, so its checks are written out. Those for
+        # watchers come first: a torch function mode would see the input's attributes being read.
         if (
             type(input) is Tensor
             and not function_modes()
@@ -62,7 +62,7 @@ class FusedSequential(nn.Sequential):
         stack = list(self)
         x, i = input, 0
         while i < len(stack):
-            # What is no ordinary tensor (a tracer's proxy, for one) must not see weights read.
+            # Weights are read beside an ordinary tensor alone: a tracer would record the reading.
             linears, relus = linear_relu_stretch(stack, i) if ordinary(x) else ([], 0)
             weights, biases = [m.weight for m in linears], [m.bias for m in linears]
             if not relus or not serves_layers(x, weights, biases):
@@ -78,15 +78,14 @@ class FusedSequential(nn.Sequential):
         return x
 
 
-# What prints a model, or counts by classes, shows what it showed before. A pickle goes by the
-# qualified name.
+# A printed model, and counts by class names, stay as they were. A pickle uses the qualified name.
 FusedSequential.__name__ = "Sequential"
 
 
 def call_straight(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """The layers one by one, as ``nn.Sequential`` calls them, where no hook is registered for all
-    modules. A Linear or a ReLU whose call would run torch's function and nothing else is that
-    function: eight Python frames less for a classifier of two layers, 1 to 3 % of its step."""
+    """Calls the layers one by one, as ``nn.Sequential`` does, where no hook is registered for all
+    modules. For a Linear or a ReLU whose call would run torch's function and nothing else it calls
+    the function: eight Python frames less for a classifier of two layers, 1 to 3 % of its step."""
     linear, relu = FORWARDS[nn.Linear], FORWARDS[nn.ReLU]
     for layer in layers:
         facts = vars(layer)
@@ -114,8 +113,8 @@ def call_straight(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 def linear_relu_stretch(layers: Sequence[Any], start: int) -> tuple[Sequence[nn.Linear], int]:
-    """The plain Linears from ``start`` on, a plain ReLU between any two of them, and how many of
-    these have a ReLU behind them: all, or all but the last."""
+    """The plain Linears from ``start`` on, with a plain ReLU between any two of them, and how
+    many of them a ReLU follows: all, or all but the last."""
     end = start
     while end < len(layers) and (
         is_plain(layers[end], nn.ReLU) if (end - start) % 2 else is_plain_linear(layers[end])

@@ -1,4 +1,4 @@
-"""``patch(model)``: swaps the layers of an existing model for fastattn's, in place; ``unpatch``
+"""``patch(model)`` swaps the layers of an existing model for fastattn's, in place; ``unpatch``
 swaps them back.
 
 A swap changes the class of a module object and nothing else. Parameters, buffers, hooks, device,
@@ -24,24 +24,42 @@ _SWAPPED = (*ATTENTION.values(), FusedSequential, fnn.Linear)
 
 
 def patch(model: nn.Module, *, dry_run: bool = False) -> PatchReport:
-    """Swaps what fastattn has a kernel for, in place, and says what was swapped, what was not, and
-    why.
+    """Swaps the layers that fastattn has a kernel for, in place.
+
+    An exception leaves the model as it was.
+
+    Swapped are:
 
     - ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``, ``nn.TransformerEncoder``: exact
       types only.
     - Linear, ReLU inside an ``nn.Sequential``, which then fuses them as it runs.
     - ``nn.Linear``, exact type, whose product the kernels may win at some call, in its dtype or,
       for a float32 one, in a dtype of autocast that torch has no product in for this processor:
-      ``fastattn.backends.explain("linear", input, weight)``. Lines of the report count the rest.
+      ``fastattn.backends.explain("linear", input, weight)``. Notes of the report count the other
+      Linears.
     - The attention of Hugging Face models that is set to sdpa, see
       ``fastattn.integrations.pretrained``.
 
-    Linear, ReLU that a forward of the model's own joins are left apart: only that code knows what
-    else reads their results. Anything else is left alone, and so is a module whose device or dtype
-    no kernel serves. An exception leaves the model as it was. ``dry_run``: nothing is changed, the
-    report says what would be.
+    A Linear and a ReLU that a forward of the model's own joins are left apart: only that code knows
+    what else reads their results. Left alone is everything else, and a module whose device or dtype
+    no kernel serves.
 
-    Raises TypeError when ``model`` is not an ``nn.Module``.
+    Args:
+        model: any module.
+        dry_run: change nothing; the report says what would be swapped.
+
+    Returns:
+        What was swapped, what was not, and why.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+
+    >>> import fastattn
+    >>> from torch import nn
+    >>> model = nn.TransformerEncoderLayer(64, 4, 128)
+    >>> report = fastattn.patch(model)
+    >>> type(model)
+    <class 'fastattn.nn.transformer.TransformerEncoderLayer'>
     """
     made = plan(model)
     return made.report if dry_run else made.apply()
@@ -49,7 +67,25 @@ def patch(model: nn.Module, *, dry_run: bool = False) -> PatchReport:
 
 def unpatch(model: nn.Module) -> PatchReport:
     """Undoes ``patch``: every module gets its class back, a Hugging Face model its attention
-    implementation."""
+    implementation.
+
+    Args:
+        model: a module that was patched, or not.
+
+    Returns:
+        What was restored.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+
+    >>> import fastattn
+    >>> from torch import nn
+    >>> model = nn.TransformerEncoderLayer(64, 4, 128)
+    >>> _ = fastattn.patch(model)
+    >>> _ = fastattn.unpatch(model)
+    >>> type(model)
+    <class 'torch.nn.modules.transformer.TransformerEncoderLayer'>
+    """
     check(model)
     report = PatchReport(nothing="nothing to undo: the model is not patched")
     for name, module in model.named_modules():

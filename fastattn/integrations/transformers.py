@@ -15,9 +15,9 @@ from fastattn.integrations.pretrained import NAME, why_not
 
 __all__ = ["NAME", "attention_forward", "attention_mask", "register"]
 
-# What a model may hand its attention function without any effect on sdpa's result: what the mask
-# or the keys hold already, what is for the flash kernels or for the loss, outputs asked of the
-# model.
+# Arguments that a model may pass to its attention function without any effect on sdpa's result: the
+# mask or the keys hold them already, or they are for the flash kernels, the loss or the model's
+# other outputs.
 _HARMLESS = frozenset(
     {
         "cache_position",
@@ -49,16 +49,16 @@ _HARMLESS = frozenset(
 
 def register() -> None:
     """Makes ``attn_implementation="fastattn"`` known to transformers, for attention and for masks,
-    and ``TrainingArguments(torch_compile_backend="fastattn")`` to the library behind its Trainer.
-    Idempotent.
+    and ``TrainingArguments(torch_compile_backend="fastattn")`` to accelerate. Idempotent.
 
-    A model that does not take its attention from the interface refuses the name from then on, by
-    a ValueError with transformers' words for sdpa: transformers itself lets every registered name
-    pass, and such a model would misread our masks or fail in a lookup. ``from_pretrained`` and
-    ``patch`` reach every stack of a model; ``set_attn_implementation`` does not where the stacks
-    hold copies of the config, as T5's do.
+    A model that does not take its attention from transformers' interface refuses the name from then
+    on, by a ValueError with transformers' words for sdpa. transformers itself lets every registered
+    name pass, and such a model would misread our masks or fail in a look-up. ``from_pretrained``
+    and ``patch`` reach every stack of a model; ``set_attn_implementation`` does not where the
+    stacks hold copies of the config, as T5's do.
 
-    Raises ImportError, saying what to install, without a transformers that has both interfaces.
+    Raises:
+        ImportError: transformers is missing, or too old for both interfaces; says what to install.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -109,10 +109,14 @@ def check_model(model: Any) -> None:
 
 
 def attention_mask(**options: Any) -> Tensor | None:
-    """transformers' mask interface, with ``sdpa_mask``'s arguments, by keyword.
+    """The mask of a call, as transformers' mask interface asks for it.
 
-    Returns bool ``[B, 1, Sq, Sk]``, True = attend, or None where nothing is masked. Padding alone
-    gives an expanded view of ``[B, Sk]``; every other pattern is ``sdpa_mask``'s.
+    Args:
+        options: the arguments of transformers' ``sdpa_mask``, by keyword.
+
+    Returns:
+        bool ``[B, 1, Sq, Sk]``, True = attend, or None where nothing is masked. Padding alone gives
+        an expanded view of ``[B, Sk]``; every other pattern is ``sdpa_mask``'s.
     """
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
@@ -153,24 +157,38 @@ def attention_forward(
     """transformers' attention interface, with the meaning of its ``sdpa``.
 
     Args:
-        query: ``[B, Hq, Sq, D]``; key, value: ``[B, Hk, Sk, D]``, never repeated for Hk < Hq; any
-            strides.
+        module: the model's attention module; its ``is_causal`` is read.
+        query: ``[B, Hq, Sq, D]``, any strides.
+        key: ``[B, Hk, Sk, D]``, never repeated for Hk < Hq.
+        value: ``[B, Hk, Sk, Dv]``.
         attention_mask: 4-D, broadcastable to ``[B, Hq, Sq, Sk]``: bool (True = attend) or float
             (added). It holds a sliding window already. None: causal if ``is_causal``, or
             ``module.is_causal``, and Sq > 1.
+        dropout: probability of dropping an attention weight.
+        scaling: of the scores; ``1/sqrt(D)`` by default.
+        is_causal: see attention_mask.
         position_bias: float, added to the scores of the keys that the mask leaves. A row with
             nothing to attend to is the mean of all values, as in sdpa and eager attention.
-        softcap: of the scores.
+        softcap: of the scores (Gemma 2, arXiv 2408.00118).
+        s_aux: attention sinks: refused.
         kwargs: whatever else the model passes on. What is known not to change the result is
             ignored.
 
     Returns:
-        ``[B, Sq, Hq, D]`` contiguous, and None: no weights are ever made.
+        ``[B, Sq, Hq, Dv]`` contiguous, and None: no weights are ever made.
 
     Raises:
-        ValueError, TypeError: a mask of another kind, attention sinks (``s_aux``), a keyword that
-            is not None and not known to be without effect (``indices`` and ``block_indices`` of
-            sparse attention), and what the function itself refuses.
+        ValueError: a mask of another rank, attention sinks, a keyword that is not None and not
+            known to be without effect (``indices`` and ``block_indices`` of sparse attention), and
+            what ``fastattn.scaled_dot_product_attention`` refuses.
+        TypeError: a mask of another type, and likewise.
+
+    >>> import torch
+    >>> from fastattn.integrations.transformers import attention_forward
+    >>> query, key, value = torch.randn(3, 2, 8, 16, 64)
+    >>> out, weights = attention_forward(torch.nn.Module(), query, key, value, None)
+    >>> out.shape, weights
+    (torch.Size([2, 16, 8, 64]), None)
     """
     for name, given in kwargs.items():
         if given is not None and name not in _HARMLESS:

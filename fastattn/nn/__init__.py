@@ -1,4 +1,9 @@
-"""Drop-in modules: torch.nn's signatures, parameter names and meanings on fastattn's kernels."""
+"""Drop-in modules: torch.nn's arguments, parameter names and meanings, on fastattn's kernels.
+
+A state_dict of the torch module loads into the fastattn module, and the other way round. A module
+runs torch's own code wherever a kernel may not stand in for it: hooks, subclasses of Tensor,
+symbolic traces.
+"""
 
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.linear import MLP, Linear, LinearReLU

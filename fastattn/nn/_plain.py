@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 # Where ``fastattn.patch`` keeps the class that a module had.
 FORMER_CLASS = "_fastattn_former_class"
-# Where it keeps how small an input of a Sequential must be to be torch's at the first look.
+# Where it keeps the number of elements below which an input of a Sequential runs torch's code.
 SMALL_BELOW = "_fastattn_small_below"
 
 
@@ -27,8 +27,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def no_global_hooks() -> bool:
-    """Whether nothing must see every child called: no hook registered for all modules, and calls
-    of modules as torch wrote them."""
+    """Whether a child's call may be skipped: no hook is registered for all modules, and
+    ``nn.Module.__call__`` is as torch wrote it."""
     return not any_global_hook() and nn.Module.__call__ is CALL
 
 

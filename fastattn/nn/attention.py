@@ -18,11 +18,33 @@ from fastattn.nn._plain import as_written, run_torchs, scripted_as, was_swapped
 class MultiheadAttention(nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` on the fused kernels: its arguments, state_dict and results.
 
-    Scores are materialised only where ``need_weights`` asks for them. Two differences: a query
-    whose keys are all masked gets 0, where torch gives 0 or NaN depending on the path it takes; and
-    an ``is_causal`` hint never hides the keys that ``add_bias_kv`` and ``add_zero_attn`` append
-    (in a module that ``fastattn.patch`` swapped it does what it does in torch). Unusual tensors and
-    modes run torch's own forward.
+    Scores are stored only where ``need_weights`` asks for the weights. Two differences:
+
+    - A query whose keys are all masked gets 0, where torch gives 0 or NaN depending on the path it
+      takes.
+    - An ``is_causal`` hint never hides the keys that ``add_bias_kv`` and ``add_zero_attn`` append.
+      (In a module that ``fastattn.patch`` swapped the hint does what it does in torch.)
+
+    Unusual tensors and modes run torch's own forward.
+
+    Args:
+        embed_dim: E, size of an input and output row.
+        num_heads: H, a divisor of E.
+        dropout: probability of dropping an attention weight in training.
+        bias: learn biases of the projections.
+        add_bias_kv: append a learned key and value.
+        add_zero_attn: append a key and value of 0.
+        kdim: size of a key row; E by default.
+        vdim: size of a value row; E by default.
+        batch_first: tensors are ``[B, S, E]`` instead of ``[S, B, E]``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    >>> import torch, fastattn
+    >>> layer, x = fastattn.nn.MultiheadAttention(64, 4, batch_first=True), torch.randn(2, 16, 64)
+    >>> out, weights = layer(x, x, x, need_weights=False)
+    >>> out.shape, weights
+    (torch.Size([2, 16, 64]), None)
     """
 
     __prepare_scriptable__ = scripted_as(nn.MultiheadAttention)
@@ -42,7 +64,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Args:
             query: ``[B, Sq, E]`` with batch_first, else ``[Sq, B, E]``; or unbatched ``[Sq, E]``.
-            key, value: the same with Sk, kdim and vdim.
+            key: the same with Sk and kdim.
+            value: the same with Sk and vdim.
             key_padding_mask: ``[B, Sk]`` (unbatched ``[Sk]``), bool (True = masked out, as
                 everywhere in torch.nn) or float, added to the scores.
             need_weights: also return the attention weights, after dropout in training.
@@ -55,7 +78,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             ``[B, H, Sq, Sk]``), without B when unbatched.
 
         Raises:
-            ValueError: sizes that do not match, is_causal without attn_mask; TypeError: dtypes.
+            ValueError: sizes that do not match, is_causal without attn_mask.
+            TypeError: a dtype that is not the parameters', or not a mask's.
         """
         options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if not self._usual(query, key, value, key_padding_mask, attn_mask):
@@ -85,8 +109,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             if need_weights:
                 weights = _softmax_scores(q, k, mask, causal)
             out = attention_by_size(q, k, v, mask, p, causal)
-        # Outside of inference torch's result lies sequence first: a dropout behind it draws in that
-        # order.
+        # Outside of inference torch's result is stored sequence first, and a dropout after it draws
+        # in that order.
         learned = torch.is_grad_enabled() and self.out_proj.weight.requires_grad
         inference = not (self.training or out.requires_grad or learned)
         lies_batch_first = batch_first and (inference or not batched)
@@ -134,8 +158,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         where none is appended."""
         bias = self.in_proj_bias
         if batched and batch_first and torch.is_grad_enabled():
-            # As in torch, whose product takes a copy here, what was given may change in place
-            # before the backward.
+            # The caller may change the inputs in place before the backward: torch's product takes a
+            # copy here too.
             own = {id(x): x.clone() for x in (query, key, value)}
             query, key, value = (own[id(x)] for x in (query, key, value))
         if self._qkv_same_embed_dim and query is key and key is value:

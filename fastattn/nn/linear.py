@@ -25,15 +25,33 @@ from fastattn.nn._plain import as_written, is_plain, no_global_hooks, run_torchs
 class Linear(nn.Linear):
     """``torch.nn.Linear``: its arguments, state_dict and values.
 
-    A call takes the kernels where they are faster than torch's own product, in the dtype in which
-    it is computed, autocast's included; ``fastattn.backends.explain("linear", input, weight)`` says
-    where that is. Else it is torch's.
+    A call takes the kernels where they are faster than torch's own product in the dtype of the
+    call, autocast's included; ``fastattn.backends.explain("linear", input, weight)`` says where
+    that is. Every other call is torch's.
+
+    Args:
+        in_features: size of an input row.
+        out_features: size of an output row.
+        bias: learn a bias.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    >>> import torch, fastattn
+    >>> fastattn.nn.Linear(8, 3)(torch.randn(4, 8)).shape
+    torch.Size([4, 3])
     """
 
     __prepare_scriptable__ = scripted_as(nn.Linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[..., in_features]`` -> ``[..., out_features]``."""
+        """input Wᵀ + b.
+
+        Args:
+            input: ``[..., in_features]``, of the parameters' dtype.
+
+        Returns:
+            ``[..., out_features]``.
+        """
         if is_torchs_product(input, self.out_features):
             return super().forward(input)
         if not (as_written(nn.Linear) and unobserved() and ordinary(input)):
@@ -52,12 +70,32 @@ class _PlainLinearReLU(nn.Linear):
 
 
 class LinearReLU(nn.Linear):
-    """``relu(x Wᵀ + b)`` in one kernel; ``torch.nn.Linear``'s arguments and state_dict."""
+    """``relu(x Wᵀ + b)`` as one kernel; ``torch.nn.Linear``'s arguments and state_dict.
+
+    Args:
+        in_features: size of an input row.
+        out_features: size of an output row.
+        bias: learn a bias.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    >>> import torch, fastattn
+    >>> layer, input = fastattn.nn.LinearReLU(8, 3), torch.randn(4, 8)
+    >>> torch.allclose(layer(input), torch.relu(input @ layer.weight.T + layer.bias), atol=1e-5)
+    True
+    """
 
     __prepare_scriptable__ = scripted_as(_PlainLinearReLU)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[..., in_features]`` -> ``[..., out_features]``."""
+        """relu(input Wᵀ + b).
+
+        Args:
+            input: ``[..., in_features]``, of the parameters' dtype.
+
+        Returns:
+            ``[..., out_features]``.
+        """
         if not (
             unobserved()
             and ordinary(input, exported=True)
@@ -70,9 +108,21 @@ class LinearReLU(nn.Linear):
 class MLP(nn.Sequential):
     """Linear-ReLU-...-Linear as one autograd node.
 
-    ``MLP(784, 128, 10)`` or ``MLP(784, [256, 128], 10)``. It is the ``nn.Sequential(Linear, ReLU,
-    Linear, ...)`` of the same layers and has its state_dict keys: ``0.weight``, ``0.bias``,
-    ``2.weight``, ...
+    It is the ``nn.Sequential(Linear, ReLU, Linear, ...)`` of the same layers and has its state_dict
+    keys: ``0.weight``, ``0.bias``, ``2.weight``, ...
+
+    Args:
+        in_features: size of an input row.
+        hidden_features: the width of the hidden layer, or the widths of several.
+        out_features: size of an output row.
+        bias: learn a bias in every layer.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    >>> import torch, fastattn
+    >>> network = fastattn.nn.MLP(784, [256, 128], 10)
+    >>> network(torch.randn(32, 784)).shape, list(network.state_dict())[:2]
+    (torch.Size([32, 10]), ['0.weight', '0.bias'])
     """
 
     __prepare_scriptable__ = scripted_as(nn.Sequential)
@@ -95,7 +145,19 @@ class MLP(nn.Sequential):
 
     @staticmethod
     def fits(sequential: nn.Sequential) -> bool:
-        """Whether it is Linear, ReLU, ..., Linear, with a ReLU at least and no hooks on these."""
+        """Whether ``from_sequential`` takes a Sequential.
+
+        Args:
+            sequential: the module in question; it is not run.
+
+        Returns:
+            True for Linear, ReLU, ..., Linear with at least one ReLU and no hooks on these layers.
+
+        >>> import fastattn
+        >>> from torch import nn
+        >>> fastattn.nn.MLP.fits(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)))
+        True
+        """
         children = list(sequential)
         return (
             len(children) >= 3
@@ -106,9 +168,22 @@ class MLP(nn.Sequential):
 
     @classmethod
     def from_sequential(cls, sequential: nn.Sequential) -> MLP:
-        """An MLP of ``sequential``'s own layers: the same Parameter objects under the same keys.
+        """An MLP of a Sequential's own layers: the same Parameter objects under the same keys.
 
-        Raises ValueError unless it is Linear, ReLU, ..., Linear without hooks on these.
+        Args:
+            sequential: Linear, ReLU, ..., Linear, see ``fits``.
+
+        Returns:
+            The MLP, in the mode (training or evaluation) of ``sequential``.
+
+        Raises:
+            ValueError: ``sequential`` has another form, or a hook on one of its layers.
+
+        >>> import fastattn
+        >>> from torch import nn
+        >>> layers = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+        >>> fastattn.nn.MLP.from_sequential(layers)[0] is layers[0]
+        True
         """
         if not isinstance(sequential, nn.Sequential) or not cls.fits(sequential):
             raise ValueError(
@@ -120,13 +195,20 @@ class MLP(nn.Sequential):
         return shared
 
     def __getitem__(self, idx: int | slice) -> nn.Module:
-        """A layer, or for a slice an ``nn.Sequential`` of layers, which need not be an MLP."""
+        """A layer; for a slice an ``nn.Sequential`` of layers, which need not be an MLP."""
         if isinstance(idx, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
         return super().__getitem__(idx)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[..., in_features]`` -> ``[..., out_features]``."""
+        """The layers, one after the other.
+
+        Args:
+            input: ``[..., in_features]``, of the parameters' dtype.
+
+        Returns:
+            ``[..., out_features]``.
+        """
         if not (
             MLP.fits(self) and no_global_hooks() and unobserved() and ordinary(input, exported=True)
         ):

@@ -30,6 +30,24 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     Its arguments, initial values and state_dict are torch's. Results agree with torch's training
     path: outputs at padded positions are ordinary values, where torch's inference path on nested
     tensors gives zeros. Unusual inputs, children and modes run torch's own forward.
+
+    Args:
+        d_model: E, size of a token.
+        nhead: number of heads, a divisor of E.
+        dim_feedforward: width of the hidden layer.
+        dropout: probability of dropping an element in training.
+        activation: ``"relu"``, ``"gelu"`` or a function of a tensor; only ReLU has a fused kernel.
+        layer_norm_eps: added to the variance in both norms.
+        batch_first: tensors are ``[B, S, E]`` instead of ``[S, B, E]``.
+        norm_first: normalise before attention and feed-forward, not after.
+        bias: learn biases of the linear layers and norms.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    >>> import torch, fastattn
+    >>> layer = fastattn.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    >>> layer(torch.randn(2, 16, 64)).shape
+    torch.Size([2, 16, 64])
     """
 
     __prepare_scriptable__ = scripted_as(nn.TransformerEncoderLayer)
@@ -70,10 +88,16 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """src ``[B, S, E]`` with batch_first, else ``[S, B, E]``, or ``[S, E]`` -> the same shape.
+        """Self-attention and feed-forward, each with its residual and norm.
 
-        The masks are ``MultiheadAttention``'s attn_mask and key_padding_mask; ``is_causal``
-        promises that src_mask is the causal one.
+        Args:
+            src: ``[B, S, E]`` with batch_first, else ``[S, B, E]``, or ``[S, E]``.
+            src_mask: attn_mask of ``MultiheadAttention``.
+            src_key_padding_mask: key_padding_mask of ``MultiheadAttention``.
+            is_causal: a promise that src_mask is the causal mask.
+
+        Returns:
+            A tensor of src's shape.
         """
         given = (src, src_mask, src_key_padding_mask)
         usual = unobserved() and ordinary(*given, exported=not was_swapped(self))
@@ -158,12 +182,24 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 
 class TransformerEncoder(nn.TransformerEncoder):
-    """A stack of encoder layers, ``torch.nn.TransformerEncoder``'s arguments and state_dict.
+    """A stack of encoder layers: ``torch.nn.TransformerEncoder``'s arguments and state_dict.
 
-    ``encoder_layer`` may be fastattn's, or torch's own, which then runs torch's code until
-    ``fastattn.patch`` swaps it. ``enable_nested_tensor`` and ``mask_check`` have no effect: no
-    nested tensor is made, and outputs at padded positions are ordinary values. (In a model that was
-    patched they are torch's: where torch makes a nested tensor at inference, its own forward runs.)
+    No nested tensor is made, and outputs at padded positions are ordinary values. (In a model that
+    ``fastattn.patch`` swapped they are torch's: where torch makes a nested tensor at inference, its
+    own forward runs.)
+
+    Args:
+        encoder_layer: the layer to copy: fastattn's, or torch's own, which runs torch's code until
+            ``fastattn.patch`` swaps it.
+        num_layers: how many copies.
+        norm: a module for the end, or None.
+        enable_nested_tensor: without effect.
+        mask_check: without effect.
+
+    >>> import torch, fastattn
+    >>> layer = fastattn.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    >>> fastattn.nn.TransformerEncoder(layer, 2)(torch.randn(2, 16, 64)).shape
+    torch.Size([2, 16, 64])
     """
 
     __prepare_scriptable__ = scripted_as(nn.TransformerEncoder)
@@ -186,8 +222,18 @@ class TransformerEncoder(nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        """src and masks as in the layers; ``is_causal=None`` looks whether mask is causal. A layer
-        of another class gets the masks that torch gives it: float, 0 and -inf."""
+        """The layers, one after the other, then the norm.
+
+        Args:
+            src: as in the layers.
+            mask: src_mask of the layers. A layer of another class than fastattn's gets the masks
+                that torch gives it: float, 0 and -inf.
+            src_key_padding_mask: as in the layers.
+            is_causal: a promise that mask is the causal mask; None looks whether it is.
+
+        Returns:
+            A tensor of src's shape.
+        """
         if (
             not len(self.layers)
             or not as_written(nn.TransformerEncoder)

@@ -1,4 +1,4 @@
-"""Softmax attention, E1-E11, in O(S²) memory."""
+"""Softmax attention, E1-E14, in O(S²) memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ def _grouped(query: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Setting:
-    """A call but for its inputs, and which rows of a larger call these are."""
+    """What an attention call has besides its inputs, and which rows of a larger call these are.
+
+    >>> query = torch.randn(2, 4, 16, 64)
+    >>> Setting.of(query, is_causal=True).options.scale  # 1 / sqrt(64)
+    0.125
+    """
 
     options: Options
     extras: Extras
@@ -49,7 +54,8 @@ class Setting:
         first_row: int = 0,
         first_batch: int = 0,
     ) -> Setting:
-        """From the keywords of ``fastattn.scaled_dot_product_attention``, and dropout's seed."""
+        """From the options of ``fastattn.reference``, and the place of the first row and of the
+        first batch element in a larger call."""
         scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
         options = Options(is_causal, scale, dropout_p, *(window_size or (-1, -1)), softcap)
         return cls(options, Extras(alibi_slopes, seed), first_row, first_batch)
@@ -93,7 +99,7 @@ def _scores(
 
 
 def _hide(x: Tensor, used: Tensor) -> Tensor:
-    """Clears the rows of x that nobody uses, so that not even a NaN in them gets out."""
+    """x with its unused rows at 0, so that a NaN in them reaches no result."""
     return torch.where(used[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
@@ -104,7 +110,7 @@ class Weights(NamedTuple):
     lse: Tensor  # [*, Hq, Sq]
     capped: Tensor  # [*, Hq, Sq, Sk], the softcap's tanh
     visible: Tensor  # bool [*, Hq, Sq, Sk]
-    q: Tensor  # [*, Hq, Sq, D] without the rows that nobody uses, as k and v
+    q: Tensor  # [*, Hq, Sq, D], unused rows at 0, as in k and v
     k: Tensor  # [*, Hq, Sk, D]
     v: Tensor  # [*, Hq, Sk, Dv]
 
@@ -161,24 +167,30 @@ def dropped(p: Tensor, call: Setting) -> Tensor:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention, E1-E5, differentiable by autograd.
+    """Softmax attention, E1-E5, differentiable by autograd any number of times.
 
     Args:
-        query: ``[*, Hq, Sq, D]``.
-        key: ``[*, Hk, Sk, D]``, Hk a divisor of Hq.
-        value: ``[*, Hk, Sk, Dv]``.
-        attn_mask: bool or float, broadcastable to ``[*, Hq, Sq, Sk]``.
-        options: the keywords of ``fastattn.scaled_dot_product_attention``, and dropout's ``seed``.
+        query, key, value, attn_mask, options: see ``fastattn.reference``.
 
     Returns:
         out ``[*, Hq, Sq, Dv]`` in query's dtype, LSE ``[*, Hq, Sq]`` in float32 (float64).
+
+    >>> query, key, value = torch.randn(3, 2, 4, 16, 8)
+    >>> expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    >>> torch.allclose(attention(query, key, value)[0], expected, atol=1e-5)
+    True
     """
     inputs = Inputs(query, key, value, attn_mask)
     return attention_in(inputs, Setting.of(query, **options))
 
 
 def attention_in(inputs: Inputs, call: Setting) -> tuple[Tensor, Tensor]:
-    """``attention`` of a call as the kernels take it, but for packed sequences."""
+    """``attention`` of inputs and a Setting, as the kernels take them, but for packed sequences.
+
+    >>> inputs = Inputs(*torch.randn(3, 2, 4, 16, 8))
+    >>> attention_in(inputs, Setting.of(inputs.query, is_causal=True))[0].shape
+    torch.Size([2, 4, 16, 8])
+    """
     w = weights(*inputs, call)
     out = dropped(w.p, call) @ w.v  # E4
     return out.to(inputs.query.dtype), w.lse
@@ -187,7 +199,11 @@ def attention_in(inputs: Inputs, call: Setting) -> tuple[Tensor, Tensor]:
 def attention_forward(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options
 ) -> tuple[Tensor, Tensor]:
-    """``attention`` without a graph."""
+    """``attention`` without a graph.
+
+    >>> attention_forward(*torch.randn(3, 2, 4, 16, 8, requires_grad=True))[0].requires_grad
+    False
+    """
     with torch.no_grad():
         return attention(query, key, value, attn_mask, **options)
 
@@ -214,8 +230,17 @@ def attention_backward(
     needs: Sequence[bool] = (True, True, True, True),
     **options,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of query, key, value and the float mask, E6-E11; None for one that is not
-    needed."""
+    """The gradients of query, key, value and the float mask, E6-E11.
+
+    Args:
+        grad_out, grad_lse, query, key, value, attn_mask, needs, options: see
+            ``fastattn.reference``.
+        out: the forward's output, of which Δ is made.
+        lse: the forward's LSE; not read, since P is computed from the inputs.
+
+    Returns:
+        The four gradients in their tensors' shapes and dtypes; None for one that is not needed.
+    """
     call = Setting.of(query, **options)
     with torch.no_grad():
         w = weights(query, key, value, attn_mask, call)
@@ -284,8 +309,11 @@ def attention_jvp(
     tangents: Sequence[Tensor | None],
     **options,
 ) -> tuple[Tensor, Tensor]:
-    """The tangents of the output and of the LSE, E12; ``tangents`` are those of query, key, value
-    and the float mask, in their shapes, None for 0."""
+    """The tangents of the output and of the LSE, E12: ``[*, Hq, Sq, Dv]`` and ``[*, Hq, Sq]``.
+
+    Args:
+        query, key, value, attn_mask, tangents, options: see ``fastattn.reference``.
+    """
     call = Setting.of(query, **options)
     with torch.no_grad():
         w = weights(query, key, value, attn_mask, call)
@@ -309,8 +337,18 @@ def attention_double_backward(
     needs: Sequence[bool] = (True, True, True, True),
     **options,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The derivatives of attention_backward's results in the direction ``tangents``, or, as the
-    second derivative is symmetric, the gradients of their product with ``tangents``: E13, E14."""
+    """The derivatives of attention_backward's results in the direction ``tangents``, E13 and E14.
+
+    As the second derivative is symmetric, they are also the gradients of the product of these
+    results with ``tangents``.
+
+    Args:
+        grad_out, grad_lse, query, key, value, attn_mask, tangents, needs, options: see
+            ``fastattn.reference``.
+
+    Returns:
+        Four tensors in the shapes of the inputs; None for one that is not needed.
+    """
     t_out, _ = attention_jvp(query, key, value, attn_mask, tangents, **options)
     call = Setting.of(query, **options)
     with torch.no_grad():
@@ -343,5 +381,10 @@ def attention_double_backward(
 def attention_weights(
     query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options
 ) -> Tensor:
-    """P of E6, ``[*, Hq, Sq, Sk]``: the softmax before dropout."""
+    """P of E6, ``[*, Hq, Sq, Sk]``: the softmax before dropout.
+
+    >>> weights = attention_weights(*torch.randn(2, 1, 2, 3, 8), is_causal=True)
+    >>> weights.shape, weights[0, 0, 0].tolist()
+    (torch.Size([1, 2, 3, 3]), [1.0, 0.0, 0.0])
+    """
     return weights(query, key, key, attn_mask, Setting.of(query, **options)).p.to(query.dtype)

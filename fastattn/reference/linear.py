@@ -10,15 +10,32 @@ from torch import Tensor
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """relu(x Wᵀ + b), E15: input ``[*, K]``, weight ``[N, K]``, bias ``[N]`` -> ``[*, N]``."""
+    """relu(x Wᵀ + b), E15, differentiable by autograd.
+
+    Args:
+        input, weight, bias: see ``fastattn.reference``.
+
+    Returns:
+        ``[*, N]``.
+
+    >>> linear_relu(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0], [-1.0, 0.0]]))
+    tensor([[3., 0.]])
+    """
     return torch.relu(torch.nn.functional.linear(input, weight, bias))
 
 
 def linear_relu_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The output and R of E15, bool ``[*, N]``: not (output <= 0), so that a NaN passes its
-    gradient."""
+    """The output, and R of E15, bool ``[*, N]``: not (output <= 0), so that a NaN passes its
+    gradient.
+
+    Args:
+        input, weight, bias: see ``fastattn.reference``.
+
+    >>> linear_relu_forward(torch.tensor([[1.0]]), torch.tensor([[2.0], [-2.0]]))
+    (tensor([[2., 0.]]), tensor([[ True, False]]))
+    """
     with torch.no_grad():
         out = linear_relu(input, weight, bias)
         return out, ~(out <= 0)
@@ -27,7 +44,17 @@ def linear_relu_forward(
 def linear_relu_backward(
     grad_out: Tensor, input: Tensor, weight: Tensor, passes: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of input, weight and bias, E16."""
+    """The gradients of input, weight and bias, E16.
+
+    Args:
+        grad_out: the cotangent of the output, ``[*, N]``.
+        input, weight, passes: see ``fastattn.reference``.
+
+    >>> grad_out, input, weight = torch.ones(4, 3), torch.ones(4, 2), torch.ones(3, 2)
+    >>> passes = torch.tensor([True, False, True]).expand(4, 3)
+    >>> linear_relu_backward(grad_out, input, weight, passes)[2]
+    tensor([4., 0., 4.])
+    """
     with torch.no_grad():
         g = torch.where(passes, grad_out, 0.0)
         rows = g.reshape(math.prod(g.shape[:-1]), g.shape[-1])
@@ -42,7 +69,18 @@ def linear_relu_jvp(
     t_weight: Tensor | None,
     t_bias: Tensor | None,
 ) -> Tensor:
-    """The output's tangent, E17; a tangent of None is 0."""
+    """The output's tangent, E17.
+
+    Args:
+        input, weight, passes: see ``fastattn.reference``.
+        t_input: the tangent of input, ``[*, K]``, or None for 0.
+        t_weight: the tangent of weight, ``[N, K]``, or None for 0.
+        t_bias: the tangent of bias, ``[N]``, or None for 0.
+
+    >>> input, weight, passes = torch.ones(4, 2), torch.ones(3, 2), torch.ones(4, 3) > 0
+    >>> linear_relu_jvp(input, weight, passes, None, None, torch.ones(3)).shape
+    torch.Size([4, 3])
+    """
     with torch.no_grad():
         t = input.new_zeros(passes.shape)
         if t_input is not None:
@@ -55,8 +93,19 @@ def linear_relu_jvp(
 
 
 def mlp(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """Linear-ReLU-...-Linear, no ReLU after the last: weights ``[N_l, N_{l-1}]``, biases ``[N_l]``
-    or None."""
+    """Linear-ReLU-...-Linear, no ReLU after the last, differentiable by autograd.
+
+    Args:
+        input: ``[*, N_0]``.
+        weights: L tensors ``[N_l, N_{l-1}]``.
+        biases: L tensors ``[N_l]`` or Nones.
+
+    Returns:
+        ``[*, N_L]``.
+
+    >>> mlp(torch.randn(4, 8), [torch.randn(6, 8), torch.randn(3, 6)], [None, None]).shape
+    torch.Size([4, 3])
+    """
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         input = linear_relu(input, weight, bias)
     return torch.nn.functional.linear(input, weights[-1], biases[-1])

@@ -1,4 +1,4 @@
-"""Dropout's keep-mask."""
+"""Dropout's keep-mask, by the random number generator Philox4x32-10."""
 
 from __future__ import annotations
 
@@ -14,7 +14,20 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al., SC'11) on int64 tensors that hold 32-bit words."""
+    """Four random 32-bit words for each counter: Philox4x32-10 (Salmon et al. 2011, "Parallel
+    random numbers: as easy as 1, 2, 3").
+
+    Args:
+        counter: four int64 tensors that hold 32-bit words and broadcast.
+        key: two int64 tensors likewise, the low and the high word of the seed.
+
+    Returns:
+        Four int64 tensors that hold 32-bit words.
+
+    >>> zero = torch.zeros((), dtype=torch.int64)
+    >>> [f"{int(word):08x}" for word in philox([zero] * 4, (zero, zero))]
+    ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -44,9 +57,25 @@ def philox_keep_mask(
     first_row: int = 0,
     first_batch: int = 0,
 ) -> Tensor:
-    """The dropout keep-mask, bool ``[batch, heads, seq_q, seq_k]``, of int64 seeds ``[n]``, each of
-    which serves batch / n elements that follow each other; its rows and batch elements begin with
-    ``first_row`` and ``first_batch``."""
+    """The dropout keep-mask, bool ``[batch, heads, seq_q, seq_k]``: an element is kept where its
+    random word is at least ``floor(p · 2^32)``.
+
+    Args:
+        seed: int64 ``[n]``; each serves ``batch / n`` batch elements that follow each other.
+        batch: batch elements.
+        heads: query heads.
+        seq_q: query rows.
+        seq_k: keys.
+        p: probability of dropping an element.
+        device: of the mask.
+        first_row: the number of the first row in the counter.
+        first_batch: the number of each seed's first batch element in the counter.
+
+    >>> seed, device = torch.tensor([1]), torch.device("cpu")
+    >>> keep = philox_keep_mask(seed, 2, 4, 64, 64, 0.25, device)
+    >>> round(keep.double().mean().item(), 2)
+    0.75
+    """
 
     def axis(n: int, dim: int, first: int = 0) -> Tensor:
         return torch.arange(first, first + n, device=device).view(

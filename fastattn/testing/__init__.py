@@ -1,4 +1,4 @@
-"""Comparisons for tests of kernels: import it from tests only, nothing shipped needs it."""
+"""Comparisons for tests of kernels. Import it from tests only: nothing shipped needs it."""
 
 from fastattn.testing.compare import assert_accurate, assert_close, unit_roundoff
 

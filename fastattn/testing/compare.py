@@ -10,7 +10,14 @@ from torch import Tensor
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Half an ulp at 1."""
+    """Half the distance from 1 to the next number of the dtype.
+
+    Args:
+        dtype: a floating-point dtype.
+
+    >>> unit_roundoff(torch.float32) == 2.0**-24
+    True
+    """
     return torch.finfo(dtype).eps / 2
 
 
@@ -23,10 +30,20 @@ def _error(actual: Tensor, oracle: Tensor) -> Tensor:
 
 
 def assert_close(name: str, actual: Tensor, oracle: Tensor, bound: Tensor | float) -> None:
-    """|actual - oracle| <= bound everywhere.
+    """|actual - oracle| <= bound everywhere; NaNs and infinities must stand at the same places.
 
-    NaNs and infinities must stand at the same places. Raises AssertionError with the worst
-    coordinate.
+    Args:
+        name: of the result, for the message.
+        actual: the result, any dtype.
+        oracle: the same result in float64, of actual's shape.
+        bound: the largest absolute error, a number or a tensor that broadcasts to that shape.
+
+    Raises:
+        AssertionError: names the worst coordinate.
+
+    >>> assert_close("y", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]), 0.1)
+    Traceback (most recent call last):
+    AssertionError: y: 1 of 2 elements are off; worst at (1,): expected 2.5 within 0.1, got 2
     """
     assert actual.shape == oracle.shape, (
         f"{name}: expected shape {tuple(oracle.shape)}, got {tuple(actual.shape)}"
@@ -53,9 +70,17 @@ def assert_accurate(
     """The largest error is at most ``factor`` times the peer's, plus 2 ulp of the oracle's size.
 
     Args:
-        actual: the kernel's result; peer: torch's result in the same dtype.
-        oracle: the same, computed in float64.
+        name: of the result, for the message.
+        actual: the kernel's result.
+        oracle: the same result in float64.
+        peer: torch's result in actual's dtype.
         factor: the hard limit of the policy is 2.
+
+    Raises:
+        AssertionError: names the worst coordinate.
+
+    >>> x = torch.linspace(0, 1, 100)
+    >>> assert_accurate("exp", x.exp(), x.double().exp(), torch.exp(x))
     """
     assert actual.dtype == peer.dtype, f"{name}: expected {peer.dtype}, got {actual.dtype}"
     finite = oracle.double().nan_to_num(0.0, 0.0, 0.0)

@@ -86,7 +86,7 @@ def put_encoder_layer(rewriting: Rewriting, node: fx.Node) -> None:
 PUT = {
     F.scaled_dot_product_attention: put_attention,
     _MULTI_HEAD: put_multi_head,
-    # By which torch's layer runs at inference; a torch without it has no such node in its graphs.
+    # torch's layer calls it at inference; a torch without it has no such node in its graphs.
     getattr(torch, "_transformer_encoder_layer_fwd", None): put_encoder_layer,
 }
 

@@ -1,4 +1,4 @@
-"""What the nodes of a graph of torch's functions are, and what is said of them."""
+"""The nodes of a graph of torch's functions, and what the report says of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BY_SIZE = "one kernel call, where the problem is large enough to gain by it"
 
 @dataclass
 class Rewriting:
-    """A graph that is being rewritten, and what is to be told of it."""
+    """A graph that is being rewritten, and what the report will say of it."""
 
     graph: fx.Graph
     report: CompileReport
@@ -58,7 +58,7 @@ class Rewriting:
 
 
 def why_not(op: str, node: fx.Node, *operands: object) -> str | None:
-    """Why no kernel may take what ``node`` computes of ``operands``, Nones among them, or None."""
+    """Why no kernel may compute ``node`` from ``operands``, of which some may be None, or None."""
     for x in (node, *operands):
         if x is None:
             continue
