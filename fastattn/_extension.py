@@ -79,12 +79,12 @@ _cuda_failure: str | None = _load_cuda()
 HAS_CUDA: bool = _cuda_failure is None
 
 
-def why_not() -> str | None:
+def load_failure() -> str | None:
     """Why the native library is missing and what to do about it; None when it is loaded."""
     return _failure
 
 
-def why_not_cuda() -> str | None:
+def cuda_load_failure() -> str | None:
     """Why the CUDA kernels are missing and what to do about it; None when they are loaded."""
     return _cuda_failure
 

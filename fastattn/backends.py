@@ -19,7 +19,7 @@ from torch import Tensor
 from fastattn import _extension, _products, ops
 from fastattn._problem import Problem, attention_problem, computed_dtype, fused_mlp, linear_problem
 from fastattn.ops import triton
-from fastattn.ops.triton.config import fused_product, why_not
+from fastattn.ops.triton import config
 from fastattn.verification import first_use
 
 KERNELS = ("cpu", "cuda", "triton")
@@ -81,19 +81,19 @@ class Explanation:
         return "\n".join(lines)
 
 
-def reasons(problem: Problem, backend: str) -> list[str]:
+def unsupported(problem: Problem, backend: str) -> list[str]:
     """Why ``backend`` does not serve ``problem``; empty where it does."""
     if backend == "reference":
         return []
     if backend == "cuda":
-        return _cuda_reasons(problem)
-    return _triton_reasons(problem) if backend == "triton" else _cpu_reasons(problem)
+        return _unsupported_cuda(problem)
+    return _unsupported_triton(problem) if backend == "triton" else _unsupported_cpu(problem)
 
 
-def _cpu_reasons(problem: Problem) -> list[str]:
+def _unsupported_cpu(problem: Problem) -> list[str]:
     found = []
     if not _extension.HAS_NATIVE:
-        found.append(f"the native library is not loaded ({_extension.why_not()})")
+        found.append(f"the native library is not loaded ({_extension.load_failure()})")
     if problem.device != "cpu":
         found.append(f"the inputs are on {problem.device}")
     if problem.dtype not in _DTYPES:
@@ -103,10 +103,10 @@ def _cpu_reasons(problem: Problem) -> list[str]:
     return found
 
 
-def _cuda_reasons(problem: Problem) -> list[str]:
+def _unsupported_cuda(problem: Problem) -> list[str]:
     found = []
     if not _extension.HAS_CUDA:
-        found.append(f"the CUDA kernels are not loaded ({_extension.why_not_cuda()})")
+        found.append(f"the CUDA kernels are not loaded ({_extension.cuda_load_failure()})")
     if problem.device != "cuda":
         found.append(f"the inputs are on {problem.device}")
     elif (capability := _capability(problem.gpu)) != _HOPPER:
@@ -132,14 +132,15 @@ def _capability(gpu: int | None = None) -> int:
     return triton.capability(torch.cuda.current_device() if gpu is None else gpu)
 
 
-def _triton_reasons(problem: Problem) -> list[str]:
+def _unsupported_triton(problem: Problem) -> list[str]:
     found = []
     if problem.device != "cuda" and not (problem.device == "cpu" and triton.interpreting()):
         found.append(f"the inputs are on {problem.device}")
-    elif missing := triton.why_not():
+    elif missing := triton.load_failure():
         found.append(missing)
     elif problem.device == "cuda" and not torch.compiler.is_compiling():
-        against = why_not(_capability(problem.gpu), problem.dtype.itemsize, problem.head_dim)
+        gpu, size = _capability(problem.gpu), problem.dtype.itemsize
+        against = config.unsupported(gpu, size, problem.head_dim)
         found += [against] if against is not None else []
     if problem.dtype not in _DTYPES:
         found.append(f"{problem.dtype} is not one of float32, float64, bfloat16, float16")
@@ -215,9 +216,9 @@ def _known_failures(backend: str, of: tuple[str, ...], gpu: int | None) -> list[
     ]
 
 
-def default_reasons(problem: Problem, backend: str) -> list[str]:
+def unsupported_by_default(problem: Problem, backend: str) -> list[str]:
     """Why a call that names no backend does not go to ``backend``. Nothing is computed."""
-    against = reasons(problem, backend)
+    against = unsupported(problem, backend)
     if against or _default is not None:
         return against
     return _unproven(problem, backend) or _failures(problem, backend, run=False)
@@ -225,7 +226,7 @@ def default_reasons(problem: Problem, backend: str) -> list[str]:
 
 def serves(problem: Problem) -> bool:
     """Whether a kernel, not the reference, serves a call that names no backend."""
-    return any(not default_reasons(problem, name) for name in _kernels_for(problem.device))
+    return any(not unsupported_by_default(problem, name) for name in _kernels_for(problem.device))
 
 
 def why_no_kernel(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -234,7 +235,7 @@ def why_no_kernel(op: str, device: torch.device, dtype: torch.dtype) -> str | No
     problem = Problem(op, "cpu" if device.type == "meta" else device.type, dtype)
     if serves(problem):
         return None
-    against = (f"{name}: {', '.join(default_reasons(problem, name))}" for name in KERNELS)
+    against = (f"{name}: {', '.join(unsupported_by_default(problem, name))}" for name in KERNELS)
     return f"no kernel serves {dtype} on {device.type} ({'; '.join(against)})"
 
 
@@ -257,7 +258,7 @@ def select(problem: Problem, backend: str | None = None, *, run_self_check: bool
     if explicit is not None:
         if explicit not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {explicit!r}")
-        against = reasons(problem, explicit)
+        against = unsupported(problem, explicit)
         if against:
             named_by = "" if backend is not None else " (FASTATTN_BACKEND)"
             raise RuntimeError(
@@ -268,7 +269,7 @@ def select(problem: Problem, backend: str | None = None, *, run_self_check: bool
     against = []
     for name in _kernels_for(problem.device):
         against = (
-            reasons(problem, name)
+            unsupported(problem, name)
             or _unproven(problem, name)
             or _failures(problem, name, run_self_check)
         )
@@ -277,7 +278,7 @@ def select(problem: Problem, backend: str | None = None, *, run_self_check: bool
                 _served_by_cpu.add(problem)  # nothing about it can change
             return name
     if not compiling:
-        if problem.device == "cuda" and not reasons(problem, "cuda"):
+        if problem.device == "cuda" and not unsupported(problem, "cuda"):
             against = [*against, *(f"cuda: {reason}" for reason in _unproven(problem, "cuda"))]
         _warn(f"{problem.op} runs on the O(S²) reference backend: {'; '.join(against)}", 4)
     return "reference"
@@ -324,7 +325,7 @@ def unavailable(backend: str) -> str | None:
     if on_gpu and not torch.cuda.is_available():
         return "torch sees no GPU"
     device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
-    against = reasons(Problem("attention", device, torch.float16, 64), backend)
+    against = unsupported(Problem("attention", device, torch.float16, 64), backend)
     return "; ".join(against) or None
 
 
@@ -365,7 +366,7 @@ def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> 
     else:
         weights = tensors[1:2] if op == "linear_relu" else next(iter(args[1:]), ())
         problem = linear_problem(op, tensors[0], weights)
-    why = reasons if backend is not None else default_reasons
+    why = unsupported if backend is not None else unsupported_by_default
     against = {name: why(problem, name) for name in BACKENDS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastAttnWarning)
@@ -377,7 +378,7 @@ def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> 
         input, weight = tensors[:2]
         rows = input.numel() // max(1, input.shape[-1])
         n_out, n_in = weight.shape
-        fused = fused_product(rows, n_out, n_in, input.element_size())
+        fused = config.fused_product(rows, n_out, n_in, input.element_size())
         detail = "one fused kernel" if fused else "cuBLAS and a kernel for the ReLU and its bits"
     return Explanation(op, chosen, against, detail)
 
@@ -388,7 +389,7 @@ def _explain_linear(input: Tensor, weight: Tensor | None = None) -> Explanation:
         raise TypeError("args: expected input [..., in_features], weight [out_features, ...]")
     dtype = computed_dtype(input)
     problem = linear_problem("linear", input, (weight,))._replace(dtype=dtype)
-    against = {name: default_reasons(problem, name) for name in BACKENDS}
+    against = {name: unsupported_by_default(problem, name) for name in BACKENDS}
     rows = input.numel() // max(1, input.shape[-1])
     n_out, n_in = weight.shape
     slower = _products.why_torchs(rows, n_out, n_in, dtype, input.device)

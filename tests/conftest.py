@@ -22,7 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if "native" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason=f"no native library: {_extension.why_not()}"))
+            item.add_marker(
+                pytest.mark.skip(reason=f"no native library: {_extension.load_failure()}")
+            )
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -20,7 +20,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(backends.triton, "capability", lambda device: capability)
 
     monkeypatch.setattr(_extension, "HAS_CUDA", True)
-    monkeypatch.setattr(backends.triton, "why_not", lambda: None)
+    monkeypatch.setattr(backends.triton, "load_failure", lambda: None)
     set_capability(90)
     with FakeTensorMode():
         yield set_capability
@@ -98,7 +98,7 @@ def test_a_proven_family_is_taken_where_all_that_the_call_needs_are(gpu, monkeyp
 
 
 def test_without_triton_the_reference_says_that_cuda_could(gpu, monkeypatch):
-    monkeypatch.setattr(backends.triton, "why_not", lambda: "triton is not installed")
+    monkeypatch.setattr(backends.triton, "load_failure", lambda: "triton is not installed")
     monkeypatch.setattr(backends, "_warned", set())
     problem = backends.attention_problem("attention", *tensors())
     with pytest.warns(backends.FastAttnWarning, match="triton is not installed; cuda: it has not"):
@@ -210,9 +210,9 @@ def test_integrations_ask_who_serves_by_default(monkeypatch):
     problem = backends.Problem("attention", "cuda", torch.bfloat16, 64)
     monkeypatch.setattr(_extension, "HAS_CUDA", True)
     monkeypatch.setattr(backends, "_capability", lambda gpu=None: 90)
-    monkeypatch.setattr(backends.triton, "why_not", lambda: "Triton is not installed")
-    assert not backends.reasons(problem, "cuda")
-    assert "verified on hardware" in backends.default_reasons(problem, "cuda")[0]
-    assert backends.default_reasons(problem, "triton")
+    monkeypatch.setattr(backends.triton, "load_failure", lambda: "Triton is not installed")
+    assert not backends.unsupported(problem, "cuda")
+    assert "verified on hardware" in backends.unsupported_by_default(problem, "cuda")[0]
+    assert backends.unsupported_by_default(problem, "triton")
     monkeypatch.setattr(backends, "_cuda_first", True)
-    assert not backends.default_reasons(problem, "cuda")
+    assert not backends.unsupported_by_default(problem, "cuda")

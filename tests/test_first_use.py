@@ -42,7 +42,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(first_use, "_at", at)
     monkeypatch.setattr(record, "identity", lambda index: dict(IDENTITY))
     monkeypatch.setattr(backends, "_capability", lambda index=None: 90)
-    monkeypatch.setattr(backends.triton, "why_not", lambda: None)
+    monkeypatch.setattr(backends.triton, "load_failure", lambda: None)
     monkeypatch.setattr(_extension, "HAS_CUDA", True)
     new_process(monkeypatch)
     return checks

@@ -37,8 +37,8 @@ class Bench:
         facts: dict[str, object] = {
             "versions": f"torch {torch.__version__}, triton {_triton_version()}, "
             f"Python {platform.python_version()}, fastattn {fastattn.__version__}",
-            "cuda": _extension.why_not_cuda() or "",
-            "triton": triton.why_not() or "",
+            "cuda": _extension.cuda_load_failure() or "",
+            "triton": triton.load_failure() or "",
             "backends": backends.available(),
             "ceilings": self.clock.ceilings(),
         }

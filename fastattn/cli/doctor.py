@@ -106,7 +106,7 @@ def doctor(
     for package in ("triton", "transformers"):
         version = _version(package)
         table.add_row(_GOOD if version[0].isdigit() else _NOTE, package, version)
-    failure = _extension.why_not()
+    failure = _extension.load_failure()
     if failure is None:
         features = " ".join(_extension.cpu_features()) or "baseline only"
         isa = _extension.cpu_isa()
@@ -117,11 +117,11 @@ def doctor(
         table.add_row(_BAD, "native library", failure)
     for what, facts in _kept():
         table.add_row(_NOTE, what, facts)
-    cuda = _extension.why_not_cuda() or "loaded"
+    cuda = _extension.cuda_load_failure() or "loaded"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "torch sees no GPU"
     serves = "cuda" in backends.available()
     table.add_row(_GOOD if serves else _NOTE, "CUDA kernels (Hopper)", f"{cuda}; {gpu}")
-    against = triton.why_not() or (None if torch.cuda.is_available() else "torch sees no GPU")
+    against = triton.load_failure() or (None if torch.cuda.is_available() else "torch sees no GPU")
     table.add_row(_NOTE if against else _GOOD, "Triton kernels", against or "serve CUDA tensors")
     console.print(table)
 

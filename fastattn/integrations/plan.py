@@ -193,7 +193,7 @@ def _plan_attention(name: str, module: nn.Module, made: Plan) -> None:
         return  # fastattn's own
     former = next(c for c in ATTENTION if isinstance(module, c))
     if type(module) is former:
-        reason = _why_not(module, "attention")
+        reason = _unsupported(module, "attention")
     elif parametrize.is_parametrized(module):
         reason = "it is parametrized"
     else:
@@ -213,7 +213,7 @@ def _plan_sequential(name: str, module: nn.Sequential, made: Plan) -> None:
     for key, layer, after in zip(keys, layers, layers[1:], strict=False):
         if not isinstance(layer, nn.Linear) or not isinstance(after, nn.ReLU):
             continue
-        reason = _why_not_linear(layer)
+        reason = _unsupported_linear(layer)
         if reason is None and not is_plain(after, nn.ReLU):
             reason = "the ReLU behind it has hooks or is of a subclass"
         if reason is None and (type(module) is not nn.Sequential or "forward" in vars(module)):
@@ -230,7 +230,7 @@ def _plan_sequential(name: str, module: nn.Sequential, made: Plan) -> None:
 def _plan_linear(name: str, linear: nn.Linear, made: Plan) -> None:
     """Plans to swap a Linear whose product the kernels may win, in its dtype or in autocast's."""
     weight = linear._parameters.get("weight")
-    if weight is None or _why_not_linear(linear) is not None:
+    if weight is None or _unsupported_linear(linear) is not None:
         return
     why = _why_swap(weight)
     if why is not None:
@@ -255,13 +255,13 @@ def _note_linears(model: nn.Module, scripted: set[nn.Module], made: Plan) -> Non
         _products.why_left(*_facts(m.weight))
         for m in model.modules()
         if type(m) is nn.Linear and m not in apart and m._parameters.get("weight") is not None
-        and _why_not_linear(m) is None and _why_swap(m.weight) is None
+        and _unsupported_linear(m) is None and _why_swap(m.weight) is None
     )  # fmt: skip
     for reason, count in reasons.items():
         made.left.notes.append(f"{count} Linear left to torch's own product: {reason}")
 
 
-def _why_not_linear(linear: nn.Linear) -> str | None:
+def _unsupported_linear(linear: nn.Linear) -> str | None:
     """Why a Linear that a ReLU follows must be called by itself, or None."""
     if parametrize.is_parametrized(linear):
         return "it is parametrized"
@@ -269,7 +269,7 @@ def _why_not_linear(linear: nn.Linear) -> str | None:
         return "it is lazy: run the model once, then patch"
     if type(linear) not in (nn.Linear, fnn.Linear):
         return "a subclass of Linear may do something else"
-    reason = _why_not(linear, "linear_relu")
+    reason = _unsupported(linear, "linear_relu")
     if reason is None and not is_plain_linear(linear):
         reason = (
             "it has hooks" if has_hooks(linear) else "nn.Linear.forward or F.linear is replaced"
@@ -277,7 +277,7 @@ def _why_not_linear(linear: nn.Linear) -> str | None:
     return reason
 
 
-def _why_not(module: nn.Module, op: str) -> str | None:
+def _unsupported(module: nn.Module, op: str) -> str | None:
     """Why a module whose class fits must stay as it is, or None."""
     if "forward" in vars(module):
         return "its forward was replaced on the instance"

@@ -55,7 +55,7 @@ _ATTENTION_CLASS = re.compile(r"^class \w*Attention\w*\(nn\.Module\):", re.MULTI
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
 
-def why_not(kind: Any) -> str | None:
+def unsupported(kind: Any) -> str | None:
     """Why a class of pretrained models cannot run on another implementation of attention in
     sdpa's place, or None. It judges by ``_supports_sdpa`` and by the source of the file that
     defines the class, as transformers does in ``set_attn_implementation``."""
@@ -136,16 +136,16 @@ def plan(model: nn.Module) -> list[Part]:
         return []
     parts = list(_parts(model, pretrained))
     for part in parts:
-        part.reason = _why_not_part(part)
+        part.reason = _unsupported_part(part)
     for part in parts:
-        part.reason = part.reason or _why_not_shared(part, parts)
+        part.reason = part.reason or _unsupported_shared(part, parts)
     for outer in (p for p in parts if _only_holds_others(p)):
         _follow(outer, [p for p in parts if p.attentions and _is_inside(p, outer)])
     return [p for p in parts if p.attentions or p.leaf]
 
 
 def _only_holds_others(part: Part) -> bool:
-    return not part.attentions and not part.leaf and why_not(type(part.model)) is None
+    return not part.attentions and not part.leaf and unsupported(type(part.model)) is None
 
 
 def _is_inside(part: Part, outer: Part) -> bool:
@@ -182,12 +182,12 @@ def _parts(model: nn.Module, pretrained: type[nn.Module]) -> Iterator[Part]:
             yield part
 
 
-def _why_not_part(part: Part) -> str | None:
+def _unsupported_part(part: Part) -> str | None:
     model: Any = part.model
     config = model.config
     if _FORMER in vars(model):
         return "already patched"
-    reason = why_not(type(model))
+    reason = unsupported(type(model))
     if reason is not None:
         return reason
     if part.attentions == 0:
@@ -202,11 +202,11 @@ def _why_not_part(part: Part) -> str | None:
     return backends.why_no_kernel("attention", model.device, model.dtype)
 
 
-def _why_not_shared(part: Part, parts: list[Part]) -> str | None:
+def _unsupported_shared(part: Part, parts: list[Part]) -> str | None:
     """A config that a part holds which must stay cannot change."""
     for other in parts:
         shared = any(c is d for c in part.configs for d in other.configs)
-        must_stay = other.attentions > 0 or why_not(type(other.model)) is not None
+        must_stay = other.attentions > 0 or unsupported(type(other.model)) is not None
         if shared and must_stay and other.reason is not None:
             return f"it shares its config with {other.name or '(root)'}: {other.reason}"
     return None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastattn import functional
 from fastattn.functional.drop_in import attention_by_size
 from fastattn.integrations.compiler import register_with_accelerate
-from fastattn.integrations.pretrained import NAME, why_not
+from fastattn.integrations.pretrained import NAME, unsupported
 
 __all__ = ["NAME", "attention_forward", "attention_mask", "register"]
 
@@ -100,7 +100,7 @@ def check_model(model: Any) -> None:
             model._sdpa_can_dispatch()
         except (ValueError, ImportError) as error:
             raise ValueError(f'attn_implementation="{NAME}": {error}') from error
-    reason = why_not(type(model))
+    reason = unsupported(type(model))
     if reason is not None:
         raise ValueError(
             f'attn_implementation="{NAME}": {type(model).__name__} does not support it: {reason}. '

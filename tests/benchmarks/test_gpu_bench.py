@@ -148,7 +148,7 @@ def test_facts_of_the_machine(bench):
     facts = bench.environment()
     assert facts["versions"].startswith("torch 2.")
     assert all(value > 0 for value in facts["ceilings"].values())
-    assert facts["cuda"] == (_extension.why_not_cuda() or "")
+    assert facts["cuda"] == (_extension.cuda_load_failure() or "")
     json.dumps(facts)
 
 

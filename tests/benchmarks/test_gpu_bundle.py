@@ -20,8 +20,8 @@ PROGRAM = """if True:
     sys.modules["fastattn._C"] = None  # built for another Python
     import torch, fastattn
     from fastattn import _extension
-    assert _extension.HAS_NATIVE, _extension.why_not()
-    assert _extension.HAS_CUDA, _extension.why_not_cuda()
+    assert _extension.HAS_NATIVE, _extension.load_failure()
+    assert _extension.HAS_CUDA, _extension.cuda_load_failure()
     assert _extension.cpu_isa() is None and _extension.cpu_features() == []
     for op in ("attention_forward", "attention_backward", "linear_relu_backward", "mlp_forward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{op}", "CUDA"), op
@@ -59,7 +59,7 @@ def test_the_libraries_load_without_a_module_of_python(tmp_path):
 
 def test_an_empty_folder_of_libraries_is_named(tmp_path):
     done = python(
-        "from fastattn import _extension as e; print(e.why_not(), e.why_not_cuda())",
+        "from fastattn import _extension as e; print(e.load_failure(), e.cuda_load_failure())",
         FASTATTN_LIBRARIES=str(tmp_path),
     )
     assert done.returncode == 0, done.stderr

@@ -92,7 +92,7 @@ def test_a_backend_is_only_named_beside_check(monkeypatch, capsys):
 def test_doctor_explains_the_calls_of_a_gpu(monkeypatch):
     monkeypatch.setattr(_extension, "HAS_CUDA", True)
     monkeypatch.setattr(backends, "_capability", lambda gpu=None: 90)
-    monkeypatch.setattr(backends.triton, "why_not", lambda: None)
+    monkeypatch.setattr(backends.triton, "load_failure", lambda: None)
     with FakeTensorMode():
         calls = dict(doctor._calls("cuda"))
     assert {explanation.backend for explanation in calls.values()} == {"triton"}

@@ -67,7 +67,7 @@ def threads_of(kernel: str) -> int | None:
 
 
 def test_it_loads_without_a_gpu():
-    assert _extension.HAS_CUDA, _extension.why_not_cuda()
+    assert _extension.HAS_CUDA, _extension.cuda_load_failure()
 
 
 def test_ptxas_has_nothing_against_the_kernels():

@@ -110,7 +110,7 @@ def run_apart(seed: int, numbers: range, isa: str) -> Iterator[dict]:
 
 def instruction_sets() -> list[str]:
     """Those that this build has and this processor runs."""
-    program = "from fastattn import _extension as e; print(e.why_not() or e.cpu_isa())"
+    program = "from fastattn import _extension as e; print(e.load_failure() or e.cpu_isa())"
     found = []
     for isa in ISAS:
         environment = os.environ | {"FASTATTN_CPU_ISA": isa}

@@ -40,7 +40,7 @@ def kernel_calls(monkeypatch) -> list[str]:
     return calls
 
 
-def why_not() -> str:
+def unsupported() -> str:
     return "\n".join(entry.reason for entry in fastattn.compile_report().skipped)
 
 

@@ -14,7 +14,7 @@ from compiled import (  # noqa: F401
     fused,
     kernel_calls,
     no_graph_of_another_test,
-    why_not,
+    unsupported,
 )
 from torch import Tensor, nn
 
@@ -133,7 +133,7 @@ def test_what_somebody_else_may_see_is_not_fused(call, expected, reason, kernel_
     net = Net()
     assert_same(lambda x: call(net, x), torch.randn(5, 20), parameters=list(net.parameters()))
     assert fused() == kernel_calls == expected
-    assert reason in why_not()
+    assert reason in unsupported()
 
 
 def test_what_the_report_says_of_the_layers():
@@ -221,7 +221,7 @@ def test_small_problems_are_torchs(monkeypatch, kernel_calls):  # noqa: F811
     call = torch.compile(net, backend="fastattn")
     call(torch.randn(5, 20))
     assert not fused()
-    assert "2,400 multiply-adds in all: below 2,401 torch's own code is faster" in why_not()
+    assert "2,400 multiply-adds in all: below 2,401 torch's own code is faster" in unsupported()
     call(torch.randn(6, 20))
     call(torch.randn(4, 20))
     assert fused() == kernel_calls == ["mlp"]

@@ -13,7 +13,7 @@ from compiled import (  # noqa: F401
     fused,
     kernel_calls,
     no_graph_of_another_test,
-    why_not,
+    unsupported,
 )
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

@@ -231,7 +231,7 @@ def test_unpatch_of_what_was_never_patched():
 
 
 def test_no_native_library(monkeypatch):
-    monkeypatch.setattr(fastattn.backends, "reasons", lambda p, b: ["it is not there"])
+    monkeypatch.setattr(fastattn.backends, "unsupported", lambda p, b: ["it is not there"])
     report = fastattn.patch(nn.Sequential(*digits(), nn.MultiheadAttention(8, 2)))
     assert not report.swapped
     assert len(report.skipped) == 2

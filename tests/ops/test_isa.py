@@ -30,7 +30,7 @@ SLOW_SHAPES = ("130x513", "400x270", "257x300")
 def test_kernels_of_every_instruction_set(isa):
     if isa == _extension.cpu_isa():
         pytest.skip(f"{isa} is what all the other tests run")
-    program = "from fastattn import _extension as e; print(e.why_not() or e.cpu_isa())"
+    program = "from fastattn import _extension as e; print(e.load_failure() or e.cpu_isa())"
     environment = os.environ | {"FASTATTN_CPU_ISA": isa}
     answer = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True

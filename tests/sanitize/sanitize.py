@@ -191,7 +191,7 @@ def reports() -> str:
 FAULT_IN_PYTHON = """
 import ctypes, torch, fastattn
 from fastattn import _extension, ops
-assert _extension.HAS_NATIVE, _extension.why_not()
+assert _extension.HAS_NATIVE, _extension.load_failure()
 memory = torch.zeros(100)
 lie = (ctypes.c_float * 400).from_address(memory.data_ptr())
 x = torch.frombuffer(lie, dtype=torch.float32).view(4, 100)

@@ -22,8 +22,8 @@ from fastattn.integrations.graph.nodes import (
     between,
     is_pure,
     name_of,
+    unsupported,
     value_of,
-    why_not,
 )
 from fastattn.nn._plain import as_written
 
@@ -32,7 +32,7 @@ _SDPA = "scaled_dot_product_attention"
 
 
 def put_attention(rewriting: Rewriting, node: fx.Node) -> None:
-    reason = why_not("attention", node, *arguments(node, "query", "key", "value", "attn_mask"))
+    reason = unsupported("attention", node, *arguments(node, "query", "key", "value", "attn_mask"))
     if reason is not None:
         return rewriting.leave(node, _SDPA, reason)
     rewriting.fuse(name_of(node), _SDPA, f"fastattn {_SDPA}")
@@ -44,7 +44,7 @@ def put_multi_head(rewriting: Rewriting, node: fx.Node) -> None:
     call = inspect.signature(_MULTI_HEAD).bind(*node.args, **node.kwargs)
     call.apply_defaults()
     given = call.arguments
-    reason = why_not("attention", node, given["query"], given["key"], given["value"])
+    reason = unsupported("attention", node, given["query"], given["key"], given["value"])
     if reason is None and not as_written(nn.MultiheadAttention):
         reason = "torch's function is replaced"
     if reason is None and given["need_weights"]:
@@ -74,7 +74,7 @@ def multi_head_attention_forward(*args: object) -> tuple[Tensor, Tensor | None]:
 
 
 def put_encoder_layer(rewriting: Rewriting, node: fx.Node) -> None:
-    reason = why_not("attention", node, *(x for x in node.args if isinstance(x, fx.Node)))
+    reason = unsupported("attention", node, *(x for x in node.args if isinstance(x, fx.Node)))
     if reason is None and any(x is not None for x in (*node.args[18:], *node.kwargs.values())):
         reason = "it has a mask"
     if reason is not None:
@@ -180,14 +180,14 @@ class _Written:
         self.nodes.append(node)
         return x
 
-    def why_not(self) -> str | None:
+    def unsupported(self) -> str | None:
         """Why no kernel may take it."""
         if any(len(node.users) > 1 for node in self.nodes[1:]):
             return "its scores or its attention weights are read"
         known = set(self.nodes)
         if not all(x in known or is_pure(x) for x in between(self.nodes[-1], self.out)):
             return "something else may run between its two products"
-        reason = why_not("attention", self.out, self.query, self.key_transposed, self.value)
+        reason = unsupported("attention", self.out, self.query, self.key_transposed, self.value)
         if reason is None and self.mask is not None:
             mask, query = value_of(self.mask), value_of(self.query)
             if not isinstance(mask, Tensor):
@@ -206,7 +206,7 @@ def put_written_attention(rewriting: Rewriting, node: fx.Node) -> None:
     written = _Written(node)
     if not written.read():
         return
-    reason = written.why_not()
+    reason = written.unsupported()
     if reason is not None:
         return rewriting.leave(node, "softmax(QKᵀ)V", reason)
     name = name_of(node)

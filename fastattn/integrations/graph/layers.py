@@ -22,8 +22,8 @@ from fastattn.integrations.graph.nodes import (
     may_set_a_mode,
     name_of,
     only_user,
+    unsupported,
     value_of,
-    why_not,
 )
 
 
@@ -32,7 +32,7 @@ def put_layers(rewriting: Rewriting, first: fx.Node) -> None:
     layers = _stretch(first)
     rewriting.taken.update(x for layer in layers for x in layer.nodes)
     relus = sum(layer.relu is not None for layer in layers)
-    weights = [value_of(layer.weight) for layer in layers if layer.why_not is None]
+    weights = [value_of(layer.weight) for layer in layers if layer.unsupported is None]
     if relus and (work := _small_work(value_of(layers[0].input), weights)) is not None:
         for layer in layers:
             rewriting.leave(
@@ -65,8 +65,8 @@ def _put_layer(rewriting: Rewriting, layer: _Layer) -> None:
             fused = rewriting.graph.call_function(drop_in.linear_relu, call)
         rewriting.replace(layer.nodes, fused)
         rewriting.fuse(name, "linear, relu", "fastattn linear_relu")
-    elif layer.why_not is not None:
-        rewriting.leave(linear, "linear", layer.why_not)
+    elif layer.unsupported is not None:
+        rewriting.leave(linear, "linear", layer.unsupported)
     elif (why := _why_kernels(linear, layer.weight)) is not None:
         linear.target = drop_in.linear
         rewriting.fuse(name, "linear", "fastattn linear", why)
@@ -80,11 +80,11 @@ class _Layer:
     def __init__(self, linear: fx.Node) -> None:
         self.linear = linear
         self.input, self.weight, self.bias = arguments(linear, "input", "weight", "bias")
-        self.why_not = _why_not_linear(linear, self.input, self.weight, self.bias)
+        self.unsupported = _unsupported_linear(linear, self.input, self.weight, self.bias)
         self.relu: fx.Node | None = None
         self.without_effect: list[fx.Node] = []  # dropout in evaluation, behind the ReLU
         self.why_no_relu = ""
-        if self.why_not is None:
+        if self.unsupported is None:
             self._find_relu()
 
     @property
@@ -122,7 +122,7 @@ def _stretch(first: fx.Node) -> list[_Layer]:
         if after is None or after.target is not LINEAR:
             break
         layer = _Layer(after)
-        if layer.input is not layers[-1].last or layer.why_not is not None:
+        if layer.input is not layers[-1].last or layer.unsupported is not None:
             break
         known = {x for each in layers for x in each.nodes}
         if not all(x in known or is_input(x) for x in between(first, after)):
@@ -148,9 +148,9 @@ def _small_work(input: Tensor, weights: Sequence[Tensor]) -> int | None:
     return input.numel() // input.shape[-1] * work if small else None
 
 
-def _why_not_linear(linear: fx.Node, input: object, weight: object, bias: object) -> str | None:
+def _unsupported_linear(linear: fx.Node, input: object, weight: object, bias: object) -> str | None:
     """Why no kernel may take the layer, or None."""
-    reason = why_not("linear_relu", linear, input, weight, bias)
+    reason = unsupported("linear_relu", linear, input, weight, bias)
     if reason is None:
         shape = value_of(weight).shape
         if len(shape) != 2 or (bias is not None and value_of(bias).shape != shape[:1]):

@@ -57,7 +57,7 @@ class Rewriting:
             self.report.add(first + others, kind, None, reason)
 
 
-def why_not(op: str, node: fx.Node, *operands: object) -> str | None:
+def unsupported(op: str, node: fx.Node, *operands: object) -> str | None:
     """Why no kernel may compute ``node`` from ``operands``, of which some may be None, or None."""
     for x in (node, *operands):
         if x is None:

@@ -16,7 +16,7 @@ MAX_HEAD_DIM = 256  # of attention
 
 
 @functools.cache
-def why_not() -> str | None:
+def load_failure() -> str | None:
     """Why the Triton kernels cannot be used on this machine; None when they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"

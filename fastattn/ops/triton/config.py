@@ -232,7 +232,7 @@ def _has_small_shared_memory(capability: int) -> bool:
     return capability in (86, 87, 89) or capability >= 120
 
 
-def why_not(capability: int, element_bytes: int, head_dim: int) -> str | None:
+def unsupported(capability: int, element_bytes: int, head_dim: int) -> str | None:
     """Why a GPU cannot run the attention kernels, or None."""
     if capability < 80:
         return f"compute capability {capability / 10} is below 8.0"

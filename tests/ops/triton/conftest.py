@@ -10,8 +10,8 @@ from fastattn.ops import triton
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if triton.why_not() is not None:
-        reason = triton.why_not()
+    if triton.load_failure() is not None:
+        reason = triton.load_failure()
     elif triton.interpreting() or torch.cuda.is_available():
         return
     else:

@@ -21,7 +21,7 @@ from fastattn.ops import triton
 from fastattn.ops.triton import config
 
 pytestmark = pytest.mark.skipif(
-    triton.interpreting() or triton.why_not() is not None, reason="needs Triton's compiler"
+    triton.interpreting() or triton.load_failure() is not None, reason="needs Triton's compiler"
 )
 
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -103,8 +103,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("architecture", SHARED_BYTES)
 def test_attention(architecture, dtype, head_dim, compiler):
-    if config.why_not(architecture, DTYPES[dtype].itemsize, head_dim):
-        pytest.skip(config.why_not(architecture, DTYPES[dtype].itemsize, head_dim))
+    if config.unsupported(architecture, DTYPES[dtype].itemsize, head_dim):
+        pytest.skip(config.unsupported(architecture, DTYPES[dtype].itemsize, head_dim))
     compiled = compiler(architecture)
     attend(DTYPES[dtype], head_dim, is_causal=True)
     check_attention(compiled, architecture, dtype, head_dim)
@@ -215,8 +215,8 @@ MASKED_TILES_SPILL = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("architecture", SHARED_BYTES)
 def test_second_order(architecture, dtype, head_dim, mask, compiler):
-    if config.why_not(architecture, DTYPES[dtype].itemsize, head_dim):
-        pytest.skip(config.why_not(architecture, DTYPES[dtype].itemsize, head_dim))
+    if config.unsupported(architecture, DTYPES[dtype].itemsize, head_dim):
+        pytest.skip(config.unsupported(architecture, DTYPES[dtype].itemsize, head_dim))
     compiled = compiler(architecture)
     bias = torch.empty(1, 4, 256, 256, dtype=DTYPES[dtype]) if mask else None
     attend(DTYPES[dtype], head_dim, bias, order=2, is_causal=not mask)

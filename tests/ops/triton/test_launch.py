@@ -14,7 +14,7 @@ from fastattn import ops
 from fastattn.ops import triton
 
 pytestmark = pytest.mark.skipif(
-    triton.interpreting() or triton.why_not() is not None, reason="needs Triton's compiler"
+    triton.interpreting() or triton.load_failure() is not None, reason="needs Triton's compiler"
 )
 
 # An argument that is None costs the binder 0.1 us and the launcher nothing, a tensor 0.3 us and a
