@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -210,7 +210,9 @@ def mask_gradient(
         device=p.q.device,
     )
     row_blocks, column_blocks = 1 if shared_rows else blocks[0], 1 if shared_columns else blocks[1]
-    operands = {"q": p.q, "k": p.k, "v": p.v, "do": do, "t_q": t.q, "t_k": t.k, "t_v": t.v}
+    operands: dict[str, Any] = {
+        "q": p.q, "k": p.k, "v": p.v, "do": do, "t_q": t.q, "t_k": t.k, "t_v": t.v,
+    }  # fmt: skip
     strides = Strides(
         **{x: row_strides(tensor) for x, tensor in operands.items()}, rows=rows.stride()[:2]
     )
