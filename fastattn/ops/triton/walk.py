@@ -140,15 +140,6 @@ def at_head(at, i_h):
 
 
 @triton.jit
-def _or_0(x):
-    """x, or 0 for an absent argument: a function cannot return None inside a tuple."""
-    if x is None:
-        return 0
-    else:
-        return x
-
-
-@triton.jit
 def weights_of(
     at,
     extras,
@@ -164,27 +155,36 @@ def weights_of(
 ):
     """What the weights of this place's queries and keys depend on. heads: query heads; seed_batch:
     batch elements that share a seed; numbers: scale, cap_scale, cap, keep_scale."""
+    # What is absent becomes a number: a function cannot return None inside a tuple.
     slope = 0.0
     if flags.ALIBI & FLAGS:
         slope = tl.load(extras.slopes + at.i_b * heads + at.i_h)
-    seed, element = at.i_b, at.i_b
+    seed, element, least = at.i_b, at.i_b, 0
     if flags.DROPOUT & FLAGS:
         seed, element = tl.load(extras.seed + at.i_b // seed_batch), at.i_b % seed_batch
-    p_mask, p_t_mask = 0, 0
+        least = threshold
+    p_mask, mask_strides, p_t_mask, t_mask_strides = 0, 0, 0, 0
     if flags.MASKED & FLAGS:
         p_mask = mask.p + at.batch * mask.strides[0] + at.head * mask.strides[1]
+        mask_strides = mask.strides
     if flags.T_MASK & FLAGS:
         p_t_mask = mask.t + at.batch * mask.t_strides[0] + at.head * mask.t_strides[1]
+        t_mask_strides = mask.t_strides
+    most_left, most_right = 0, 0
+    if flags.WINDOW_LEFT & FLAGS:
+        most_left = left
+    if flags.WINDOW_RIGHT & FLAGS:
+        most_right = right
     scale, cap_scale, cap, keep_scale = numbers
     return tuples.Weights(
-        tuples.Band(at.seq_q, at.seq_k, _or_0(left), _or_0(right), p_mask, _or_0(mask.strides)),
+        tuples.Band(at.seq_q, at.seq_k, most_left, most_right, p_mask, mask_strides),
         primitives.scalar(scale, ACC),
         primitives.scalar(cap_scale, ACC),
         primitives.scalar(cap, ACC),
         slope,
-        tuples.Dropout(seed, element, at.i_h, _or_0(threshold), primitives.scalar(keep_scale, ACC)),
+        tuples.Dropout(seed, element, at.i_h, least, primitives.scalar(keep_scale, ACC)),
         p_t_mask,
-        _or_0(mask.t_strides),
+        t_mask_strides,
     )
 
 
