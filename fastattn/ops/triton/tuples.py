@@ -2,6 +2,10 @@
 
 Kernels name them as attributes of this module, for the reason that flags.py gives. The types are
 those on the host; in a kernel a tensor is a pointer and a number a scalar.
+
+A tuple of tuples ends with a field that is always None. Triton takes a stride of 1 for a constant,
+and gives the outer tuple its new type only when it sets a constant of the outer tuple's own, the
+last of them last. A loop rebuilds the tuples of its kernel by their types, and would lose the 1.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ class Strides(NamedTuple):
     dk: tuple | None = None
     dv: tuple | None = None
     rows: tuple | None = None  # of batch and head of what there is one of for each row
+    none: None = None
 
 
 class Mask(NamedTuple):
@@ -51,6 +56,7 @@ class Mask(NamedTuple):
     list_strides: tuple | None = None  # of batch, head, block: in counts, in pairs
     t: Tensor | None = None  # the mask's tangent
     t_strides: tuple | None = None
+    none: None = None
 
 
 class Place(NamedTuple):
