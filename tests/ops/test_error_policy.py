@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastattn
 from fastattn import reference
 from fastattn.testing import assert_accurate, assert_close
+from fastattn.verification.shapes import LINEAR
 
 pytestmark = pytest.mark.native
 
@@ -19,8 +20,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is the oracle
 # batch, heads, seq_q, seq_k, head_dim, head_dim_v. Not one query: dV is then a single product, in
 # which torch, where it keeps P itself, has next to no error to compare with.
 ATTENTION = [(2, 2, 63, 111, 64, 64), (1, 2, 257, 257, 32, 32), (2, 4, 111, 513, 128, 17)]
-LINEAR = [
-    (64, 784, 128), (111, 300, 65), (1, 64, 10), (257, 33, 100),
+LAYERS = [
+    LINEAR["digits, 64 rows"][1:], (111, 300, 65), (1, 64, 10), (257, 33, 100),
     (1, 3000, 500), (3, 768, 1030), (15, 500, 2000),
 ]  # fmt: skip
 
@@ -202,7 +203,7 @@ def test_the_second_derivative_of_scores_of_any_size(dtype, magnitude, batch, ro
         assert_accurate(name, a, o, p)
 
 
-@pytest.mark.parametrize("shape", LINEAR, ids=str)
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_relu(dtype, shape):
     rows, n_in, n_out = shape

@@ -10,13 +10,14 @@ import torch
 
 import fastattn
 from fastattn import ops, reference
+from fastattn.verification.shapes import LINEAR
 
 pytestmark = pytest.mark.native
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # rows, in_features, out_features
 SHAPES = [
-    (64, 784, 128),
+    LINEAR["digits, 64 rows"][1:],
     (1, 5, 3),
     (100, 600, 77),
     (200, 64, 300),
