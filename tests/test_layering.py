@@ -13,12 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fastattn"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted(p for end in ("h", "cpp", "cu", "cuh") for p in (ROOT / "csrc").rglob(f"*.{end}"))
-BESIDE = sorted(
-    p
-    for folder in ("tests", "benchmarks", "examples")
-    for end in ("py", "h", "cpp", "cu")
-    for p in (ROOT / folder).rglob(f"*.{end}")
-)
+BESIDE = [
+    ROOT / "setup.py",
+    *sorted(
+        p
+        for folder in ("tests", "benchmarks", "examples")
+        for end in ("py", "h", "cpp", "cu")
+        for p in (ROOT / folder).rglob(f"*.{end}")
+    ),
+]
 
 # layer -> the layers of fastattn that it may import; "" is the package itself
 ALLOWED = {
