@@ -14,8 +14,23 @@ os.environ.setdefault("FASTATTN_SELF_CHECK", "0")
 from fastattn import _extension
 from fastattn.functional import _served
 
+# The files that take longest, whose single tests take up to minutes.
+LONG = (
+    "tests/ops/test_isa.py",
+    "tests/cuda/test_nvcc.py",
+    "tests/test_packaging.py",
+    "tests/ops/triton/test_compile.py",
+    "tests/cuda/test_emulator.py",
+)
+
+
+def _place(path: str) -> int:
+    return next((n for n, name in enumerate(LONG) if path.endswith(name)), len(LONG))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The long tests start first, so that the workers of pytest-xdist end with short ones.
+    items.sort(key=lambda item: _place(item.path.as_posix()))
     # `make test` sets the variable: there a missing library is a failure, elsewhere a reason to
     # skip.
     if _extension.HAS_NATIVE or os.environ.get("FASTATTN_TEST_REQUIRE_NATIVE") == "1":

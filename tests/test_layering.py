@@ -13,6 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fastattn"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted(p for end in ("h", "cpp", "cu", "cuh") for p in (ROOT / "csrc").rglob(f"*.{end}"))
+BESIDE = [
+    ROOT / "setup.py",
+    *sorted(
+        p
+        for folder in ("tests", "benchmarks", "examples")
+        for end in ("py", "h", "cpp", "cu")
+        for p in (ROOT / folder).rglob(f"*.{end}")
+    ),
+]
 
 # layer -> the layers of fastattn that it may import; "" is the package itself
 ALLOWED = {
@@ -139,6 +148,6 @@ def test_kernels_include_by_full_path(path):
     assert all((ROOT / "csrc" / i).exists() for i in local)
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *MODULES], ids=name_of)
+@pytest.mark.parametrize("path", [*SOURCES, *MODULES, *BESIDE], ids=name_of)
 def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= 400

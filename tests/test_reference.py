@@ -12,22 +12,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastattn import reference
+from fastattn.testing import OPTIONS, make_mask
 
-CONTRACT = {
-    "plain": {},
-    "causal": {"is_causal": True},
-    "window": {"window_size": (2, 1)},
-    "one-sided window": {"window_size": (3, -1)},
-    "softcap": {"softcap": 0.7},
-    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 1.0], dtype=torch.float64)},
-    "all": {
-        "is_causal": True,
-        "window_size": (3, 2),
-        "softcap": 1.3,
-        "alibi_slopes": torch.rand(2, 4, dtype=torch.float64),
-        "scale": -0.4,
-    },
-}
+CHOSEN = (
+    "plain", "causal", "window", "one-sided window", "softcap", "alibi", "negative scale",
+    "everything",
+)  # fmt: skip
+
+
+def options_of(name: str) -> dict[str, object]:
+    """Without the dropout, which has a test of its own, and with drawn slopes."""
+    options = {key: value for key, value in OPTIONS[name].items() if key != "dropout_p"}
+    if "alibi_slopes" in options:
+        shape = (2, 4) if name == "everything" else (4,)
+        options["alibi_slopes"] = torch.rand(shape, dtype=torch.float64)
+    return options
 
 
 def inputs(seq_q: int = 5, seq_k: int = 7, heads_k: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,33 +78,21 @@ def attention_by_loops(
     return out, lse
 
 
-def masks(kind: str) -> Tensor | None:
-    if kind == "bool":
-        mask = torch.rand(2, 1, 5, 7) > 0.3
-        mask[:, :, 2] = False
-        return mask
-    if kind == "float":
-        mask = torch.randn(1, 4, 5, 7, dtype=torch.float64)
-        mask[:, :, 1, 3:] = -math.inf
-        mask[:, 2, 4] = -math.inf
-        return mask
-    return None
-
-
-@pytest.mark.parametrize("mask", ["none", "bool", "float"])
-@pytest.mark.parametrize("options", CONTRACT.values(), ids=CONTRACT)
+@pytest.mark.parametrize("mask", ["none", "shared bool, hidden", "shared float, hidden"])
+@pytest.mark.parametrize("options", CHOSEN)
 def test_attention_is_its_definition(options, mask):
-    tensors, mask = inputs(), masks(mask)
+    mask, options = make_mask(mask, (2, 4, 5, 7), torch.float64), options_of(options)
+    tensors = inputs()
     out, lse = reference.attention(*tensors, mask, **options)
     torch.testing.assert_close((out, lse), attention_by_loops(*tensors, mask, **options))
 
 
-@pytest.mark.parametrize("mask", ["none", "bool", "float"])
-@pytest.mark.parametrize("options", CONTRACT.values(), ids=CONTRACT)
+@pytest.mark.parametrize("mask", ["none", "shared bool, hidden", "shared float, hidden"])
+@pytest.mark.parametrize("options", CHOSEN)
 def test_the_written_out_gradients_are_autograds(options, mask):
-    tensors, mask = inputs(), masks(mask)
+    tensors, mask = inputs(), make_mask(mask, (2, 4, 5, 7), torch.float64)
     seed = torch.tensor([77])
-    options = options | {"seed": seed, "dropout_p": 0.3}
+    options = options_of(options) | {"seed": seed, "dropout_p": 0.3}
     if mask is not None and mask.dtype != torch.bool:
         mask.requires_grad_()
     out, lse = reference.attention(*tensors, mask, **options)
@@ -120,10 +107,10 @@ def test_the_written_out_gradients_are_autograds(options, mask):
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
-@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("mask", ["none", "shared bool, hidden", "shared float, hidden"])
 def test_attention_is_torchs(options, mask):
     q, k, v = inputs()
-    mask = masks(mask)
+    mask = make_mask(mask, (2, 4, 5, 7), torch.float64)
     passed = mask
     if mask is not None and options.get("is_causal"):
         causal = torch.ones(5, 7, dtype=torch.bool).tril()  # torch takes one of the two
@@ -136,12 +123,12 @@ def test_attention_is_torchs(options, mask):
     torch.testing.assert_close(reference.attention(q, k, v, mask, **options)[0], expected)
 
 
-@pytest.mark.parametrize("options", CONTRACT.values(), ids=CONTRACT)
+@pytest.mark.parametrize("options", CHOSEN)
 def test_first_and_second_derivatives(options):
     tensors = inputs(3, 4, heads_k=4)
     mask = torch.randn(1, 4, 3, 4, dtype=torch.float64)
     mask[:, :, 0, 0] = -math.inf  # an empty row where the window or the causal mask hides the rest
-    options = options | {"seed": torch.tensor([9]), "dropout_p": 0.2}
+    options = options_of(options) | {"seed": torch.tensor([9]), "dropout_p": 0.2}
 
     def function(q, k, v, bias):
         out, lse = reference.attention(q, k, v, mask + bias, **options)

@@ -22,15 +22,15 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def _error(actual: Tensor, oracle: Tensor) -> Tensor:
-    """|actual - oracle| in float64; 0 where both are the same infinity or NaN, infinite where only
-    one of them is."""
+    """|actual - oracle| in float64; 0 where both are the same infinity, infinite at any other
+    infinity and at a NaN."""
     actual, oracle = actual.double(), oracle.double()
-    same = (actual == oracle) | (actual.isnan() & oracle.isnan())
-    return torch.where(same, 0.0, (actual - oracle).abs().nan_to_num(math.inf))
+    return torch.where(actual == oracle, 0.0, (actual - oracle).abs().nan_to_num(math.inf))
 
 
 def assert_close(name: str, actual: Tensor, oracle: Tensor, bound: Tensor | float) -> None:
-    """|actual - oracle| <= bound everywhere; NaNs and infinities must stand at the same places.
+    """|actual - oracle| <= bound everywhere. Infinities must stand at the same places, and a NaN fails
+    on either side.
 
     Args:
         name: of the result, for the message.
@@ -39,11 +39,12 @@ def assert_close(name: str, actual: Tensor, oracle: Tensor, bound: Tensor | floa
         bound: the largest absolute error, a number or a tensor that broadcasts to that shape.
 
     Raises:
-        AssertionError: names the worst coordinate.
+        AssertionError: names the worst coordinate: its index, what was expected and got, the error
+            and the bound.
 
-    >>> assert_close("y", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]), 0.1)
+    >>> assert_close("y", torch.ones(2), torch.tensor([1.0, 1.5]), 0.1)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    AssertionError: y: 1 of 2 elements are off; worst at (1,): expected 2.5 within 0.1, got 2
+    AssertionError: y: 1 of 2 elements are off; worst at (1,): expected 1.5, got 1, error 0.5, ...
     """
     assert actual.shape == oracle.shape, (
         f"{name}: expected shape {tuple(oracle.shape)}, got {tuple(actual.shape)}"
@@ -51,16 +52,16 @@ def assert_close(name: str, actual: Tensor, oracle: Tensor, bound: Tensor | floa
     if actual.numel() == 0:
         return
     error = _error(actual, oracle)
-    bound = torch.as_tensor(bound, dtype=torch.float64).expand(error.shape)
-    bad = ~(error <= bound)
+    bound = torch.as_tensor(bound, dtype=torch.float64, device=error.device).expand(error.shape)
+    bad = ~(error <= bound) | (error == math.inf)
     if not bad.any():
         return
     excess = torch.where(bad, error - bound.nan_to_num(0.0), -math.inf).nan_to_num(math.inf)
     worst = tuple(int(i) for i in torch.unravel_index(excess.argmax(), error.shape))
     raise AssertionError(
-        f"{name}: {int(bad.sum())} of {bad.numel()} elements are off; worst at {worst}: expected "
-        f"{oracle[worst].item():.9g} within {bound[worst].item():.3g}, "
-        f"got {actual[worst].item():.9g}"
+        f"{name}: {int(bad.sum())} of {bad.numel()} elements are off; worst at {worst}: "
+        f"expected {oracle[worst].item():.9g}, got {actual[worst].item():.9g}, "
+        f"error {error[worst].item():.3g}, allowed {bound[worst].item():.3g}"
     )
 
 

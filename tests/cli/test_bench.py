@@ -11,7 +11,9 @@ from rich.console import Console
 
 from fastattn.cli import main
 from fastattn.cli.bench import cases, measure, report
-from fastattn.cli.bench.case import OURS
+from fastattn.cli.bench.attention import Attention
+from fastattn.cli.bench.case import OURS, Case
+from fastattn.verification.shapes import ATTENTION
 
 pytestmark = pytest.mark.native
 ROOF = measure.Roofline(1e11, 2e11, 1e10)
@@ -73,16 +75,36 @@ def test_every_op_of_the_command_line_has_cases():
         next(cases.cases(["nothing"], "default", False))
 
 
-def test_every_case_builds_and_agrees():
-    """One round of each: what a user would be told is wrong is a bug here."""
+def builds_and_agrees(case: Case) -> None:
+    """One call of each implementation: what a user would be told is wrong is a bug here."""
+    torch.compiler.reset()
     torch.manual_seed(0)
-    small = {64, 128, 197}
+    runs = case.build()
+    if case.random:
+        for run in runs.values():
+            run()
+    else:
+        error = measure._disagreement(case, runs)
+        assert not error, (case.key, error)
+    assert case.flops > 0
+
+
+def test_every_case_builds_and_agrees():
     for case in cases.cases(main.OPS, "default", False):
-        if case.op == "attention" and case.seq not in small | {1}:
+        # The longer ones differ by their sizes alone; the next test has their kinds.
+        if case.op == "attention" and case.seq > 197:
             continue
-        (result, *_) = measure.measure(case, 1e-9)
-        assert not result.error, (case.key, result.error)
-        assert case.flops > 0
+        if case.op == "second_order" and case.seq > 512:
+            continue
+        builds_and_agrees(case)
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "padding", "bias", "dropout", "window"])
+def test_every_kind_of_attention_builds_and_agrees(kind):
+    shape = ATTENTION["Llama-like"]._replace(batch=2, seq_q=70, seq_k=70, window_size=(9, -1))
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in Attention(shape, kind, dtype).cases("default"):
+            builds_and_agrees(case)
 
 
 def test_the_grid_is_the_whole_grid():

@@ -12,6 +12,7 @@ from attention_call import AttentionCall
 
 from fastattn import backends, linear_relu, mlp, reference, scaled_dot_product_attention
 from fastattn.testing import assert_accurate, unit_roundoff
+from fastattn.verification.shapes import DIGITS, LINEAR
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in backends.available(), reason="needs a Hopper GPU and the CUDA kernels"
@@ -152,9 +153,10 @@ def test_empty_rows_may_be_nan():
 
 @pytest.mark.parametrize(
     "shape",
-    [(64, 784, 128), (1024, 784, 128), (300, 1000, 77), (8192, 1024, 4096), (1, 33, 5)],
+    [LINEAR["digits, 64 rows"][1:], LINEAR["digits"][1:], (300, 1000, 77), (8192, 1024, 4096),
+     (1, 33, 5)],
     ids=str,
-)
+)  # fmt: skip
 @DTYPES
 def test_linear_relu(dtype, shape):
     m, k, n = shape
@@ -194,12 +196,11 @@ def test_linear_views_nan_and_mlp():
 @DTYPES
 def test_small_mlp(dtype, rows):
     """784-128-10, all layers in one kernel, against the layers one by one."""
-    widths = (784, 128, 10)
-    pairs = list(itertools.pairwise(widths))
+    pairs = list(itertools.pairwise(DIGITS))
     weights = [torch.randn(n, k, dtype=dtype, device="cuda") / k**0.5 for k, n in pairs]
     biases = [torch.randn(n, dtype=dtype, device="cuda") for _, n in pairs]
-    tensors = [torch.randn(rows, 784, dtype=dtype, device="cuda"), *weights, *biases]
-    cotangent = torch.randn(rows, 10, dtype=dtype, device="cuda")
+    tensors = [torch.randn(rows, DIGITS[0], dtype=dtype, device="cuda"), *weights, *biases]
+    cotangent = torch.randn(rows, DIGITS[-1], dtype=dtype, device="cuda")
 
     def layers(x, *parameters, last=lambda x, w, b: F.linear(x, w, b)):
         return last(F.relu(F.linear(x, parameters[0], parameters[2])), *parameters[1::2])

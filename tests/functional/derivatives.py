@@ -8,8 +8,13 @@ import torch
 
 import fastattn
 
-Q, K, V = (torch.randn(2, s, 3, dtype=torch.float64) for s in (4, 5, 5))
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def qkv() -> list[torch.Tensor]:
+    """Query ``[2, 4, 3]``, key and value ``[2, 5, 3]``; the same at each call."""
+    draws = torch.Generator().manual_seed(0)
+    return [torch.randn(2, s, 3, dtype=torch.float64, generator=draws) for s in (4, 5, 5)]
 
 
 @pytest.fixture(autouse=True)

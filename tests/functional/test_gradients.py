@@ -60,9 +60,10 @@ def test_attention(mask, extra, backend):
             return result
         return result[0], torch.where(result[1] == -math.inf, 0.0, result[1])
 
-    assert gradcheck(function, (q, k, v, attn_mask))
+    # The reference's derivatives are autograd's: a random direction shows a wrong one.
+    assert gradcheck(function, (q, k, v, attn_mask), fast_mode=backend == "reference")
     if backend == "reference" and extra in ("plain", "lse"):
-        assert gradgradcheck(function, (q, k, v, attn_mask))
+        assert gradgradcheck(function, (q, k, v, attn_mask), fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

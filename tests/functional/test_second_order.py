@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from derivatives import CLOSE, K, Q, V, attention, float64, looped  # noqa: F401
+from derivatives import CLOSE, attention, float64, looped, qkv  # noqa: F401
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.functional import hvp
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -131,11 +131,9 @@ SECOND = {
 
 @pytest.mark.parametrize("mode", SECOND.values(), ids=SECOND)
 def test_torch_func(mode):
-    ours, theirs = losses(is_causal=True, softcap=1.3)
-    every = (0, 1, 2)
-    torch.testing.assert_close(
-        mode(ours, argnums=every)(Q, K, V), mode(theirs, argnums=every)(Q, K, V), **CLOSE
-    )
+    losses_of_both, every = losses(is_causal=True, softcap=1.3), (0, 1, 2)
+    ours, theirs = (mode(loss, argnums=every)(*qkv()) for loss in losses_of_both)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
     x, w, b, w2 = torch.randn(3, 5), torch.randn(9, 5), torch.randn(9), torch.randn(2, 9)
     for function, inputs in (
         (lambda be: lambda x, w, b: fastattn.linear_relu(x, w, b, backend=be), (x, w, b)),
@@ -156,24 +154,26 @@ def test_torch_func(mode):
 
 @pytest.mark.parametrize("mode", [*SECOND.values(), jacfwd, jacrev], ids=[*SECOND, "f", "r"])
 def test_torch_func_of_a_float_mask(mode):
+    query, key, value = qkv()
     mask = torch.randn(4, 5)
 
     def loss(backend):
-        return lambda q, m: attention(backend)(q, K, V, m).pow(3).sum()
+        return lambda q, m: attention(backend)(q, key, value, m).pow(3).sum()
 
-    results = [mode(loss(backend), argnums=(0, 1))(Q, mask) for backend in ("cpu", "reference")]
+    results = [mode(loss(backend), argnums=(0, 1))(query, mask) for backend in ("cpu", "reference")]
     torch.testing.assert_close(*results, **CLOSE)
     many = torch.stack([mask, mask.sin()])
 
     def tangent(m):
-        return jvp(lambda m: attention()(Q, K, V, m), (m,), (mask,))[1]
+        return jvp(lambda m: attention()(query, key, value, m), (m,), (mask,))[1]
 
     torch.testing.assert_close(vmap(tangent)(many), looped(tangent, (0,), many), **CLOSE)
 
 
 @pytest.mark.parametrize("modes", itertools.product([jacfwd, jacrev], repeat=3))
 def test_third_derivatives(modes):
-    q, k, v = Q[:1, :2, :2], K[:1, :3, :2], V[:1, :3, :2]
+    query, key, value = qkv()
+    q, k, v = query[:1, :2, :2], key[:1, :3, :2], value[:1, :3, :2]
     results = []
     for loss in losses(is_causal=True, softcap=1.3):
         function = lambda q, loss=loss: loss(q, k, v)  # noqa: E731
@@ -184,7 +184,8 @@ def test_third_derivatives(modes):
 
 
 def test_a_fourth_derivative():
-    q, k, v = Q[:1, :1, :2], K[:1, :3, :2], V[:1, :3, :2]
+    query, key, value = qkv()
+    q, k, v = query[:1, :1, :2], key[:1, :3, :2], value[:1, :3, :2]
     results = []
     for loss in losses():
         function = lambda k, loss=loss: loss(q, k, v)  # noqa: E731
@@ -195,11 +196,10 @@ def test_a_fourth_derivative():
 
 
 def test_autograd_functional():
-    ours, theirs = losses(is_causal=True)
-    direction = tuple(map(torch.randn_like, (Q, K, V)))
-    torch.testing.assert_close(
-        hvp(ours, (Q, K, V), direction), hvp(theirs, (Q, K, V), direction), **CLOSE
-    )
+    inputs = tuple(qkv())
+    direction = tuple(map(torch.randn_like, inputs))
+    ours, theirs = (hvp(loss, inputs, direction) for loss in losses(is_causal=True))
+    torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
 def test_third_derivatives_over_several_blocks_of_rows(monkeypatch):
@@ -286,28 +286,34 @@ def test_the_hessian_of_two_blocks_is_the_math_paths():
 
 
 def test_a_function_by_itself():
+    query, key, value = qkv()
     call = ops.Call(ops.Options(is_causal=True, scale=0.5))
 
     def function(q):
-        return AttentionFunction.apply(call, q, K, V, None, *ops.Extras())[0]
+        return AttentionFunction.apply(call, q, key, value, None, *ops.Extras())[0]
 
-    assert vmap(function)(Q.expand(3, 2, 4, 3)).shape == (3, 2, 4, 3)
+    assert vmap(function)(query.expand(3, 2, 4, 3)).shape == (3, 2, 4, 3)
     torch.testing.assert_close(
-        jvp(function, (Q,), (Q,)),
-        jvp(lambda q: attention("reference", is_causal=True, scale=0.5)(q, K, V), (Q,), (Q,)),
+        jvp(function, (query,), (query,)),
+        jvp(
+            lambda q: attention("reference", is_causal=True, scale=0.5)(q, key, value),
+            (query,),
+            (query,),
+        ),
         **CLOSE,
     )
 
 
 def test_no_graph_keeps_itself_alive():
     """What is saved for forward mode holds no output in a cycle."""
+    query, key, value = qkv()
     import gc
     import weakref
 
     gc.collect()
     gc.disable()
     try:
-        out = attention()(Q.clone().requires_grad_(), K, V)
+        out = attention()(query.clone().requires_grad_(), key, value)
         seen = weakref.ref(out.grad_fn)
         del out
         assert seen() is None
@@ -329,13 +335,14 @@ def test_sizes_of_zero_of_linear_layers():
 
 
 def test_what_there_is_not_is_refused():
-    q = Q.clone().requires_grad_()
+    query, key, value = qkv()
+    q = query.clone().requires_grad_()
     slopes = torch.tensor([0.5, 0.25], requires_grad=True)
     call, extras = ops.Call(ops.Options(scale=0.5)), ops.Extras(slopes)
-    out = AttentionFunction.apply(call, q, K, V, None, *extras)[0]
+    out = AttentionFunction.apply(call, q, key, value, None, *extras)[0]
     with pytest.raises(RuntimeError, match="alibi_slopes: expected no gradient"):
         out.sum().backward()
-    x = attention()(q, K, V)
+    x = attention()(q, key, value)
     for _ in range(2):
         (x,) = torch.autograd.grad(x.pow(3).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="is_grads_batched: expected"):
@@ -343,20 +350,21 @@ def test_what_there_is_not_is_refused():
 
 
 def test_bad_tangents_raise():
+    query, key, value = qkv()
     slopes = torch.tensor([0.5, 0.25])
     with pytest.raises(RuntimeError, match="alibi_slopes no gradient"):
-        jvp(lambda s: attention(alibi_slopes=s)(Q, K, V), (slopes,), (slopes,))
+        jvp(lambda s: attention(alibi_slopes=s)(query, key, value), (slopes,), (slopes,))
 
     def by_the_function(s):
         call = ops.Call(ops.Options(scale=0.5))
-        return AttentionFunction.apply(call, Q, K, V, None, *ops.Extras(s))[0]
+        return AttentionFunction.apply(call, query, key, value, None, *ops.Extras(s))[0]
 
     with pytest.raises(RuntimeError, match="alibi_slopes: expected no tangent"):
         jvp(by_the_function, (slopes,), (slopes,))
     with pytest.raises((RuntimeError, TypeError), match="t_query: expected Double, got Float"):
-        jvp(attention(), (Q, K, V), (Q.float(), K, V))
+        jvp(attention(), (query, key, value), (query.float(), key, value))
     with pytest.raises((RuntimeError, ValueError), match="shape|size"):
-        jvp(attention(), (Q, K, V), (Q[:, :2], K, V))
+        jvp(attention(), (query, key, value), (query[:, :2], key, value))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -18,7 +18,7 @@ OPTIONS = {
     "dropout": {"dropout_p": 0.4},
     "dropout of all": {"dropout_p": 1.0},
     "causal, window, softcap": {"is_causal": True, "window_size": (2, 1), "softcap": 3.0},
-    "slopes": {"alibi_slopes": torch.rand(4, dtype=torch.float64), "dropout_p": 0.2},
+    "slopes": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.9]).double(), "dropout_p": 0.2},
     "slopes of each": {"alibi_slopes": None},
 }
 

@@ -5,45 +5,50 @@ from __future__ import annotations
 
 import pytest
 import torch
-from derivatives import CLOSE, K, Q, V, attention, float64, looped  # noqa: F401
+from derivatives import CLOSE, attention, float64, looped, qkv  # noqa: F401
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
 import fastattn
 
 pytestmark = pytest.mark.native
 
-MANY_Q, MANY_K, MANY_MASKS, SLOPES = (
-    torch.randn(*shape, dtype=torch.float64)
-    for shape in ((3, 2, 4, 3), (2, 3, 5, 3), (3, 4, 5), (3, 2))
-)
 NINE = (2, 1, 1, 2, 1, 1, 2)
-# The function, where its inputs are mapped, its inputs, and how many of them are differentiated.
-MAPS = {
-    "some": (attention(is_causal=True), (0, 1, None), (MANY_Q, MANY_K, V), 3),
-    "masks": (attention(), (0, None, None, 0), (MANY_Q, K, V, MANY_MASKS), 4),
-    "a shared mask": (attention(), (0, None, None, None), (MANY_Q, K, V, MANY_MASKS[0]), 4),
-    "slopes": (
-        lambda q, k, v, s: attention(alibi_slopes=s)(q, k, v),
-        (None, 1, None, 0),
-        (Q, MANY_K, V, SLOPES),
-        3,
-    ),
-    "9 dimensions": (
-        attention(),
-        (0, None, None, 0),
-        (
-            MANY_Q.view(3, 1, 1, 1, 1, 1, 1, 2, 4, 3).expand(3, *NINE, 4, 3).clone(),
-            K.expand(*NINE, 5, 3).clone(),
-            V.expand(*NINE, 5, 3).clone(),
-            MANY_MASKS,
-        ),
-        4,
-    ),
-}
 
 
-@pytest.mark.parametrize("function, in_dims, inputs, count", MAPS.values(), ids=MAPS)
-def test_vmap_is_the_loop(function, in_dims, inputs, count):
+def many() -> list[torch.Tensor]:
+    """Three queries, three keys, three masks, three sets of slopes; the same at each call."""
+    draws = torch.Generator().manual_seed(1)
+    shapes = ((3, 2, 4, 3), (2, 3, 5, 3), (3, 4, 5), (3, 2))
+    return [torch.randn(*shape, dtype=torch.float64, generator=draws) for shape in shapes]
+
+
+def mapped(kind: str):
+    """The function, where its inputs are mapped, its inputs, and how many of them are
+    differentiated."""
+    (q, k, v), (queries, keys, masks, slopes) = qkv(), many()
+    if kind == "some":
+        return attention(is_causal=True), (0, 1, None), (queries, keys, v), 3
+    if kind == "masks":
+        return attention(), (0, None, None, 0), (queries, k, v, masks), 4
+    if kind == "a shared mask":
+        return attention(), (0, None, None, None), (queries, k, v, masks[0]), 4
+    if kind == "slopes":
+        function = lambda q, k, v, s: attention(alibi_slopes=s)(q, k, v)  # noqa: E731
+        return function, (None, 1, None, 0), (q, keys, v, slopes), 3
+    assert kind == "9 dimensions"
+    inputs = (
+        queries.view(3, 1, 1, 1, 1, 1, 1, 2, 4, 3).expand(3, *NINE, 4, 3).clone(),
+        k.expand(*NINE, 5, 3).clone(),
+        v.expand(*NINE, 5, 3).clone(),
+        masks,
+    )
+    return attention(), (0, None, None, 0), inputs, 4
+
+
+@pytest.mark.parametrize("kind", ["some", "masks", "a shared mask", "slopes", "9 dimensions"])
+def test_vmap_is_the_loop(kind):
+    function, in_dims, inputs, count = mapped(kind)
+
     def gradients(*x):
         every = tuple(range(count))
         return grad(lambda *x: function(*x).pow(3).sum(), argnums=every)(*x)
@@ -57,24 +62,27 @@ def test_vmap_is_the_loop(function, in_dims, inputs, count):
 
 
 def test_nested_vmap():
+    (_, _, v), (queries, keys, *_) = qkv(), many()
     function = attention(window_size=(1, 2))
-    mapped = vmap(vmap(function, (0, None, None)), (None, 1, None))(MANY_Q, MANY_K, V)
-    expected = torch.stack([looped(function, (0, None, None), MANY_Q, k, V)
-                            for k in MANY_K.unbind(1)])  # fmt: skip
+    mapped = vmap(vmap(function, (0, None, None)), (None, 1, None))(queries, keys, v)
+    expected = torch.stack([looped(function, (0, None, None), queries, k, v)
+                            for k in keys.unbind(1)])  # fmt: skip
     torch.testing.assert_close(mapped, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("randomness", ["same", "different", "error"])
 def test_vmap_of_dropout(randomness):
+    (_, k, v), queries = qkv(), many()[0]
+
     def function(q):
-        return attention(dropout_p=0.4)(q, K, V)
+        return attention(dropout_p=0.4)(q, k, v)
 
     torch.manual_seed(3)
     if randomness == "error":
         with pytest.raises(RuntimeError, match="randomness"):
-            vmap(function)(MANY_Q)
+            vmap(function)(queries)
         return
-    same = MANY_Q[:1].expand(3, 2, 4, 3)
+    same = queries[:1].expand(3, 2, 4, 3)
     mapped = vmap(function, randomness=randomness)(same)
     torch.manual_seed(3)
     assert torch.equal(mapped[0], mapped[1]) == (randomness == "same")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import side_by_side
 import torch
 import torch.nn.functional as F
 from side_by_side import Make, Run, assert_same, globally_hooked, operations, pair, twice_the_output
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 import fastattn
 from fastattn import nn as fnn
@@ -18,7 +19,13 @@ pytestmark = side_by_side.MARKS
 
 # --- encoders -------------------------------------------------------------------------------------
 
-Y = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+
+@functools.cache
+def batch() -> Tensor:
+    """``[2, 5, 8]``"""
+    return torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+
+
 PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
 
@@ -46,26 +53,26 @@ def inferred(model: nn.Module, *args: object, **options: object) -> object:
         return model.eval()(*args, **options)
 
 
-CALLS = {
-    "plain": ((Y,), {}),
-    "padded": ((Y,), {"src_key_padding_mask": PADDED}),
-    "causal": ((Y, CAUSAL), {}),
-    "both": ((Y, CAUSAL, PADDED), {}),
-    "hint": ((Y, CAUSAL), {"is_causal": True}),
-    "hint without mask": ((Y,), {"is_causal": True}),
-    "one for each head": ((Y, CAUSAL.expand(4, 5, 5)), {}),
-    "float padding": ((Y,), {"src_key_padding_mask": -PADDED.float()}),
-    "float mask": ((Y, -CAUSAL.float()), {}),
-    "mixed masks": ((Y, -CAUSAL.float(), PADDED), {}),
-    "integer mask": ((Y, CAUSAL.int()), {}),
-    "mask of another shape": ((Y, CAUSAL[:3]), {}),
-    "padding of another shape": ((Y, None, PADDED[:, :3]), {}),
-    "unbatched": ((Y[0],), {}),
-    "float64": ((Y.double(),), {}),
-    "another width": ((Y[..., :4],), {}),
-    "empty": ((Y[:0],), {}),
-    "nested": ((torch.nested.nested_tensor([Y[0], Y[1, :3]]),), {}),
-    "meta": ((Y.to("meta"),), {}),
+CALLS: dict[str, Callable[[Tensor], tuple[tuple, dict]]] = {
+    "plain": lambda y: ((y,), {}),
+    "padded": lambda y: ((y,), {"src_key_padding_mask": PADDED}),
+    "causal": lambda y: ((y, CAUSAL), {}),
+    "both": lambda y: ((y, CAUSAL, PADDED), {}),
+    "hint": lambda y: ((y, CAUSAL), {"is_causal": True}),
+    "hint without mask": lambda y: ((y,), {"is_causal": True}),
+    "one for each head": lambda y: ((y, CAUSAL.expand(4, 5, 5)), {}),
+    "float padding": lambda y: ((y,), {"src_key_padding_mask": -PADDED.float()}),
+    "float mask": lambda y: ((y, -CAUSAL.float()), {}),
+    "mixed masks": lambda y: ((y, -CAUSAL.float(), PADDED), {}),
+    "integer mask": lambda y: ((y, CAUSAL.int()), {}),
+    "mask of another shape": lambda y: ((y, CAUSAL[:3]), {}),
+    "padding of another shape": lambda y: ((y, None, PADDED[:, :3]), {}),
+    "unbatched": lambda y: ((y[0],), {}),
+    "float64": lambda y: ((y.double(),), {}),
+    "another width": lambda y: ((y[..., :4],), {}),
+    "empty": lambda y: ((y[:0],), {}),
+    "nested": lambda y: ((torch.nested.nested_tensor([y[0], y[1, :3]]),), {}),
+    "meta": lambda y: ((y.to("meta"),), {}),
 }
 ENCODERS = {
     "relu": encoder(),
@@ -80,7 +87,7 @@ ENCODERS = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_encoder_calls(kind, call, run):
-    args, options = CALLS[call]
+    args, options = CALLS[call](batch())
     if call == "meta":
         assert_same(ENCODERS[kind], lambda m: tuple(run(m, *args, **options).shape))
     else:
@@ -125,7 +132,7 @@ LAYER_EDITS = {
 @pytest.mark.parametrize("call", ["plain", "padded", "both"])
 @pytest.mark.parametrize("name", LAYER_EDITS)
 def test_encoder_edits(name, call):
-    args, options = CALLS[call]
+    args, options = CALLS[call](batch())
     assert_same(ENCODERS["relu"], lambda m: m(*args, **options), LAYER_EDITS[name])
 
 
@@ -136,7 +143,7 @@ def test_dropout_layers_switched_on_at_inference():
 
     def run(model: nn.Module) -> object:
         with torch.no_grad():
-            return model(Y)
+            return model(batch())
 
     assert_same(encoder(dropout=0.5), run, edit)
 
@@ -156,7 +163,7 @@ def test_a_layer_of_the_users_gets_float_masks(make):
     model = make(PlainLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
     stock = nn.TransformerEncoder(model.layers[0], 2, enable_nested_tensor=False)
     fastattn.patch(model)
-    torch.testing.assert_close(model(Y, CAUSAL, PADDED), stock(Y, CAUSAL, PADDED))
+    torch.testing.assert_close(model(batch(), CAUSAL, PADDED), stock(batch(), CAUSAL, PADDED))
     mask, padding = model.layers[1].given
     assert mask.dtype == padding.dtype == torch.float32
     assert torch.equal(mask == -torch.inf, CAUSAL)
@@ -172,27 +179,27 @@ def test_attention_calls(options, run):
 
     k, v = torch.ones(2, 5, options.get("kdim", 8)).cumsum(1), torch.randn(2, 5, 8)
     calls = [
-        ((Y, k, v), {}),
-        ((Y, k, v), {"need_weights": False}),
-        ((Y, k, v), {"average_attn_weights": False}),
-        ((Y, k, v), {"is_causal": True}),
-        ((Y, k, v), {"is_causal": True, "attn_mask": CAUSAL, "need_weights": False}),
-        ((Y, k[:, :4], v), {}),
-        ((Y[None], k, v), {}),
-        ((Y, k, None), {}),
-        ((Y, k, v), {"key_padding_mask": PADDED.int()}),
-        ((Y, k, v), {"key_padding_mask": PADDED, "attn_mask": -CAUSAL.float()}),
+        ((batch(), k, v), {}),
+        ((batch(), k, v), {"need_weights": False}),
+        ((batch(), k, v), {"average_attn_weights": False}),
+        ((batch(), k, v), {"is_causal": True}),
+        ((batch(), k, v), {"is_causal": True, "attn_mask": CAUSAL, "need_weights": False}),
+        ((batch(), k[:, :4], v), {}),
+        ((batch()[None], k, v), {}),
+        ((batch(), k, None), {}),
+        ((batch(), k, v), {"key_padding_mask": PADDED.int()}),
+        ((batch(), k, v), {"key_padding_mask": PADDED, "attn_mask": -CAUSAL.float()}),
     ]
     for args, call in calls:
         assert_same(make, lambda m, args=args, call=call: run(m, *args, **call))
 
 
 ENCODER_TOOLS = {
-    "hooks for all modules": lambda m: globally_hooked(nn.Sequential(m), Y),
+    "hooks for all modules": lambda m: globally_hooked(nn.Sequential(m), batch()),
     "fx": lambda m: operations(fx.symbolic_trace(nn.Sequential(m)).graph),
-    "export": lambda m: operations(torch.export.export(m.eval(), (Y,)).graph),
-    "jit.trace": lambda m: torch.jit.trace(m.eval(), Y, check_trace=False)(Y),
-    "jit.script": lambda m: torch.jit.script(m.eval())(Y),
+    "export": lambda m: operations(torch.export.export(m.eval(), (batch(),)).graph),
+    "jit.trace": lambda m: torch.jit.trace(m.eval(), batch(), check_trace=False)(batch()),
+    "jit.script": lambda m: torch.jit.script(m.eval())(batch()),
 }
 
 
@@ -204,6 +211,6 @@ def test_encoder_tools(name):
 def test_scripting_leaves_a_model_that_runs_and_can_be_unpatched():
     stock, ours = pair(ENCODERS["relu"])
     torch.jit.script(ours)
-    torch.testing.assert_close(ours(Y), stock(Y))
+    torch.testing.assert_close(ours(batch()), stock(batch()))
     fastattn.unpatch(ours)
     assert [type(m) for m in ours.modules()] == [type(m) for m in stock.modules()]

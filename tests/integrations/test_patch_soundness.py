@@ -4,6 +4,7 @@ patch, results and errors alike."""
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import subprocess
 import sys
@@ -42,7 +43,10 @@ def stack() -> nn.Sequential:
     )  # fmt: skip
 
 
-X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+@functools.cache
+def batch() -> Tensor:
+    """``[5, 8]``"""
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Doubles(torch.Tensor):
@@ -58,38 +62,40 @@ class Doubles(torch.Tensor):
 # --- inputs ---------------------------------------------------------------------------------------
 
 INPUTS = {
-    "rows": X,
-    "one row": X[0],
-    "no rows": X[:0],
-    "a lazy minus": torch._neg_view(X),
-    "integers": X.long(),
-    "float64": X.double(),
-    "bfloat16": X.bfloat16(),
-    "complex": X.to(torch.complex64),
-    "another width": X[:, :7],
-    "a number": torch.tensor(1.0),
-    "None": None,
-    "a list": [1.0],
-    "sparse": X.to_sparse(),
-    "nested": torch.nested.nested_tensor([X, X[:2]]),
-    "jagged": torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged),
-    "subclass": X.as_subclass(Doubles),
+    "rows": lambda x: x,
+    "one row": lambda x: x[0],
+    "no rows": lambda x: x[:0],
+    "a lazy minus": lambda x: torch._neg_view(x),
+    "integers": lambda x: x.long(),
+    "float64": lambda x: x.double(),
+    "bfloat16": lambda x: x.bfloat16(),
+    "complex": lambda x: x.to(torch.complex64),
+    "another width": lambda x: x[:, :7],
+    "a number": lambda x: torch.tensor(1.0),
+    "None": lambda x: None,
+    "a list": lambda x: [1.0],
+    "sparse": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor([x, x[:2]]),
+    "jagged": lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
+    "subclass": lambda x: x.as_subclass(Doubles),
 }
 
 
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_inputs(name, autocast):
+    given = INPUTS[name](batch())
+
     def run(model: nn.Module) -> object:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            out = model(INPUTS[name])
+            out = model(given)
         return out if out.dtype != torch.bfloat16 else str((out.dtype, out.shape, type(out)))
 
     assert_same(stack, run)
 
 
 def test_sparse_features_train():
-    sparse = (X * (X > 0.5)).to_sparse()
+    sparse = (batch() * (batch() > 0.5)).to_sparse()
 
     def run(model: nn.Module) -> object:
         model(sparse).square().sum().backward()
@@ -139,7 +145,7 @@ EDITS = {
 
 @pytest.mark.parametrize("name", EDITS)
 def test_edits(name):
-    assert_same(stack, lambda m: m(X), EDITS[name])
+    assert_same(stack, lambda m: m(batch()), EDITS[name])
 
 
 def test_replaced_calls_of_modules_are_run(monkeypatch):
@@ -155,7 +161,7 @@ def test_replaced_calls_of_modules_are_run(monkeypatch):
 
         with monkeypatch.context() as replaced:
             replaced.setattr(nn.Module, "__call__", call)
-            model(X)
+            model(batch())
         return called
 
     assert_same(stack, run)
@@ -178,9 +184,9 @@ def test_replaced_code_is_run(monkeypatch, what, when):
     fastattn.patch(ours)
     if when == "after":
         replace()
-    torch.testing.assert_close(ours(X), model(X))
+    torch.testing.assert_close(ours(batch()), model(batch()))
     monkeypatch.undo()
-    torch.testing.assert_close(ours(X), model(X))
+    torch.testing.assert_close(ours(batch()), model(batch()))
 
 
 # --- modes and tools ------------------------------------------------------------------------------
@@ -195,14 +201,14 @@ class DoublesReLU(torch.overrides.TorchFunctionMode):
 def in_mode(mode: Callable[[], object]) -> Run:
     def run(model: nn.Module) -> object:
         with mode():
-            return model(X)
+            return model(batch())
 
     return run
 
 
 def flops(model: nn.Module) -> int:
     with FlopCounterMode(display=False) as counter:
-        model(X).sum().backward()
+        model(batch()).sum().backward()
     return counter.get_total_flops()
 
 
@@ -215,38 +221,38 @@ def per_sample(model: nn.Module) -> object:
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(model, parameters, (x,)).sum()
 
-    return vmap(grad(loss), (None, 0))(dict(model.named_parameters()), X)["0.weight"]
+    return vmap(grad(loss), (None, 0))(dict(model.named_parameters()), batch())["0.weight"]
 
 
 def recomputed(model: nn.Module) -> object:
-    checkpoint(model, X.clone().requires_grad_(), use_reentrant=False).sum().backward()
+    checkpoint(model, batch().clone().requires_grad_(), use_reentrant=False).sum().backward()
     return model[0].weight.grad
 
 
 def default_device(model: nn.Module) -> object:
     with torch.device("cpu"):
-        return model(X)
+        return model(batch())
 
 
 TOOLS = {
-    "hooks for all modules": lambda m: globally_hooked(m, X),
+    "hooks for all modules": lambda m: globally_hooked(m, batch()),
     "a function mode": in_mode(DoublesReLU),
     "the default device": default_device,
     "flops": flops,
     "fake tensors": fake,
     "inference mode": in_mode(torch.inference_mode),
     "fx": lambda m: operations(fx.symbolic_trace(m).graph),
-    "make_fx": lambda m: operations(make_fx(m)(X).graph),
-    "make_fx, symbolic": lambda m: operations(make_fx(m, tracing_mode="symbolic")(X).graph),
-    "export": lambda m: operations(torch.export.export(m, (X,)).graph),
-    "jit.trace": lambda m: torch.jit.trace(m, X)(X[:2]),
-    "jit.script": lambda m: torch.jit.script(m)(X),
-    "compile": lambda m: torch.compile(m, backend="aot_eager", fullgraph=True)(X),
+    "make_fx": lambda m: operations(make_fx(m)(batch()).graph),
+    "make_fx, symbolic": lambda m: operations(make_fx(m, tracing_mode="symbolic")(batch()).graph),
+    "export": lambda m: operations(torch.export.export(m, (batch(),)).graph),
+    "jit.trace": lambda m: torch.jit.trace(m, batch())(batch()[:2]),
+    "jit.script": lambda m: torch.jit.script(m)(batch()),
+    "compile": lambda m: torch.compile(m, backend="aot_eager", fullgraph=True)(batch()),
     "per-sample gradients": per_sample,
-    "forward mode": lambda m: jvp(m, (X,), (torch.ones_like(X),))[1],
-    "hessian": lambda m: hessian(lambda x: m(x).square().sum())(X[0]),
+    "forward mode": lambda m: jvp(m, (batch(),), (torch.ones_like(batch()),))[1],
+    "hessian": lambda m: hessian(lambda x: m(x).square().sum())(batch()[0]),
     "checkpoint": recomputed,
-    "quantize_dynamic": lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear})(X),
+    "quantize_dynamic": lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear})(batch()),
     "class of a slice": lambda m: [type(m[:2]), type(m + m), len(m[1:])],
 }
 
@@ -257,7 +263,7 @@ def test_tools(name):
 
 
 def test_the_meta_device():
-    assert_same(lambda: stack().to("meta"), lambda m: tuple(m(X.to("meta")).shape))
+    assert_same(lambda: stack().to("meta"), lambda m: tuple(m(batch().to("meta")).shape))
 
 
 # --- other processes ------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import side_by_side
 import torch
-from side_by_side import Run, assert_same, compare, outcome, pair
+from patched_models import MODELS, batch, gradients, gradients_in_a_batch, loss, stack
+from side_by_side import Run, assert_same
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.utils import parametrizations, prune, spectral_norm, stateless, weight_norm
@@ -21,31 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = side_by_side.MARKS
 
-X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-
-
-def stack() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-
-
-def encoder() -> nn.Module:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-
-MODELS = {"stack": stack, "encoder": encoder}
-
-
-def loss(out: Tensor) -> Tensor:
-    """One that a LayerNorm at the end leaves dependent on the weights."""
-    return (out.sin() * X).sum()
-
-
-def gradients(model: nn.Module) -> tuple[Tensor, ...]:
-    return tuple(p.grad for p in model.parameters() if p.grad is not None)
-
 
 def linears(model: nn.Module) -> list[nn.Linear]:
     return [m for m in model.modules() if type(m) is nn.Linear]
@@ -55,7 +31,7 @@ def each_linear(change: Callable[[nn.Linear], object]) -> Run:
     def run(model: nn.Module) -> object:
         for linear in linears(model):
             change(linear)
-        outs = model(X), model(X)
+        outs = model(batch()), model(batch())
         loss(outs[1]).backward()
         return (*outs, *gradients(model))
 
@@ -66,9 +42,9 @@ def steps(model: nn.Module, kind: type = torch.optim.SGD, **options: object) -> 
     optimizer = kind(model.parameters(), lr=0.01, **options)
     for _ in range(3):
         optimizer.zero_grad()
-        loss(model(X)).backward()
+        loss(model(batch())).backward()
         optimizer.step()
-    return model(X)
+    return model(batch())
 
 
 def step_in_backward(model: nn.Module) -> Tensor:
@@ -80,8 +56,8 @@ def step_in_backward(model: nn.Module) -> Tensor:
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(step)
     for _ in range(3):
-        loss(model(X)).backward()
-    return model(X)
+        loss(model(batch())).backward()
+    return model(batch())
 
 
 def averaged(model: nn.Module) -> Tensor:
@@ -89,7 +65,7 @@ def averaged(model: nn.Module) -> Tensor:
     for _ in range(3):
         steps(model)
         average.update_parameters(model)
-    return average(X)
+    return average(batch())
 
 
 def ensemble(model: nn.Module) -> object:
@@ -101,19 +77,19 @@ def ensemble(model: nn.Module) -> object:
     base = copy.deepcopy(model).to("meta")
 
     def out(p: object, b: object) -> Tensor:
-        return functional_call(base, (p, b), (X,))
+        return functional_call(base, (p, b), (batch(),))
 
-    slopes = vmap(grad(lambda p: loss(functional_call(model, p, (X,)))))(parameters)
+    slopes = vmap(grad(lambda p: loss(functional_call(model, p, (batch(),)))))(parameters)
     return vmap(out)(parameters, buffers), slopes
 
 
 def pruned(model: nn.Module) -> object:
     weights = [(m, "weight") for m in linears(model)]
     prune.global_unstructured(weights, pruning_method=prune.L1Unstructured, amount=0.4)
-    out = model(X)
+    out = model(batch())
     for module, name in weights:
         prune.remove(module, name)
-    return out, model(X)
+    return out, model(batch())
 
 
 def counted(model: nn.Module) -> list[str]:
@@ -121,13 +97,13 @@ def counted(model: nn.Module) -> list[str]:
     called: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda m, args, out, name=name: called.append(name))
-    model(X)
+    model(batch())
     return called
 
 
 def flops(model: nn.Module) -> object:
     with FlopCounterMode(display=False) as counter:
-        model(X).sum().backward()
+        model(batch()).sum().backward()
     return {name: {str(op): n for op, n in ops.items()} for name, ops in
             counter.get_flop_counts().items()}  # fmt: skip
 
@@ -155,7 +131,7 @@ class Operations(TorchDispatchMode):
 def watched(mode: type) -> Run:
     def run(model: nn.Module) -> list[str]:
         with mode() as seen:
-            model(X)
+            model(batch())
         return seen.names
 
     return run
@@ -163,14 +139,14 @@ def watched(mode: type) -> Run:
 
 def scaled(model: nn.Module) -> object:
     scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD(model.parameters(), lr=0.01)
-    scaler.scale(loss(model(X))).backward()
+    scaler.scale(loss(model(batch()))).backward()
     scaler.step(optimizer)
     scaler.update()
-    return model(X), scaler.get_scale()
+    return model(batch()), scaler.get_scale()
 
 
 def checkpointed(model: nn.Module) -> object:
-    x = X.clone().requires_grad_()
+    x = batch().clone().requires_grad_()
     layers = getattr(model, "layers", model)
     loss(checkpoint_sequential(list(layers), 2, x, use_reentrant=False)).backward()
     return x.grad, *gradients(model)
@@ -188,7 +164,7 @@ def in_a_fork(model: nn.Module) -> object:
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     model.share_memory()
-    child = context.Process(target=lambda: queue.put(model(X).detach().numpy()))
+    child = context.Process(target=lambda: queue.put(model(batch()).detach().numpy()))
     child.start()
     out = torch.from_numpy(queue.get(timeout=60))
     child.join()
@@ -197,12 +173,12 @@ def in_a_fork(model: nn.Module) -> object:
 
 def in_threads(model: nn.Module) -> object:
     with ThreadPoolExecutor(4) as threads:
-        return tuple(threads.map(model, [X] * 8))
+        return tuple(threads.map(model, [batch()] * 8))
 
 
 def backward_on_cpu(model: nn.Module) -> object:
     with torch.autograd.graph.save_on_cpu():
-        out = loss(model(X))
+        out = loss(model(batch()))
     out.backward()
     return gradients(model)
 
@@ -211,48 +187,42 @@ def backward_with_hooks(model: nn.Module) -> object:
     for p in model.parameters():
         p.register_hook(lambda g: 2 * g)
     with torch.autograd.set_detect_anomaly(True, check_nan=False):
-        loss(model(X)).backward()
+        loss(model(batch())).backward()
     return gradients(model)
 
 
 def backward_twice(model: nn.Module) -> object:
-    out = loss(model(X))
+    out = loss(model(batch()))
     out.backward(retain_graph=True)
     out.backward()
     return gradients(model)
 
 
 def backward_once_too_often(model: nn.Module) -> object:
-    out = loss(model(X))
+    out = loss(model(batch()))
     out.backward()
     out.backward()
     return None
 
 
-def gradients_in_a_batch(model: nn.Module) -> object:
-    x = X.clone().requires_grad_()
-    out = model(x).sin().sum((0, 1))
-    return torch.autograd.grad(out, x, torch.eye(8), is_grads_batched=True)[0]
-
-
 def converted_by_swapping(model: nn.Module) -> object:
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        return model.double()(X.double())
+        return model.double()(batch().double())
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def compiled_in_place(model: nn.Module) -> object:
     model.compile(backend="aot_eager")
-    loss(model(X)).backward()
+    loss(model(batch())).backward()
     return gradients(model)
 
 
 def loaded_with_assign(model: nn.Module) -> object:
     empty = copy.deepcopy(model).to("meta").to_empty(device="cpu")
     empty.load_state_dict(model.state_dict(), assign=True)
-    return empty(X)
+    return empty(batch())
 
 
 def hooks_in_order(model: nn.Module) -> object:
@@ -263,21 +233,28 @@ def hooks_in_order(model: nn.Module) -> object:
         module.register_full_backward_hook(
             lambda m, grads, outs, name=name: seen.append((name, outs[0].shape))
         )
-    loss(model(X.clone().requires_grad_())).backward()
+    loss(model(batch().clone().requires_grad_())).backward()
     return seen
 
 
 USES = {
     "hooks in order": hooks_in_order,
-    "strides": lambda m: [m(x).stride() for x in (X, X.transpose(1, 2).clone().transpose(1, 2))],
-    "no rows": lambda m: (m(X[:0]), m(X[:, :0])),
-    "one NaN": lambda m: m(torch.where(X[0, 0, 0] == X, torch.nan, X)).isnan().sum(),
-    "an array": lambda m: m(X.numpy()),
-    "what needs a gradient": lambda m: [m(X).requires_grad, m.requires_grad_(False)(X).is_leaf],
+    "strides": lambda m: [
+        m(x).stride() for x in (batch(), batch().transpose(1, 2).clone().transpose(1, 2))
+    ],
+    "no rows": lambda m: (m(batch()[:0]), m(batch()[:, :0])),
+    "one NaN": lambda m: (
+        m(torch.where(batch()[0, 0, 0] == batch(), torch.nan, batch())).isnan().sum()
+    ),
+    "an array": lambda m: m(batch().numpy()),
+    "what needs a gradient": lambda m: [
+        m(batch()).requires_grad,
+        m.requires_grad_(False)(batch()).is_leaf,
+    ],
     "an average of weights": averaged,
     "an ensemble": ensemble,
     "functional_call": lambda m: stateless.functional_call(
-        m, {name: 2 * p for name, p in m.named_parameters()}, (X,)
+        m, {name: 2 * p for name, p in m.named_parameters()}, (batch(),)
     ),
     "pruned": pruned,
     "weight norm of old": each_linear(weight_norm),
@@ -304,14 +281,18 @@ USES = {
     "converted by swapping": converted_by_swapping,
     "compiled in place": compiled_in_place,
     "loaded with assign": loaded_with_assign,
-    "a shallow copy": lambda m: copy.copy(m)(X),
+    "a shallow copy": lambda m: copy.copy(m)(batch()),
     "initialized by type": lambda m: m.apply(
         lambda c: nn.init.constant_(c.weight, 0.1) if type(c) is nn.Linear else None
-    )(X),
-    "exported": lambda m: torch.export.export(m, (X,)).module()(X),
-    "scripted and frozen": lambda m: torch.jit.freeze(torch.jit.script(m.eval()))(X),
-    "views": lambda m: (m(X.transpose(0, 1)), m(X.flip(0)), m(X[:1].expand(3, 5, 8))),
-    "an inference tensor": lambda m: m(torch.inference_mode()(X.clone)()),
+    )(batch()),
+    "exported": lambda m: torch.export.export(m, (batch(),)).module()(batch()),
+    "scripted and frozen": lambda m: torch.jit.freeze(torch.jit.script(m.eval()))(batch()),
+    "views": lambda m: (
+        m(batch().transpose(0, 1)),
+        m(batch().flip(0)),
+        m(batch()[:1].expand(3, 5, 8)),
+    ),
+    "an inference tensor": lambda m: m(torch.inference_mode()(batch().clone)()),
 }
 
 
@@ -327,91 +308,6 @@ def test_tangents_of_parameters():
     def run(model: nn.Module) -> object:
         p = dict(model.named_parameters())
         ones = {name: torch.ones_like(x) for name, x in p.items()}
-        return jvp(lambda p: functional_call(model, p, (X,)), (p,), (ones,))[1]
+        return jvp(lambda p: functional_call(model, p, (batch(),)), (p,), (ones,))[1]
 
     assert_same(stack, run)
-
-
-# --- what changes in place before the backward ----------------------------------------------------
-
-
-def frozen(model: nn.Module) -> Tensor:
-    model.requires_grad_(False)
-    x = X.clone().requires_grad_()
-    hidden = x * 1.0
-    out = model(hidden)
-    hidden += 1
-    (loss(out) + hidden.sum()).backward()
-    return x.grad
-
-
-def biases_alone(model: nn.Module) -> object:
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.endswith("bias"))
-    x = X.clone()
-    out = model(x)
-    x.zero_()
-    loss(out).backward()
-    return gradients(model)
-
-
-def added_in_place(model: nn.Module) -> Tensor:
-    x = X.clone().requires_grad_()
-    hidden = x * 1.0
-    hidden += model(hidden)
-    loss(hidden).backward()
-    return x.grad
-
-
-@pytest.mark.parametrize("run", [frozen, biases_alone, added_in_place])
-@pytest.mark.parametrize("model", MODELS)
-def test_what_torch_does_not_save_may_change(model, run):
-    assert_same(MODELS[model], run)
-
-
-@pytest.mark.parametrize("relu_last", [False, True])
-def test_derivatives_through_frozen_layers(relu_last):
-    """No input is saved for these."""
-
-    def make() -> nn.Module:
-        return nn.Sequential(*stack(), *([nn.ReLU()] if relu_last else [])).double()
-
-    def run(model: nn.Module) -> object:
-        for name, p in model.named_parameters():
-            p.requires_grad_(name.endswith("bias"))
-        x = X.double().requires_grad_()
-        wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
-        first = torch.autograd.grad(model(x).sin().sum(), wanted, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
-        return (*first, *second, gradients_in_a_batch(model.float()))
-
-    stock, ours = pair(make)
-    actual, expected = outcome(run, ours), outcome(run, stock)
-    assert not isinstance(expected, Exception), expected
-    compare(actual, expected)
-
-
-FROZEN = {"nothing": "none", "the projections": "attention.in_proj", "everything": ""}
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("frozen", FROZEN)
-def test_a_dropout_behind_attention_draws_the_same(train, frozen):
-    """It draws in the order in which the attention's result lies in memory."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True).train(train)
-            self.dropout = nn.Dropout(0.5)
-            for name, p in self.named_parameters():
-                p.requires_grad_(not name.startswith(FROZEN[frozen]))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.dropout(self.attention(x, x, x)[0])
-
-    def run(model: nn.Module) -> object:
-        torch.manual_seed(0)
-        return model(torch.randn(3, 5, 8))
-
-    assert_same(Net, run)

@@ -50,7 +50,6 @@ LAYERS = {
     "subclass": OwnLayer,
     "subclass of ours": OwnOurs,
 }
-X = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(0))
 PADDING = torch.tensor([[0] * 6, [0] * 4 + [1] * 2, [0] * 3 + [1] * 3]).bool()
 
 
@@ -61,11 +60,12 @@ def build(encoder, layer, nested, norm_first, batch_first) -> nn.Module:
 
 
 def run(model, padding, train, grad, batch_first, hook) -> torch.Tensor:
+    x = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(0))
     model.train(train)
     # A hook sends a layer's call past torch's fast path, after the encoder has made a nested one.
     handle = model.layers[0].linear2.register_forward_hook(lambda *_: None) if hook else None
     with torch.set_grad_enabled(grad):
-        out = model(X if batch_first else X.transpose(0, 1), src_key_padding_mask=padding)
+        out = model(x if batch_first else x.transpose(0, 1), src_key_padding_mask=padding)
     if handle is not None:
         handle.remove()
     return out if batch_first else out.transpose(0, 1)

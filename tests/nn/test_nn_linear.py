@@ -114,14 +114,14 @@ def test_from_sequential_shares_parameters_and_names():
 @pytest.mark.parametrize(
     "bad",
     [
-        nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 3)),
-        nn.Sequential(nn.Linear(3, 3), nn.ReLU()),
-        nn.Linear(3, 3),
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 3)),
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU()),
+        lambda: nn.Linear(3, 3),
     ],
 )
 def test_from_sequential_refuses(bad):
     with pytest.raises(ValueError, match=r"sequential: expected Linear, ReLU"):
-        MLP.from_sequential(bad)
+        MLP.from_sequential(bad())
 
 
 def test_mlp_behaves_as_a_sequential():

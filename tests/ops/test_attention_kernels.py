@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 from attention_call import AttentionCall
-from torch import Tensor
 
 from fastattn import _extension, reference
+from fastattn.testing import OPTIONS, assert_close, make_mask, unit_roundoff
 
 pytestmark = pytest.mark.native
 
@@ -27,65 +27,20 @@ SHAPES = [
     (2, 4, 2, 3, 700, 40, 24),  # few queries: keys pass by in place
     (1, 8, 1, 1, 300, 24, 48),
 ]
-MASKS = ("none", "padding", "bool", "float", "shared float", "full float", "bias", "empty rows")
+MASKS = (
+    "none", "padding", "bool", "float", "shared float", "full float", "head and key bias",
+    "empty rows",
+)  # fmt: skip
 # Windows narrower and wider than a block of 96 queries, of 192 or 256 keys.
-OPTIONS = {
-    "window": {"window_size": (100, 30)},
-    "narrow window": {"window_size": (3, 0)},
-    "left window, causal": {"window_size": (200, -1), "is_causal": True},
-    "right window": {"window_size": (-1, 7)},
-    "softcap": {"softcap": 0.9},
-    "alibi": {"alibi_slopes": True},
-    "everything": {
-        "is_causal": True,
-        "window_size": (150, 2),
-        "softcap": 1.1,
-        "alibi_slopes": True,
-        "dropout_p": 0.4,
-    },
-}
-
-
-def make_mask(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    batch, heads, seq_q, seq_k = shape
-    if kind == "padding":
-        lengths = torch.linspace(max(1, seq_k // 3), seq_k, batch).long()
-        return torch.arange(seq_k)[None, None, None] < lengths[:, None, None, None]
-    if kind == "bool":
-        return torch.rand(shape) > 0.4
-    if kind == "float":
-        return torch.randn(batch, 1, seq_q, seq_k, dtype=dtype)
-    if kind == "shared float":  # by the batch: its gradient is summed over the batch
-        return torch.randn(1, heads, seq_q, seq_k, dtype=dtype)
-    if kind == "full float":
-        return torch.randn(shape, dtype=dtype)
-    if kind == "bias":
-        return torch.randn(1, heads, 1, seq_k, dtype=dtype)
-    if kind == "empty rows":
-        mask = torch.randn(1, 1, seq_q, seq_k, dtype=dtype)
-        mask[:, :, ::3] = -math.inf
-        return mask
-    return None
-
-
-def unit(dtype: torch.dtype) -> float:
-    """Half an ulp at 1."""
-    return torch.finfo(dtype).eps / 2
+CHOSEN = (
+    "wide window", "left window", "wide left window, causal", "right window", "softcap", "alibi",
+    "everything, wide window",
+)  # fmt: skip
 
 
 def takes_p_rounded(dtype: torch.dtype) -> bool:
     """Whether the products of the kernel set in use take P in bf16."""
     return dtype == torch.bfloat16 and _extension.cpu_isa() in ("avx512bf16", "emulated")
-
-
-def check(name: str, actual: Tensor, expected: Tensor, bound: Tensor | float) -> None:
-    """|actual - expected| <= bound everywhere; NaN fails, infinities must coincide."""
-    assert actual.shape == expected.shape, name
-    same = actual.double() == expected
-    error = torch.where(same, 0.0, (actual.double() - expected).abs())
-    bad = ~(error <= bound)
-    worst = error.nan_to_num(math.inf).max() if error.numel() else 0.0
-    assert not bad.any(), f"{name}: {int(bad.sum())} elements off, worst {worst}"
 
 
 def run_and_check(dtype, shape, mask_kind, options) -> None:
@@ -106,13 +61,15 @@ def run_and_check(dtype, shape, mask_kind, options) -> None:
     out, lse, *_ = call.forward()
     expected_out, expected_lse = reference.attention_forward(*wide, **options)
     # Rounding of the result, and of fp32 sums of S terms of the size of V.
-    u, accumulator = unit(dtype), unit(torch.float64 if dtype == torch.float64 else torch.float32)
+    wider = torch.float64 if dtype == torch.float64 else torch.float32
+    u, accumulator = unit_roundoff(dtype), unit_roundoff(wider)
     size = wide[2].abs().max() / (1 - p)
     bound = 2 * u * expected_out.abs() + 32 * accumulator * size
     if takes_p_rounded(dtype):  # each element: u * P |V|
         bound += u * reference.attention_forward(*wide[:2], wide[2].abs(), wide[3], **options)[0]
-    check("out", out, expected_out, bound)
-    check("lse", lse, expected_lse, 64 * accumulator * (1 + expected_lse.nan_to_num(0, 0, 0).abs()))
+    assert_close("out", out, expected_out, bound)
+    size = 1 + expected_lse.nan_to_num(0, 0, 0).abs()
+    assert_close("lse", lse, expected_lse, 64 * accumulator * size)
 
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
     grads = call.backward(grad_out, grad_lse)
@@ -131,8 +88,9 @@ def run_and_check(dtype, shape, mask_kind, options) -> None:
             continue
         # delta is summed from the rounded output: its error u * |dO . O| enters every dS of the
         # row.
-        scale = wanted.abs().max() + 1
-        check(name, actual, wanted, 2 * u * wanted.abs() + (8 * u + 256 * accumulator) * scale)
+        size = wanted.abs().max() + 1
+        bound = 2 * u * wanted.abs() + (8 * u + 256 * accumulator) * size
+        assert_close(name, actual, wanted, bound)
 
 
 @pytest.mark.parametrize("mask_kind", MASKS)
@@ -144,19 +102,19 @@ def test_forward_and_backward(dtype, shape, causal, mask_kind):
 
 
 @pytest.mark.parametrize("mask_kind", ["none", "padding", "shared float", "empty rows"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", CHOSEN)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_options(shape, options, mask_kind):
-    run_and_check(torch.float32, shape, mask_kind, options)
+    run_and_check(torch.float32, shape, mask_kind, OPTIONS[options])
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", CHOSEN)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_options_in_every_dtype(dtype, options):
-    run_and_check(dtype, (2, 4, 2, 210, 300, 40, 24), "bool", options)
+    run_and_check(dtype, (2, 4, 2, 210, 300, 40, 24), "bool", OPTIONS[options])
 
 
-@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("options", ["plain", "everything, wide window"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_packed_sequences(threads, options):
     """Of lengths that are 0, shorter and longer than a block, in q and in k."""
@@ -169,7 +127,7 @@ def test_packed_sequences(threads, options):
     k = torch.randn(sum(lengths_k), 2, 24)
     v = torch.randn(sum(lengths_k), 2, 40)
     per_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
-    chosen = dict(OPTIONS.get(options, {}))
+    chosen = dict(OPTIONS[options])
     slopes = torch.rand(6, 4) / 4 if chosen.pop("alibi_slopes", False) else None
     options = chosen | {"scale": 0.2, "alibi_slopes": slopes}
     options["seed"] = torch.tensor([99]) if "dropout_p" in chosen else None
@@ -190,8 +148,8 @@ def test_packed_sequences(threads, options):
         # Dropout counts batch elements: the oracle's sequence b of six.
         wide = [x.double().expand(6, *x.shape[1:]) for x in ours]
         expected, expected_lse = reference.attention_forward(*wide, None, **options)
-        check("out", out[0, :, rows], expected[b], 1e-5)
-        check("lse", lse[0, :, rows], expected_lse[b], 1e-5)
+        assert_close("out", out[0, :, rows], expected[b], 1e-5)
+        assert_close("lse", lse[0, :, rows], expected_lse[b], 1e-5)
         wanted = reference.attention_backward(
             grad_out[:, :, rows].double().expand_as(expected),
             grad_lse[:, :, rows].double().expand_as(expected_lse),
@@ -200,7 +158,8 @@ def test_packed_sequences(threads, options):
         for name, g, w, part in zip(
             ("dq", "dk", "dv"), grads, wanted, (rows, keys, keys), strict=False
         ):
-            check(name, g[0, :, part], w[b], 1e-4 * (1 + w[b].abs().max() if w[b].numel() else 1))
+            size = 1 + w[b].abs().max() if w[b].numel() else 1.0
+            assert_close(name, g[0, :, part], w[b], 1e-4 * size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -212,15 +171,15 @@ def test_dropout_is_the_philox_mask_of_the_oracle(dtype):
     out, *_ = call.forward()
     wide = [x.double() for x in (q, k, v)]
     expected, expected_lse = reference.attention_forward(*wide, None, **options)
-    tolerance = 8 * unit(dtype) + 64 * unit(torch.float32)
-    check("out", out, expected, tolerance * (1 + expected.abs()))
+    tolerance = 8 * unit_roundoff(dtype) + 64 * unit_roundoff(torch.float32)
+    assert_close("out", out, expected, tolerance * (1 + expected.abs()))
     grad = torch.randn_like(out)
     grads = call.backward(grad)
     wanted = reference.attention_backward(
         grad.double(), None, *wide, None, expected, expected_lse, **options
     )
     for name, a, b in zip(("dq", "dk", "dv"), grads, wanted, strict=False):
-        check(name, a, b, 4 * tolerance * (1 + b.abs().max()))
+        assert_close(name, a, b, 4 * tolerance * (1 + b.abs().max()))
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -263,7 +222,10 @@ def test_a_mask_of_the_lowest_number_weighs_all_keys_alike(dtype):
     torch.testing.assert_close(out[..., 7, :], v.mean(-2))
     assert lse[0, 0, 7] == torch.tensor(torch.finfo(dtype).min, dtype=lse.dtype)
     expected = reference.attention_forward(q, k, v, mask, scale=0.25)[0]
-    rounded = {"atol": unit(dtype) * v.abs().max().item(), "rtol": 0.016}  # 0.016: the default
+    rounded = {
+        "atol": unit_roundoff(dtype) * v.abs().max().item(),
+        "rtol": 0.016,
+    }  # 0.016: the default
     torch.testing.assert_close(out, expected, **(rounded if takes_p_rounded(dtype) else {}))
 
 
@@ -307,11 +269,12 @@ def test_sizes_of_zero(shape):
 def test_few_queries_split_their_keys_over_the_threads(threads, mask_kind):
     q = torch.randn(2, 4, 2, 40)
     k, v = torch.randn(2, 2, 3000, 40), torch.randn(2, 2, 3000, 24)
-    mask = make_mask(mask_kind, (2, 4, 2, 3000), torch.float32)
-    if mask_kind == "padding":
-        mask[0, ..., 5:] = False  # whole ranges have nothing
     if mask_kind == "nothing":
         mask = torch.zeros(1, 1, 1, 3000, dtype=torch.bool)
+    else:
+        mask = make_mask(mask_kind, (2, 4, 2, 3000), torch.float32)
+    if mask_kind == "padding":
+        mask[0, ..., 5:] = False  # whole ranges have nothing
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -321,8 +284,8 @@ def test_few_queries_split_their_keys_over_the_threads(threads, mask_kind):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     wide = [x.double() if x is not None and x.dtype != torch.bool else x for x in (q, k, v, mask)]
     expected, expected_lse = reference.attention_forward(*wide, scale=0.2)
-    check("out", runs[0][0], expected, 1e-6)
-    check("lse", runs[0][1], expected_lse, 1e-5)
+    assert_close("out", runs[0][0], expected, 1e-6)
+    assert_close("lse", runs[0][1], expected_lse, 1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

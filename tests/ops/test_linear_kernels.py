@@ -10,13 +10,15 @@ import torch
 
 import fastattn
 from fastattn import ops, reference
+from fastattn.testing import assert_close, unit_roundoff
+from fastattn.verification.shapes import LINEAR
 
 pytestmark = pytest.mark.native
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # rows, in_features, out_features
 SHAPES = [
-    (64, 784, 128),
+    LINEAR["digits, 64 rows"][1:],
     (1, 5, 3),
     (100, 600, 77),
     (200, 64, 300),
@@ -45,12 +47,12 @@ def test_linear_relu(dtype, shape, bias):
     b = torch.randn(n, dtype=dtype) if bias else None
     out, mask = ops.linear_relu_forward(x, w, b)
     wide = [t.double() if t is not None else None for t in (x, w, b)]
-    u = torch.finfo(dtype).eps / 2
-    accumulator = u if dtype == torch.float64 else torch.finfo(torch.float32).eps / 2
+    u = unit_roundoff(dtype)
+    accumulator = u if dtype == torch.float64 else unit_roundoff(torch.float32)
     expected = reference.linear_relu(*wide)
     # K products summed in the accumulator's type, then one rounding.
     summed = wide[0].abs() @ wide[1].abs().T + 1
-    assert ((out - expected).abs() <= u * expected.abs() + accumulator * (k + 2) * summed).all()
+    assert_close("out", out, expected, u * expected.abs() + accumulator * (k + 2) * summed)
 
     passes = ~(out <= 0)
     bits = (mask[:, torch.arange(n) // 8] >> (torch.arange(n) % 8)) & 1
@@ -61,10 +63,8 @@ def test_linear_relu(dtype, shape, bias):
     least = torch.finfo(dtype).smallest_normal * u  # the rounding of a number below the normal ones
     g = torch.where(passes, grad.double(), 0.0).abs()
     sums = (g @ wide[1].abs(), g.T @ wide[0].abs(), g.sum(0))
-    for a, b_, s in zip(actual, wanted, sums, strict=True):
-        assert a.shape == b_.shape
-        bound = u * b_.abs() + accumulator * (max(m, n) + 2) * s + least
-        assert ((a - b_).abs() <= bound).all()
+    for name, a, b_, s in zip(("dx", "dw", "db"), actual, wanted, sums, strict=True):
+        assert_close(name, a, b_, u * b_.abs() + accumulator * (max(m, n) + 2) * s + least)
     unneeded = ops.linear_relu_backward(grad, x, w, mask, [False, False, True])
     assert [t.numel() for t in unneeded[:2]] == [0, 0]
     assert torch.equal(unneeded[2], actual[2])

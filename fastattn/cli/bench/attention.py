@@ -15,64 +15,67 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastattn.cli.bench.case import OURS, Case, Run, both_directions
 from fastattn.functional import scaled_dot_product_attention
+from fastattn.verification.shapes import ATTENTION, AttentionShape
 
 
 @dataclass(frozen=True)
 class Attention:
-    """A layer's attention; ``kind`` is full, causal, padding (half of half the rows), bias
-    (learned), dropout (0.1) or window (256 to the left, causal)."""
+    """A layer's attention. ``kind`` is full, causal, padding (half of half the rows), bias
+    (learned), dropout (0.1) or window (the shape's, causal)."""
 
-    model: str
-    batch: int
-    heads: int
-    seq: int
-    dim: int
+    shape: AttentionShape
     kind: str = "full"
-    heads_k: int = 0
-    seq_k: int = 0
     dtype: torch.dtype = torch.float32
 
     @property
-    def keys(self) -> int:
-        return self.seq_k or self.seq
-
-    @property
     def name(self) -> str:
-        heads = f"{self.heads}/{self.heads_k}" if self.heads_k else str(self.heads)
-        length = f"{self.seq}/{self.seq_k}" if self.seq_k else str(self.seq)
-        return f"{self.model} {self.batch}x{heads}x{length}x{self.dim} {self.kind}"
+        s = self.shape
+        heads = str(s.heads_q) if s.heads_k == s.heads_q else f"{s.heads_q}/{s.heads_k}"
+        length = str(s.seq_q) if s.seq_k == s.seq_q else f"{s.seq_q}/{s.seq_k}"
+        return f"{s.model} {s.batch}x{heads}x{length}x{s.head_dim} {self.kind}"
 
     @property
     def flops(self) -> float:
-        scores = float(self.seq * self.keys)
+        s = self.shape
+        scores = float(s.seq_q * s.seq_k)
         if self.kind == "causal":
             scores /= 2
         elif self.kind == "window":
-            scores = float(sum(min(i + 1, 257) for i in range(self.seq)))
-        return 4.0 * self.batch * self.heads * scores * self.dim
+            scores = float(sum(min(i + 1, self.left + 1) for i in range(s.seq_q)))
+        return 4.0 * s.batch * s.heads_q * scores * s.head_dim
+
+    @property
+    def left(self) -> int:
+        """How many earlier keys a query sees under the window."""
+        return self.shape.window_size[0] if self.shape.window_size else -1
 
     def inputs(self) -> list[Tensor]:
-        heads_k = self.heads_k or self.heads
+        s = self.shape
         return [
-            torch.randn(self.batch, heads, rows, self.dim, dtype=self.dtype)
-            for heads, rows in ((self.heads, self.seq), (heads_k, self.keys), (heads_k, self.keys))
+            torch.randn(s.batch, *size, dtype=self.dtype)
+            for size in (
+                (s.heads_q, s.seq_q, s.head_dim),
+                (s.heads_k, s.seq_k, s.head_dim),
+                (s.heads_k, s.seq_k, s.head_dim_v),
+            )
         ]
 
     def functions(self, peers: str) -> dict[str, Callable[..., Tensor]]:
-        options: dict[str, object] = {"enable_gqa": bool(self.heads_k)}
+        s = self.shape
+        options: dict[str, object] = {"enable_gqa": s.heads_k != s.heads_q}
         ours = dict(options)
         if self.kind == "causal":
             options["is_causal"] = ours["is_causal"] = True
         elif self.kind == "dropout":
             options["dropout_p"] = ours["dropout_p"] = 0.1
         elif self.kind == "padding":
-            lengths = torch.tensor([self.keys, self.keys // 2]).repeat(self.batch)[: self.batch]
-            mask = torch.arange(self.keys) < lengths[:, None]
+            lengths = torch.tensor([s.seq_k, s.seq_k // 2]).repeat(s.batch)[: s.batch]
+            mask = torch.arange(s.seq_k) < lengths[:, None]
             options["attn_mask"] = ours["attn_mask"] = mask[:, None, None]
         elif self.kind == "window":
-            ours |= {"is_causal": True, "window_size": (256, -1)}
-            i = torch.arange(self.seq)
-            options["attn_mask"] = (i[:, None] >= i) & (i[:, None] - i <= 256)
+            ours |= {"is_causal": True, "window_size": s.window_size}
+            i = torch.arange(s.seq_q)
+            options["attn_mask"] = (i[:, None] >= i) & (i[:, None] - i <= self.left)
 
         def call(function: Callable, options: dict) -> Callable[..., Tensor]:
             if self.kind == "bias":
@@ -95,24 +98,24 @@ class Attention:
         return found
 
     def cases(self, peers: str) -> Iterator[Case]:
-        size = torch.finfo(self.dtype).bits // 8
-        tokens = self.heads * self.seq + (self.heads_k or self.heads) * self.keys
-        moved = 2.0 * self.batch * tokens * self.dim * size
+        s, size = self.shape, torch.finfo(self.dtype).bits // 8
+        tokens = s.heads_q * s.seq_q + s.heads_k * s.seq_k
+        moved = 2.0 * s.batch * tokens * s.head_dim * size
         random = self.kind == "dropout"
 
         def build(direction: str) -> dict[str, Run]:
             inputs = self.inputs()
             if self.kind == "bias":
-                inputs.append(torch.randn(1, self.heads, self.seq, self.keys, dtype=self.dtype))
+                inputs.append(torch.randn(1, s.heads_q, s.seq_q, s.seq_k, dtype=self.dtype))
             return both_directions(self.functions(peers), inputs, direction)
 
         for direction, factor in (("forward", 1.0), ("backward", 2.5)):
-            if direction == "backward" and self.seq == 1:
+            if direction == "backward" and s.seq_q == 1:
                 continue
             yield Case(
                 "attention", self.name, self.dtype, direction, factor * self.flops,
                 moved * (1 + (direction == "backward")), functools.partial(build, direction),
-                seq=self.seq, random=random,
+                seq=s.seq_q, random=random,
             )  # fmt: skip
 
 
@@ -125,22 +128,24 @@ def attention_cases(peers: str, grid: bool) -> Iterator[Case]:
             ("full", "causal"),
         ):
             batch, heads = (4, 12) if seq <= 512 else (1, 8) if seq == 2048 else (1, 2)
-            yield from Attention("grid", batch, heads, seq, dim, kind, dtype=dtype).cases(peers)
+            shape = AttentionShape("grid", batch, heads, heads, seq, seq, dim, dim)
+            yield from Attention(shape, kind, dtype).cases(peers)
         return
+    bert = ATTENTION["BERT-base, 512 tokens"]
     for case in (
-        Attention("BERT-base", 8, 12, 128, 64),
-        Attention("BERT-base", 4, 12, 512, 64),
-        Attention("BERT-base", 4, 12, 512, 64, "dropout"),
-        Attention("BERT-base", 4, 12, 512, 64, "padding"),
-        Attention("BERT-base", 4, 12, 512, 64, dtype=torch.bfloat16),
-        Attention("BERT-base", 1, 12, 512, 64, dtype=torch.float16),
-        Attention("MiniLM", 8, 12, 128, 32),
-        Attention("GPT-2", 1, 12, 1024, 64, "causal"),
-        Attention("Llama-like", 1, 32, 512, 128, "causal", heads_k=8),
-        Attention("Llama-like decode", 1, 32, 1, 128, "full", heads_k=8, seq_k=4096),
-        Attention("Mistral-like", 1, 8, 2048, 64, "window"),
-        Attention("ViT-B/16", 8, 12, 197, 64),
-        Attention("T5", 4, 8, 512, 64, "bias"),
-        Attention("one long head", 1, 1, 4096, 64, "causal"),
+        Attention(ATTENTION["BERT-base"]),
+        Attention(bert),
+        Attention(bert, "dropout"),
+        Attention(bert, "padding"),
+        Attention(bert, dtype=torch.bfloat16),
+        Attention(bert._replace(batch=1), dtype=torch.float16),
+        Attention(ATTENTION["MiniLM"]),
+        Attention(ATTENTION["GPT-2"], "causal"),
+        Attention(ATTENTION["Llama-like"], "causal"),
+        Attention(ATTENTION["Llama-like decode"]),
+        Attention(ATTENTION["Mistral-like"], "window"),
+        Attention(ATTENTION["ViT-B/16"]),
+        Attention(ATTENTION["T5"], "bias"),
+        Attention(ATTENTION["one long head"], "causal"),
     ):
         yield from case.cases(peers)

@@ -12,18 +12,11 @@ from torch import Tensor, nn
 
 from fastattn.cli.bench.case import OURS, Case, Run, both_directions, training_steps
 from fastattn.functional import linear_relu, mlp
+from fastattn.verification.shapes import DIGITS, LINEAR
 
 
 def linear_cases(peers: str) -> Iterator[Case]:
-    shapes = (
-        ("digits", 64, 784, 128),
-        ("digits", 1024, 784, 128),
-        ("BERT-base", 128, 768, 3072),
-        ("BERT-base", 1024, 768, 3072),
-        ("MiniLM", 1024, 384, 1536),
-        ("one row", 1, 768, 3072),
-    )
-    for model, rows, n_in, n_out in shapes:
+    for model, rows, n_in, n_out in LINEAR.values():
 
         def build(direction: str, rows=rows, n_in=n_in, n_out=n_out) -> dict[str, Run]:
             weight, bias = torch.randn(n_out, n_in) / n_in**0.5, torch.randn(n_out)
@@ -49,16 +42,16 @@ def linear_cases(peers: str) -> Iterator[Case]:
 
 
 def mlp_cases(peers: str) -> Iterator[Case]:
+    widths = DIGITS
     for rows in (64, 1024):
-        widths = (784, 128, 10)
         flops = sum(2.0 * rows * a * b for a, b in itertools.pairwise(widths))
         moved = 4.0 * (rows * sum(widths) + sum(a * b for a, b in itertools.pairwise(widths)))
-        name = f"784-128-10, batch {rows}"
+        name = f"{'-'.join(map(str, widths))}, batch {rows}"
 
         def functions(rows=rows) -> dict[str, Run]:
-            linears = nn.Linear(784, 128), nn.Linear(128, 10)
+            linears = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
             w, b = [m.weight.data for m in linears], [m.bias.data for m in linears]
-            x = torch.randn(rows, 784)
+            x = torch.randn(rows, widths[0])
 
             @torch.no_grad()
             def ours() -> Sequence[Tensor]:
@@ -71,8 +64,9 @@ def mlp_cases(peers: str) -> Iterator[Case]:
             return {OURS: ours, "eager": eager}
 
         def step(rows=rows) -> dict[str, Run]:
-            net = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
-            x, target = torch.randn(rows, 784), torch.randint(0, 10, (rows,))
+            first, last = (nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+            net = nn.Sequential(first, nn.ReLU(), last)
+            x, target = torch.randn(rows, widths[0]), torch.randint(0, widths[-1], (rows,))
 
             def loss(net: nn.Module) -> Tensor:
                 return F.cross_entropy(net(x), target)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastattn.cli.bench.case import OURS, Case, Run, both_directions, training_steps
 from fastattn.integrations.torch_nn import patch
+from fastattn.verification.shapes import ATTENTION, LINEAR
 
 
 def model_cases(peers: str) -> Iterator[Case]:
@@ -22,7 +23,8 @@ def model_cases(peers: str) -> Iterator[Case]:
 
 
 def encoder_cases(peers: str) -> Iterator[Case]:
-    batch, seq, dim, heads, hidden = 8, 128, 768, 12, 3072
+    shape, (_, _, dim, hidden) = ATTENTION["BERT-base"], LINEAR["BERT-base"]
+    batch, seq, heads = shape.batch, shape.seq_q, shape.heads_q
     flops = 2.0 * batch * seq * (4 * dim * dim + 2 * dim * hidden) + 4.0 * batch * seq * seq * dim
     moved = 4.0 * (4 * dim * dim + 2 * dim * hidden + 10 * batch * seq * dim)
     for dropout, training in ((0.1, True), (0.1, False)):
@@ -50,7 +52,8 @@ def bert_cases() -> Iterator[Case]:
     """A whole BERT of MiniLM's size, half of its rows half padded, beside Hugging Face's sdpa."""
     if importlib.util.find_spec("transformers") is None:
         return
-    batch, seq, dim, hidden, layers, heads = 8, 512, 384, 1536, 6, 12
+    shape, (_, _, dim, hidden) = ATTENTION["MiniLM"], LINEAR["MiniLM"]
+    batch, seq, layers, heads = shape.batch, 512, 6, shape.heads_q
 
     def build() -> dict[str, Run]:
         from transformers import BertConfig, BertModel

@@ -19,25 +19,28 @@ from fastattn import ops
 from fastattn.cli.bench.attention import Attention
 from fastattn.cli.bench.case import OURS, Case, Run
 from fastattn.functional import scaled_dot_product_attention
+from fastattn.verification.shapes import ATTENTION, AttentionShape
 
 
 def second_order_cases() -> Iterator[Case]:
+    heads_of_64 = AttentionShape("heads of 64", 1, 4, 4, 2048, 2048, 64, 64)
     for layer in (
-        Attention("BERT-base", 1, 12, 512, 64),
-        Attention("GPT-2", 1, 12, 512, 64, "causal"),
-        Attention("heads of 64", 1, 4, 2048, 64),
-        Attention("heads of 64", 1, 4, 2048, 64, "causal"),
-        Attention("one head", 1, 1, 4096, 64),
+        Attention(ATTENTION["BERT-base, 512 tokens"]._replace(batch=1)),
+        Attention(ATTENTION["GPT-2"]._replace(seq_q=512, seq_k=512), "causal"),
+        Attention(heads_of_64),
+        Attention(heads_of_64, "causal"),
+        Attention(AttentionShape("one head", 1, 1, 1, 4096, 4096, 64, 64)),
     ):
         yield from _beside_torch(layer)
         yield from _beside_first_order(layer)
 
 
 def _case(layer: Attention, note: str, direction: str, factor: float, build, **options) -> Case:
-    moved = 16.0 * layer.batch * layer.heads * layer.seq * layer.dim * factor
+    shape = layer.shape
+    moved = 16.0 * shape.batch * shape.heads_q * shape.seq_q * shape.head_dim * factor
     return Case(
         "second_order", f"{layer.name}{note}", layer.dtype, direction, factor * layer.flops, moved,
-        build, seq=layer.seq, **options,
+        build, seq=shape.seq_q, **options,
     )  # fmt: skip
 
 
@@ -84,7 +87,7 @@ def _beside_torch(layer: Attention) -> Iterator[Case]:
 def _beside_first_order(layer: Attention) -> Iterator[Case]:
     """The kernels alone: the tangent beside the forward, the second derivative beside the
     backward. Here the peer is faster."""
-    causal, scale = layer.kind == "causal", layer.dim**-0.5
+    causal, scale = layer.kind == "causal", layer.shape.head_dim**-0.5
 
     def build(direction: str) -> dict[str, Run]:
         inputs, tangents = ops.Inputs(*layer.inputs()), ops.Tangents(*layer.inputs())

@@ -6,10 +6,10 @@ from __future__ import annotations
 import math
 
 import torch
-from test_triton_attention import make_mask
 from torch import Tensor
 
 from fastattn import ops, reference
+from fastattn.testing import make_mask
 
 NAMES = ("query", "key", "value", "mask")
 ALL = (True, True, True, True)

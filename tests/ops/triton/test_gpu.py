@@ -11,6 +11,7 @@ import fastattn
 from fastattn import reference
 from fastattn.ops.triton import config
 from fastattn.testing import assert_accurate
+from fastattn.verification.shapes import LINEAR
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 first_on_gpu = pytest.mark.first_on_gpu  # compile_only.py compiles the kernels of these ahead
@@ -108,7 +109,9 @@ def test_the_second_order_in_a_cuda_graph():
     assert torch.equal(captured, tangent())
 
 
-@pytest.mark.parametrize("shape", [(64, 784, 128), (1024, 768, 3072), (300, 1000, 77)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [LINEAR["digits, 64 rows"][1:], LINEAR["BERT-base"][1:], (300, 1000, 77)], ids=str
+)
 @pytest.mark.parametrize(
     "dtype", [pytest.param(torch.bfloat16, marks=first_on_gpu), *DTYPES[1:]], ids=str
 )
