@@ -42,7 +42,7 @@ class Strides(NamedTuple):
     dk: tuple | None = None
     dv: tuple | None = None
     rows: tuple | None = None  # of batch and head of what there is one of for each row
-    none: None = None
+    none: Any = None
 
 
 class Mask(NamedTuple):
@@ -56,7 +56,7 @@ class Mask(NamedTuple):
     list_strides: tuple | None = None  # of batch, head, block: in counts, in pairs
     t: Tensor | None = None  # the mask's tangent
     t_strides: tuple | None = None
-    none: None = None
+    none: Any = None
 
 
 class Place(NamedTuple):
