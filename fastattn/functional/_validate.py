@@ -1,4 +1,4 @@
-"""Is this input legal? The Python mirror of csrc/common/validate.h, run before any kernel.
+"""Is this input legal? The Python mirror of csrc/common/validate_*.h, run before any kernel.
 
 ValueError for sizes, devices and numbers, TypeError for kinds of objects and dtypes; each names
 the argument, what was expected and what was got.
