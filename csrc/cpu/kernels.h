@@ -9,7 +9,7 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 
 void attention_forward(const AttentionProblem& p, const Parallel& parallel);
-// The forward without its way for few queries, for derivatives that compute its results once more.
+// The blocked passes, however few the queries are: derivatives compute their results once more.
 void attention_forward_in_blocks(const AttentionProblem& p, const Parallel& parallel);
 void attention_backward(const AttentionBackwardProblem& b, const Parallel& parallel);
 void attention_double_backward(const AttentionDoubleBackwardProblem& s, const Parallel& parallel);

@@ -1,3 +1,4 @@
+// Attention backward, in all dtypes.
 #include "cpu/attention_backward.h"
 
 #include "cpu/kernels.h"

@@ -1,3 +1,4 @@
+// Attention's forward mode and second derivative, in all dtypes.
 #include "cpu/attention_double_backward.h"
 
 #include "cpu/kernels.h"

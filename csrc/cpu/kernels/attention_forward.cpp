@@ -1,3 +1,4 @@
+// Attention forward, in all dtypes.
 #include "cpu/attention_forward.h"
 
 #include "cpu/kernels.h"

@@ -1,3 +1,4 @@
+// The tangent of linear layers, in all dtypes.
 #include "cpu/linear_jvp.h"
 
 #include "cpu/kernels.h"

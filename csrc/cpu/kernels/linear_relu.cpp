@@ -1,3 +1,4 @@
+// Linear layers and their gradients, in all dtypes.
 #include "cpu/linear_relu.h"
 
 #include "cpu/kernels.h"
