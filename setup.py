@@ -6,14 +6,15 @@ Products, in the package directory:
   _C.<suffix>       pybind11 module: build facts, CPU features
   _build_info.json  what was built, or why not and what to do
 
-FASTATTN_SKIP_NATIVE=1 leaves the native library out, FASTATTN_REQUIRE_NATIVE=1 makes its failure
-an error, FASTATTN_BUILD_EMULATED=1 adds the kernels that only tests run, FASTATTN_ONLY_THIS_CPU=1
-builds the kernels that run on this processor and no others. The CUDA library is built
-where nvcc is (in CUDA_HOME, on the PATH or in /usr/local/cuda), unless FASTATTN_SKIP_CUDA_BUILD=1;
-FASTATTN_CUDA_ARCHS=90a is all there is so far. CXX names the compiler, MAX_JOBS bounds the
-parallel compilations. A build that fails keeps the libraries of an earlier build in place.
+FASTATTN_SKIP_NATIVE=1 leaves the native library out, FASTATTN_REQUIRE_NATIVE=1 makes its failure an
+error, FASTATTN_BUILD_EMULATED=1 adds the kernels that only tests run, FASTATTN_ONLY_THIS_CPU=1
+builds only the kernels that this processor runs. The CUDA library is built where nvcc is (in
+CUDA_HOME, on the PATH or in /usr/local/cuda), unless FASTATTN_SKIP_CUDA_BUILD=1. CXX names the
+compiler, MAX_JOBS bounds the parallel compilations; FASTATTN_CUDA_ARCHS can only be 90a so far.
+A build that fails keeps the libraries of an earlier build in place.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -40,17 +41,18 @@ COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra
 # NaN and infinity must hold, so not -ffast-math.
 KERNEL = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 KERNEL += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
-# csrc/cpu/isa_<name>.cpp -> its flags; generic is the baseline of the compiler's target.
+# Kernel set -> flags of csrc/cpu/kernels/*.cpp; generic is the baseline of the compiler's target.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 ISA_FLAGS = {
-    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    # For bfloat16 alone: the other dtypes' kernels are avx512's.
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-DFASTATTN_ONLY_BF16"],
     "avx512": AVX512,
     "avx2": AVX2,
     "generic": [],
 }
 # avx512bf16's tiles without its instructions, for tests.
-EMULATED_FLAGS = {"emulated": [*AVX2, "-O2"]}
+EMULATED_FLAGS = {"emulated": [*AVX2, "-O2", "-DFASTATTN_EMULATED"]}
 CUDA_ARCHS = ("90a",)
 # Builds of the CUDA library beside the one that is installed (`make gpu-bundle`): waits that name
 # themselves when they hang, and the tiles that only benchmarks/gpu/tune.py times.
@@ -120,9 +122,8 @@ def of_this_cpu(cxx: str, isas: list[str]) -> list[str]:
     here = [
         isa
         for isa, flags in ISA_FLAGS.items()
-        if {f"__{f.removeprefix('-m').upper()}__" for f in flags} <= defined
+        if {f"__{f.removeprefix('-m').upper()}__" for f in flags if f.startswith("-m")} <= defined
     ]
-    # bfloat16 alone has avx512bf16's kernels, the other dtypes avx512's.
     best = here[:2] if here[0] == "avx512bf16" else here[:1]
     return [isa for isa in isas if isa in (*best, "generic")]
 
@@ -152,8 +153,8 @@ def usable_isas(cxx: str) -> list[str]:
     ]
 
 
-def torch_paths() -> tuple[list[str], str]:
-    """Torch's header directories and its library directory."""
+def torch_paths() -> tuple[list[str], list[str], str]:
+    """Torch's header directories, the flags to compile with them, and its library directory."""
     try:
         from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
     except (ImportError, OSError) as error:
@@ -161,7 +162,8 @@ def torch_paths() -> tuple[list[str], str]:
             f"torch is not importable in the build environment ({error})",
             "install torch>=2.11, then reinstall with --no-build-isolation",
         ) from error
-    return include_paths(), TORCH_LIB_PATH
+    includes = include_paths()
+    return includes, [TORCH_TARGET, *(f"-isystem{path}" for path in includes)], TORCH_LIB_PATH
 
 
 def ninja_program() -> str:
@@ -190,104 +192,83 @@ def without_paths(*includes: str) -> list[str]:
     return [f"-ffile-prefix-map={path}={name}" for path, name in places.items()]
 
 
-def ninja_path(path: Path | str) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+class Ninja:
+    """A build.ninja in the making."""
+
+    def __init__(self, link: str, **variables: str) -> None:
+        self.lines = [f"{name} = {value.replace('$', '$$')}" for name, value in variables.items()]
+        self.lines += ["rule link", f"  command = {link} -shared -o $out $in $flags"]
+        self.compiler("compile", "$cxx -MMD -MF $out.d $flags -c $in -o $out")
+
+    def compiler(self, rule: str, command: str) -> None:
+        """A rule whose command lists in $out.d the files that it has included."""
+        self.lines += [f"rule {rule}", f"  command = {command}"]
+        self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def compile(self, source: Path, flags: list[str], isa: str = "", rule: str = "compile") -> str:
+        parts = [*source.relative_to(CSRC).with_suffix("").parts, *filter(None, [isa])]
+        path = str(source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+        return self.build(f"{'_'.join(parts)}.o", rule, [path], flags)
+
+    def build(self, target: str, rule: str, inputs: list[str], flags: list[str]) -> str:
+        escaped = shlex.join(flags).replace("$", "$$")
+        self.lines += [f"build {target}: {rule} {' '.join(inputs)}", f"  flags = {escaped}"]
+        return target
+
+    def write(self, build_dir: Path) -> None:
+        build_dir.mkdir(parents=True, exist_ok=True)
+        (build_dir / "build.ninja").write_text("\n".join([*self.lines, ""]))
 
 
-def ninja_flags(flags: list[str]) -> str:
-    return shlex.join(flags).replace("$", "$$")
-
-
-def write_ninja(build_dir: Path, cxx: str, isas: list[str], module: bool = True) -> None:
-    torch_includes, torch_lib = torch_paths()
-    torch_flags = [TORCH_TARGET, *(f"-isystem{path}" for path in torch_includes)]
-    lines = [
-        f"cxx = {cxx.replace('$', '$$')}",
-        "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        "  command = $cxx -shared -o $out $in $flags",
-    ]
-    objects, hidden = [], without_paths(*torch_includes, *(python_includes() if module else []))
-    for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]):
-        name = source.stem
-        if name.startswith("isa_"):
-            isa = name.removeprefix("isa_")
-            if isa not in isas:
-                continue
-            flags = [*KERNEL, *isa_flags()[isa]]
-        elif name.startswith("register_"):
-            flags = torch_flags
-        elif name == "module":
-            if not module:
-                continue
-            flags = [f"-isystem{path}" for path in python_includes()]
+def write_ninja(build_dir: Path, cxx: str, isas: list[str], module: bool = True) -> list[str]:
+    """Writes build.ninja; returns the objects without torch: the kernels and their dispatch."""
+    torch_includes, torch_flags, torch_lib = torch_paths()
+    python = python_includes() if module else []
+    common = [*COMMON, *without_paths(*torch_includes, *python), f"-I{CSRC}"]
+    ninja = Ninja("$cxx", cxx=cxx)
+    without_torch, with_torch = [], []
+    for source, isa in itertools.product(sorted(CSRC.glob("cpu/kernels/*.cpp")), isas):
+        flags = [*KERNEL, *isa_flags()[isa], f"-DFASTATTN_ISA={isa}"]
+        without_torch.append(ninja.compile(source, [*common, *flags], isa))
+    for source in sorted(CSRC.glob("cpu/*.cpp")):
+        if source.stem.startswith("register_"):
+            with_torch.append(ninja.compile(source, [*common, *torch_flags]))
         else:
             flags = [f"-DFASTATTN_HAVE_{isa.upper()}" for isa in isas]
-        target = "_".join(source.relative_to(CSRC).with_suffix(".o").parts)
-        objects.append(target)
-        lines += [
-            f"build {target}: compile {ninja_path(source)}",
-            f"  flags = {ninja_flags([*COMMON, *hidden, f'-I{CSRC}', *flags])}",
-        ]
+            without_torch.append(ninja.compile(source, [*common, *flags]))
     # Linux finds undefined symbols here and not in the user's first call. No path of the build
     # machine is kept: torch is loaded before the library.
     strict = ["-Wl,--no-undefined"] if sys.platform == "linux" else []
-    dynamic = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    lines += [
-        f"build _ops.so: link {' '.join(o for o in objects if o != 'module.o')}",
-        f"  flags = {ninja_flags([f'-L{torch_lib}', '-ltorch_cpu', *strict])}",
-    ]
+    link = [f"-L{torch_lib}", "-ltorch_cpu", *strict]
+    ninja.build("_ops.so", "link", [*without_torch, *with_torch], link)
     if module:
-        lines.append(f"build {MODULE}: link module.o cpu_cpu_features.o")
-        lines.append(f"  flags = {ninja_flags(dynamic)}")
-    build_dir.mkdir(parents=True, exist_ok=True)
-    (build_dir / "build.ninja").write_text("\n".join([*lines, ""]))
+        flags = [*common, *(f"-isystem{path}" for path in python)]
+        dynamic = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        objects = [ninja.compile(CSRC / "module.cpp", flags), "cpu_cpu_features.o"]
+        ninja.build(MODULE, "link", objects, dynamic)
+    ninja.write(build_dir)
+    return without_torch
 
 
 def write_cuda_ninja(build_dir: Path, cxx: str, nvcc: str, variant: str) -> None:
-    torch_includes, torch_lib = torch_paths()
+    torch_includes, torch_flags, torch_lib = torch_paths()
+    ninja = Ninja("$nvcc -cudart static", cxx=cxx, nvcc=shlex.quote(nvcc))
+    # The log of an object stays beside it, also when a later build has nothing to compile.
+    logged = "$nvcc -MMD -MF $out.d $flags -c $in -o $out > $out.log 2>&1"
+    ninja.compiler("compile_cuda", f"{logged} || {{ cat $out.log; false; }}")
     archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs()]
     host = [flag for flag in COMMON if not flag.startswith(("-std", "-O"))]
-    lines = [
-        f"cxx = {cxx.replace('$', '$$')}",
-        f"nvcc = {shlex.quote(nvcc).replace('$', '$$')}",
-        "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule compile_cuda",
-        # The log of an object stays beside it, also when a later build has nothing to compile.
-        "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out > $out.log 2>&1"
-        " || { cat $out.log; false; }",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        "  command = $nvcc -shared -cudart static -o $out $in $flags",
-    ]
-    objects = []
-    for source in sorted([*CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/launch/*.cu")]):
-        target = "_".join(source.relative_to(CSRC).with_suffix(".o").parts)
-        objects.append(target)
-        if source.suffix == ".cu":
-            flags = ["-std=c++20", "-O3", *archs, f"-I{CSRC}", f"-Xcompiler={','.join(host)}"]
-            flags += ["-ccbin", shlex.split(cxx)[0], *CUDA_VARIANTS[variant]]
-        else:
-            flags = [*COMMON, f"-I{CSRC}", TORCH_TARGET]
-            flags += [*without_paths(*torch_includes), *(f"-isystem{p}" for p in torch_includes)]
-        rule = "compile_cuda" if source.suffix == ".cu" else "compile"
-        lines += [
-            f"build {target}: {rule} {ninja_path(source)}",
-            f"  flags = {ninja_flags(flags)}",
-        ]
+    on_gpu = ["-std=c++20", "-O3", *archs, f"-I{CSRC}", f"-Xcompiler={','.join(host)}"]
+    on_gpu += ["-ccbin", shlex.split(cxx)[0], *CUDA_VARIANTS[variant]]
+    on_host = [*COMMON, f"-I{CSRC}", *torch_flags, *without_paths(*torch_includes)]
+    launches = sorted(CSRC.glob("cuda/launch/*.cu"))
+    objects = [ninja.compile(source, on_host) for source in sorted(CSRC.glob("cuda/*.cpp"))]
+    objects += [ninja.compile(source, on_gpu, rule="compile_cuda") for source in launches]
     # To the linker alone: nvcc writes its own options into the library.
     link = [f"-Xlinker=-L{torch_lib}", "-Xlinker=-ltorch_cpu", "-ccbin", shlex.split(cxx)[0]]
     link += ["-Xlinker=--no-undefined", "-Xlinker=--exclude-libs=ALL", "-ldl"]
-    lines += [f"build _cuda.so: link {' '.join(objects)}", f"  flags = {ninja_flags(link)}", ""]
-    build_dir.mkdir(parents=True, exist_ok=True)
-    (build_dir / "build.ninja").write_text("\n".join(lines))
+    ninja.build("_cuda.so", "link", objects, link)
+    ninja.write(build_dir)
 
 
 def run_ninja(build_dir: Path, what: str, hint: str) -> None:
@@ -311,11 +292,8 @@ def build_native(build_dir: Path, least: bool = False) -> list[str]:
     if os.environ.get("FASTATTN_ONLY_THIS_CPU") == "1":
         isas = of_this_cpu(cxx, isas)
     write_ninja(build_dir, cxx, isas, module=not least)
-    run_ninja(
-        build_dir,
-        "C++",
-        "a compiler with C++20 is needed (g++ 11 or clang 14 and later); set CXX and reinstall",
-    )
+    needed = "a compiler with C++20 is needed (g++ 11 or clang 14 and later); set CXX and reinstall"
+    run_ninja(build_dir, "C++", needed)
     return isas
 
 
@@ -326,10 +304,8 @@ def build_cuda(build_dir: Path, variant: str = "") -> dict[str, object]:
         raise NativeBuildError("the CUDA kernels are built on Linux only", "use Triton elsewhere")
     write_cuda_ninja(build_dir, compiler(), cuda_compiler(), variant)
     run_ninja(build_dir, "CUDA", "the CUDA toolkit 12.5 or later is needed; reinstall with it")
-    logs = (log.read_text() for log in sorted(build_dir.glob("*.o.log")))
-    warnings = Counter(
-        code or line.strip() for text in logs for code, line in PTXAS_WARNING.findall(text)
-    )
+    logs = "\n".join(log.read_text() for log in build_dir.glob("*.o.log"))
+    warnings = Counter(code or line.strip() for code, line in PTXAS_WARNING.findall(logs))
     return {"archs": cuda_archs(), "ptxas": dict(sorted(warnings.items()))}
 
 

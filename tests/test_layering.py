@@ -73,7 +73,7 @@ STRATA = {
     "launch": {"launch", "kernels", "tile"},
     "cuda": {"launch"},
 }
-TORCH_HOMES = re.compile(r"register_\w+\.(cpp|h)|validate\.h|check\.h")
+TORCH_HOMES = re.compile(r"register_\w+\.(cpp|h)|validate_\w+\.h|check\.h|views\.h")
 
 
 def name_of(path: Path) -> str:

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -29,7 +30,7 @@ from fastattn import _extension
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ISAS = {path.stem.removeprefix("isa_") for path in (ROOT / "csrc/cpu").glob("isa_*.cpp")}
+KERNELS = sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp"))
 
 # Takes the C++20 probe of a flag set, unless told otherwise; logs and "compiles" the rest.
 COMPILER = """#!/bin/sh
@@ -140,7 +141,8 @@ def test_build_facts():
     assert _extension.build_info["native"]
     assert _C.build_info()["compiler"]
     assert _C.cpu_isa() in _extension.build_info["isas"]
-    assert set(_extension.build_info["isas"]) <= ISAS
+    setup = load_setup()
+    assert set(_extension.build_info["isas"]) <= {*setup.ISA_FLAGS, *setup.EMULATED_FLAGS}
     facts = _extension.build_info["cuda"]
     assert facts["built"] == (shutil.which("nvcc") is not None), facts["reason"]
 
@@ -155,6 +157,22 @@ def test_only_the_stable_abi_is_linked():
         symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert "aoti_torch_" in symbols
         assert not re.findall(r"\b(?:at|c10|torch)::.*|\bPy[A-Z_].*|\bcu[A-Z_].*", symbols)
+
+
+@pytest.mark.native
+def test_kernel_sets_share_no_function():
+    """The linker keeps one copy of an inline function: its instructions must run everywhere."""
+    objects = sorted((ROOT / "build" / sysconfig.get_config_var("SOABI")).glob("cpu_kernels_*.o"))
+    if not objects or not (nm := shutil.which("nm")) or sys.platform != "linux":
+        pytest.skip("needs nm, and the objects of a build in place")
+    for file in objects:
+        isa = file.stem.rpartition("_")[2]
+        command = [nm, "--defined-only", "--extern-only", "--format=just-symbols", str(file)]
+        symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        # Data of the C++ runtime, the same for all: where its handler of exceptions is.
+        functions = [s for s in symbols if s != "DW.ref.__gxx_personality_v0"]
+        assert functions, file.name
+        assert all(f"8fastattn3cpu{len(isa)}{isa}" in s for s in functions), file.name
 
 
 @pytest.mark.native
@@ -253,20 +271,26 @@ def test_a_failed_first_build_leaves_no_library(tree):
 def test_flags(tree):
     """Torch's headers only where they belong, each kernel set under its own flags."""
     env = fake_compiler(tree)
-    info = build(tree, **env, MAX_JOBS="1")
+    info = build(tree, **env, MAX_JOBS="1", FASTATTN_BUILD_EMULATED="1")
     lines = Path(env["LOG"]).read_text().splitlines()
-    compiled = {re.search(r"/([\w.]+\.cpp)", line)[1]: line for line in lines if " -c " in line}
-    sources = {p.name for p in (ROOT / "csrc").rglob("*.cpp")} - {"register_cuda.cpp"}
-    dropped = {f"isa_{isa}.cpp" for isa in ISAS - set(info["isas"])}
-    assert set(compiled) == sources - dropped
+    compiled = {re.search(r" -o (\w+)\.o$", line)[1]: line for line in lines if " -c " in line}
+    others = {*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp")}
+    expected = {"_".join(p.relative_to(ROOT / "csrc").with_suffix("").parts) for p in others}
+    of_isa = {isa: {f"cpu_kernels_{p.stem}_{isa}" for p in KERNELS} for isa in info["isas"]}
+    assert set(compiled) == expected.union(*of_isa.values())
     with_torch = {name for name, line in compiled.items() if "TORCH_TARGET_VERSION" in line}
-    assert with_torch == {"register_attention.cpp", "register_linear.cpp"}
+    assert with_torch == {"cpu_register_attention", "cpu_register_linear"}
     assert not any("-ffast-math" in line for line in lines)
     assert not any("-rpath" in line for line in lines)
     assert all(f"-ffile-prefix-map={tree}=." in line for line in compiled.values())
-    assert "-mavx" not in compiled["isa_generic.cpp"] + compiled["dispatch.cpp"]
-    assert all(f"-DFASTATTN_HAVE_{isa.upper()}" in compiled["dispatch.cpp"] for isa in info["isas"])
-    build(tree, **env)
+    setup = load_setup()
+    for isa, names in of_isa.items():
+        flags = [*(setup.ISA_FLAGS | setup.EMULATED_FLAGS)[isa], f"-DFASTATTN_ISA={isa}"]
+        assert all(set(flags) <= set(compiled[name].split()) for name in names)
+    without = compiled.keys() - set().union(*(of_isa[isa] for isa in of_isa if isa != "generic"))
+    assert not any(" -m" in compiled[name] for name in without)
+    assert all(f"-DFASTATTN_HAVE_{isa.upper()}" in compiled["cpu_dispatch"] for isa in of_isa)
+    build(tree, **env, FASTATTN_BUILD_EMULATED="1")
     assert Path(env["LOG"]).read_text().splitlines() == lines, "the second build does nothing"
 
 

@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al., SC'11), keyed by the dropout seed; the counter is (key column / 4,
-// query row, head, batch element among those of the seed).
+// Which elements dropout keeps. Its random words are Philox4x32-10 (Salmon et al., SC'11), keyed by
+// the seed; the counter is (key column / 4, query row, head, batch element of the seed).
 #pragma once
 
 #include <cstdint>

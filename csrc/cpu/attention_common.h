@@ -71,7 +71,6 @@ struct Band {
 };
 
 // --- masks
-// ------------------------------------------------------------------------------------------------------
 
 // The mask of one head, read a row segment at a time.
 template <class T>
@@ -213,7 +212,6 @@ struct ScoreTerms {
 };
 
 // --- keys and values of one head
-// ----------------------------------------------------------------------------------
 
 // K^T or V^T of keys [j0, j0 + n) as panels [ceil(n / kPanel)][words(dim)][kPanel].
 template <class T, class E = Operand<T>>

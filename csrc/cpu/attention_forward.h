@@ -181,9 +181,4 @@ class AttentionForward {
   int64_t dim_words_ = 0, key_words_ = 0, k_elements_ = 0;
 };
 
-template <class T>
-void attention_forward(const AttentionProblem& p, const Parallel& parallel) {
-  AttentionForward<T>(p, parallel).run();
-}
-
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -9,8 +9,8 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
-constexpr int64_t kMaskRows =
-    4 * kBlockQ;  // query rows of an owned tile: the packed keys serve four blocks
+// Query rows of an owned tile: the packed keys serve four blocks of them.
+constexpr int64_t kMaskRows = 4 * kBlockQ;
 
 // dS of blocks whose keys are packed a range at a time.
 template <class T>

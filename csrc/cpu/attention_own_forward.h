@@ -5,7 +5,8 @@
 // out would not be the mean of dP.
 #pragma once
 
-#include "cpu/attention_forward.h"
+#include "cpu/attention_few_queries.h"
+#include "cpu/kernels.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -50,7 +51,7 @@ class OwnForward {
       out.batch_strides[d] = stride;
       stride *= p.batch_sizes[d];
     }
-    AttentionForward<T>(problem, parallel).run_blocks();
+    attention_forward_in_blocks(problem, parallel);
   }
   ~OwnForward() {
     if (computed_) free_thread_scratch(Scratch::kOwnForward);

@@ -91,7 +91,6 @@ FASTATTN_INLINE fp16 from_acc<fp16>(float x) {
 }
 
 // --- a vector at a time
-// ---------------------------------------------------------------------------------------------
 
 typedef uint16_t HalfWords __attribute__((vector_size(kVecBytes / 2)));
 

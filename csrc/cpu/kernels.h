@@ -1,14 +1,22 @@
-// Every kernel of one ISA, in all dtypes, behind one table. Included once by each isa_*.cpp.
+// The kernels of one ISA, in all dtypes. Each file of cpu/kernels/ defines some of them and is
+// compiled once per ISA, with that ISA's flags and its name as FASTATTN_ISA (setup.py).
 #pragma once
 
-#include "cpu/attention_backward.h"
-#include "cpu/attention_double_backward.h"
-#include "cpu/attention_forward.h"
-#include "cpu/kernel_table.h"
-#include "cpu/linear_jvp.h"
-#include "cpu/roofline.h"
+#include "common/parallel.h"
+#include "common/problem.h"
+#include "cpu/simd.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
+
+void attention_forward(const AttentionProblem& p, const Parallel& parallel);
+// The blocked passes, however few the queries are: derivatives compute their results once more.
+void attention_forward_in_blocks(const AttentionProblem& p, const Parallel& parallel);
+void attention_backward(const AttentionBackwardProblem& b, const Parallel& parallel);
+void attention_double_backward(const AttentionDoubleBackwardProblem& s, const Parallel& parallel);
+void linear_forward(const LinearProblem& p, const Parallel& parallel);
+void linear_backward(const LinearBackwardProblem& p, const Parallel& parallel);
+void linear_jvp(const LinearJvpProblem& p, const Parallel& parallel);
+int64_t fma_probe(Dtype dtype, int64_t iterations);
 
 template <class Body>
 void with_dtype(Dtype dtype, const Body& body) {
@@ -27,33 +35,5 @@ void with_dtype(Dtype dtype, const Body& body) {
   }
 #endif
 }
-
-extern const KernelTable kTable;
-const KernelTable kTable = {
-    [](const AttentionProblem& p, const Parallel& parallel) {
-      with_dtype(p.dtype, [&](auto t) { attention_forward<decltype(t)>(p, parallel); });
-    },
-    [](const AttentionBackwardProblem& b, const Parallel& parallel) {
-      with_dtype(b.forward.dtype, [&](auto t) { attention_backward<decltype(t)>(b, parallel); });
-    },
-    [](const AttentionDoubleBackwardProblem& s, const Parallel& parallel) {
-      with_dtype(s.backward.forward.dtype,
-                 [&](auto t) { attention_double_backward<decltype(t)>(s, parallel); });
-    },
-    [](const LinearProblem& p, const Parallel& parallel) {
-      with_dtype(p.dtype, [&](auto t) { linear_forward<decltype(t)>(p, parallel); });
-    },
-    [](const LinearBackwardProblem& p, const Parallel& parallel) {
-      with_dtype(p.dtype, [&](auto t) { linear_backward<decltype(t)>(p, parallel); });
-    },
-    [](const LinearJvpProblem& p, const Parallel& parallel) {
-      with_dtype(p.dtype, [&](auto t) { linear_jvp<decltype(t)>(p, parallel); });
-    },
-    [](Dtype dtype, int64_t iterations) {
-      int64_t flops = 0;
-      with_dtype(dtype, [&](auto t) { flops = fma_probe<Operand<decltype(t)>>(iterations); });
-      return flops;
-    },
-};
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

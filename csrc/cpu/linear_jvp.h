@@ -91,9 +91,4 @@ class LinearJvp {
   Half halves_[2] = {};
 };
 
-template <class T>
-void linear_jvp(const LinearJvpProblem& p, const Parallel& parallel) {
-  LinearJvp<T>(p).run(parallel);
-}
-
 }  // namespace fastattn::cpu::FASTATTN_ISA

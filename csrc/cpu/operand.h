@@ -69,7 +69,6 @@ struct Multiply<Pair> {
 };
 
 // --- factors of dot products: rows of an io type where they lie, kDotStep elements at a time
-// ---------------------------------------------------------------------------------------------
 
 template <class T>
 constexpr int kDotStep = kWidth<Acc<T>> * kDepth<Operand<T>>;
@@ -83,7 +82,6 @@ FASTATTN_INLINE typename Multiply<Operand<T>>::Vector load_factors(const T* p) {
 }
 
 // --- rows of numbers in the accumulator's type -> operands, n a multiple of the vector width
-// --------------------------------------------------------------------------------------
 
 // dst [n / kDepth] = row [n], in depth order; dst may lie over row's beginning.
 template <class A>

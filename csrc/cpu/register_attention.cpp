@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "common/validate_attention.h"
 #include "cpu/register_cpu.h"
 
 namespace fastattn::cpu {

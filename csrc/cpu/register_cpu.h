@@ -1,11 +1,13 @@
 // What the CPU implementations of the ops share: threads and results.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <optional>
 
-#include "common/validate.h"
+#include "common/views.h"
 #include "cpu/kernel_table.h"
 #include "cpu/scratch.h"
 

@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "common/validate_linear.h"
 #include "cpu/register_cpu.h"
 
 namespace fastattn::cpu {
@@ -175,8 +176,8 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input,
   if (needs[0]) first = 0;
 
   const Tensor go = fold(grad_out, layers.back().problem.m, layers.back().problem.n);
-  Tensor grad_y =
-      go;  // between layers in the accumulator's type: gradients are not rounded on the way
+  // Between layers in the accumulator's type: gradients are not rounded on the way.
+  Tensor grad_y = go;
   for (size_t l = count; l-- > first;) {
     LinearBackwardProblem b = backward_of(layers[l].problem);
     b.grad_y = grad_y.data_ptr();

@@ -32,12 +32,13 @@ namespace fastattn::cpu::FASTATTN_ISA {
 
 #if defined(FASTATTN_AVX512) || defined(FASTATTN_EMULATED)
 constexpr int kVecBytes = 64;
-constexpr int kPanelVecs =
-    4;  // micro-kernel 6 x 64: 24 accumulators + 4 + broadcasts of 32 registers
+// The micro-kernel's 6 x 64 tile takes 24 accumulators, 4 vectors of B and the broadcasts of A: all
+// 32 registers.
+constexpr int kPanelVecs = 4;
 #else
 constexpr int kVecBytes = 32;
-constexpr int kPanelVecs =
-    2;  // micro-kernel 6 x 16: 12 accumulators + 2 + broadcasts of 16 registers
+// The 6 x 16 tile takes 12 accumulators, 2 vectors of B and the broadcasts of A: all 16 registers.
+constexpr int kPanelVecs = 2;
 #endif
 constexpr int kRows = 6;
 
@@ -85,7 +86,6 @@ FASTATTN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b;
 FASTATTN_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // --- loads, stores, broadcasts
-// ---------------------------------------------------------------------------------
 
 template <class T>
 FASTATTN_INLINE Vec<T> load(const T* p) {
@@ -190,7 +190,6 @@ FASTATTN_INLINE float reduce_add(Vec<float> v) {
 #endif
 
 // --- exp2
-// -------------------------------------------------------------------------------------------------------
 
 // 2^x for x up to the overflow threshold; 0 for -inf, NaN for NaN. Relative error 7.5e-8 before
 // rounding: minimax polynomial of degree 5 on |f| <= 1/2. Results below the normal range are 0.
@@ -199,8 +198,8 @@ FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits; 127 more biases
   // it as an exponent.
   const Vec<float> magic = broadcast(12582912.0f + 127.0f);
-  x = max(broadcast(-127.0f),
-          x);  // its power comes out as an exponent field of 0, which is 0.0; NaN stays
+  // The power of -127 has an exponent field of 0, which is 0.0; NaN stays.
+  x = max(broadcast(-127.0f), x);
   const Vec<float> shifted = x + magic;
   const Vec<float> f = x - (shifted - magic);
   Vec<float> p = broadcast(1.327647263e-03f);
@@ -232,7 +231,6 @@ FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
 }
 
 // --- tanh
-// -------------------------------------------------------------------------------------------------------
 
 // Relative error 2e-7: x + x^3 P(x^2), minimax, up to 5/8, where the quotient of exponentials would
 // cancel.
@@ -256,7 +254,6 @@ FASTATTN_INLINE Vec<double> tanh(Vec<double> x) {
 }
 
 // --- ReLU and its bit-mask
-// ------------------------------------------------------------------------------------------
 
 // max(x, 0), but a NaN stays a NaN.
 template <class T>

@@ -6,7 +6,8 @@
 
 #include <tuple>
 
-#include "common/validate.h"
+#include "common/validate_attention.h"
+#include "common/validate_linear.h"
 #include "cuda/launch/launch.h"
 
 namespace fastattn::cuda {

@@ -1,4 +1,4 @@
-"""Is this input legal? The Python mirror of csrc/common's checks, run before any kernel.
+"""Is this input legal? The Python mirror of csrc/common/validate_*.h, run before any kernel.
 
 Sizes, devices and numbers raise ValueError, kinds of objects and dtypes TypeError. Each error names
 the argument, what was expected and what was got.

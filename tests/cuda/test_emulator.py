@@ -85,7 +85,7 @@ HARMLESS = {
     "ptx::barrier_init_fence();": "the emulated mbarriers are seen by everybody at once",
     "ptx::registers_increase": "what a thread keeps is the compiler's affair: nvcc would spill",
     "ptx::fence_async_proxy_global();": "global memory has one view in the emulation",
-    "ptx::named_sync(1 + warpgroup, 256);": "warpgroups take turns for speed alone",
+    "ptx::named_sync(ForwardBarrier::kTurn": "warpgroups take turns for speed alone",
 }
 SYNCHRONISATION = re.compile(
     r"ptx::(barrier_wait|barrier_arrive|barrier_init_fence|block_sync|named_\w+|fence_\w+"

@@ -107,9 +107,7 @@ def build(setup: ModuleType, kind: str, isas: list[str], jobs: int) -> None:
     folder = BUILD / kind
     # In the compiler's name the flags hold for compiling and linking alike.
     cxx = f"{setup.compiler()} {shlex.join(FLAGS[kind])}"
-    setup.write_ninja(folder, cxx, isas, module=False)
-    kernels = ["dispatch", "scratch", "cpu_features", *(f"isa_{isa}" for isa in isas)]
-    objects = [f"cpu_{name}.o" for name in kernels]
+    objects = setup.write_ninja(folder, cxx, isas, module=False)
     command = [setup.ninja_program(), "-C", str(folder), "-j", str(jobs), *objects]
     command += ["_ops.so"] if kind == "address" else []
     if subprocess.run(command, check=False).returncode != 0:

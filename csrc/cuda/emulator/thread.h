@@ -210,7 +210,7 @@ inline void fence_async_proxy() {
 }
 
 // --- counters of the grid
-inline int take(int* counter) { return (*counter)++; }
+inline int fetch_increment(int* counter) { return (*counter)++; }
 inline void counter_wait(const int* counter, int count) {
   Block::current()->wait("a counter of the grid", [counter, count] { return *counter == count; });
 }

@@ -6,7 +6,6 @@
 // for dQ, half of which each warpgroup multiplies. dQ [kBlockQ, kDim] of a block of queries is
 // added up in global memory in a fixed order, from the last block of keys to the first. A block
 // takes its tiles in that order from a counter, and so waits for running blocks alone.
-//
 // Shared memory: k, v [kDim / 64][128][64], which dk, dv take at the end; q, do
 // [2][kDim / 64][kBlockQ][64]; ds [2][kBlockQ / 64][128][64]; dq [2][8][128][4];
 // softmax [2][kBlockQ][2]; delta [2][kBlockQ]; barriers.
@@ -36,7 +35,7 @@ struct AttentionBackwardParameters {
 template <class T, int kDim_, int kBlockQ_, bool kKeyWords>
 struct AttentionBackward {
   static constexpr int kDim = kDim_, kBlockQ = kBlockQ_, kBlockK = 128, kStages = 2;
-  static constexpr int kThreads = 384, kChunks = kDim / kRowElements;
+  static constexpr int kThreads = 3 * kWarpgroup, kChunks = kDim / kRowElements;
   static constexpr int kBytesK = kBlockK * kDim * 2, kBytesQ = kBlockQ * kDim * 2;
   static constexpr int kChunkK = kBlockK * kRowBytes, kChunkQ = kBlockQ * kRowBytes;
   static constexpr int kBytesS = kBlockK * kBlockQ * 2, kBytesDq = kBlockQ * kDim * 4;
@@ -44,8 +43,8 @@ struct AttentionBackward {
   static constexpr int kSharedBytes = 2 * kBytesK +
                                       kStages * (2 * kBytesQ + kBytesSoftmax + kBytesDelta) +
                                       2 * kBytesS + kBytesDq + (4 * kStages + 5) * 8;
-  static_assert(kBlockQ * kDim == 2 * 64 * 64, "half of dQ is a tile of 64 x 64");
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kBlockQ * kDim == kGradQueryBlock);
+  static_assert(kSharedBytes <= kMostSharedBytes);
 
   struct Shared {
     char *k, *v, *q, *grad_out, *ds, *dq, *softmax, *delta;
@@ -98,28 +97,28 @@ struct AttentionBackward {
 
   FASTATTN_DEVICE static void run(const AttentionBackwardParameters& p) {
     const Shared smem(ptx::dynamic_shared_memory());
-    const int thread = ptx::thread_id(), warpgroup = ptx::uniform(thread / 128);
+    const int thread = ptx::thread_id(), warpgroup = ptx::uniform(thread / kWarpgroup);
     if (thread == 0) {
       ptx::barrier_init(smem.kv_full, 1);
       ptx::barrier_init(smem.kv_empty, 2 + 1);
-      ptx::barrier_init(smem.dq_full, 256);
+      ptx::barrier_init(smem.dq_full, 2 * kWarpgroup);
       ptx::barrier_init(smem.dq_empty, 1);
       for (int s = 0; s < kStages; ++s) {
         ptx::barrier_init(smem.q_full + s, 1);
         ptx::barrier_init(smem.o_full + s, 1);
-        ptx::barrier_init(smem.q_empty + s, 256);
-        ptx::barrier_init(smem.o_empty + s, 256);
+        ptx::barrier_init(smem.q_empty + s, 2 * kWarpgroup);
+        ptx::barrier_init(smem.o_empty + s, 2 * kWarpgroup);
       }
       ptx::barrier_init_fence();
     }
     ptx::block_sync();  // the barriers are there
     if (warpgroup == 0) {
-      ptx::registers_decrease<40>();
+      ptx::registers_decrease<load_registers(2)>();
       if (thread == 0) load(p, smem);
       if (thread == 32) add_dq(p, smem);
     } else {
-      ptx::registers_increase<232>();
-      consume(p, smem, warpgroup - 1, thread % 128);
+      ptx::registers_increase<multiply_registers(2)>();
+      consume(p, smem, warpgroup - 1, thread % kWarpgroup);
     }
   }
 
@@ -142,7 +141,8 @@ struct AttentionBackward {
                      full + ring.stage, row_bytes);
     };
     const int tiles = p.tiles.tiles();
-    for (int index = ptx::take(p.next_tile); index < tiles; index = ptx::take(p.next_tile)) {
+    const auto next = [&] { return ptx::fetch_increment(p.next_tile); };
+    for (int index = next(); index < tiles; index = next()) {
       const Tile tile(p, index);
       ptx::barrier_wait(smem.kv_empty, parity);  // the last tile's dk and dv have left it
       parity ^= 1;
@@ -263,11 +263,11 @@ struct AttentionBackward {
         ptx::fence_async_proxy();  // the products for dq see it
         float dq[32];
         ptx::wgmma_fence();
-        multiply_queries(o_smem, probabilities, dv);  // E10
-        ptx::named_sync(1, 256);                      // both warpgroups' ds is there
-        multiply_dq(smem, ds_smem, warpgroup, dq);    // E8
-        multiply_queries(q_smem, scores, dk);         // E9
-        ptx::wgmma_wait<1>();                         // dv and dq are there
+        multiply_queries(o_smem, probabilities, dv);              // E10
+        ptx::named_sync(BackwardBarrier::kBoth, 2 * kWarpgroup);  // both warpgroups' ds is there
+        multiply_dq(smem, ds_smem, warpgroup, dq);                // E8
+        multiply_queries(q_smem, scores, dk);                     // E9
+        ptx::wgmma_wait<1>();                                     // dv and dq are there
         ptx::barrier_arrive(smem.o_empty + ring.stage);
         ptx::barrier_wait(smem.dq_empty, ring.stage ^ 1);  // the last dq has been read
         FASTATTN_UNROLL
@@ -282,7 +282,7 @@ struct AttentionBackward {
         ring.advance();
         if (++block == tile.last) block = tile.first;
       }
-      ptx::named_sync(2, 256);  // both warpgroups are done with all of k
+      ptx::named_sync(BackwardBarrier::kKeysRead, 2 * kWarpgroup);  // and so k may be overwritten
       store(p, smem, tile, k0, warpgroup, t, dk, dv);
     }
   }
@@ -332,7 +332,7 @@ struct AttentionBackward {
     ptx::wgmma_commit();
   }
 
-  // Keys that their words hide become 0, whatever they hold: nothing of them reaches a sum.
+  // Clears the rows of hidden keys, as 0 * NaN = NaN.
   FASTATTN_DEVICE static int zero_hidden_rows(const AttentionBackwardParameters& p,
                                               const Shared& smem, const Tile& tile, int warpgroup,
                                               int t) {
@@ -344,8 +344,8 @@ struct AttentionBackward {
       for (int i = 0; i < kChunks * 8; ++i)
         ptx::store_shared(rows + i / 8 * kChunkK + t * kRowBytes + i % 8 * 16, ptx::Words4{});
     }
-    ptx::fence_async_proxy();  // the products see them
-    ptx::named_sync(1, 256);   // all rows are done
+    ptx::fence_async_proxy();                                 // the products see them
+    ptx::named_sync(BackwardBarrier::kBoth, 2 * kWarpgroup);  // all rows are done
     int hidden = 0;
     FASTATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -355,19 +355,19 @@ struct AttentionBackward {
     return hidden;
   }
 
-  // Queries that see nothing, and their gradients, become 0, whatever they hold; every warpgroup
-  // does it for itself, to the same end. Their scores are hidden, before or after.
+  // Clears queries that see nothing, and their gradients, as 0 * NaN = NaN; their scores are hidden
+  // too. Every warpgroup writes the same zeros, so that no barrier between them is needed.
   FASTATTN_DEVICE static void zero_empty_rows(const Shared& smem, int stage, int warpgroup, int t) {
     const int row = t % kBlockQ;
     if (reinterpret_cast<const float*>(smem.softmax + stage * kBytesSoftmax)[2 * row] == INFINITY) {
-      for (int i = t / kBlockQ; i < 2 * kChunks * 8; i += 128 / kBlockQ) {
+      for (int i = t / kBlockQ; i < 2 * kChunks * 8; i += kWarpgroup / kBlockQ) {
         char* rows = (i % 2 == 0 ? smem.q : smem.grad_out) + stage * kBytesQ;
         ptx::store_shared(rows + i / 16 * kChunkQ + row * kRowBytes + i / 2 % 8 * 16,
                           ptx::Words4{});
       }
     }
-    ptx::fence_async_proxy();             // the products see them
-    ptx::named_sync(3 + warpgroup, 128);  // all rows are done
+    ptx::fence_async_proxy();                                        // the products see them
+    ptx::named_sync(BackwardBarrier::kOwn + warpgroup, kWarpgroup);  // all rows are done
   }
 
   // dk and dv take the place of this warpgroup's k and v.
@@ -382,8 +382,8 @@ struct AttentionBackward {
     for (int i = 0; i < kDim / 2; ++i) dk[i] *= p.scale;  // E9
     pack_pairs<T>(dk, words);
     store_tile<kDim>(smem.k + rows, kChunkK, t, words);
-    ptx::fence_async_proxy();             // the stores see them
-    ptx::named_sync(3 + warpgroup, 128);  // all of them are there
+    ptx::fence_async_proxy();                                        // the stores see them
+    ptx::named_sync(BackwardBarrier::kOwn + warpgroup, kWarpgroup);  // all of them are there
     if (t != 0) return;
     FASTATTN_UNROLL
     for (int c = 0; c < kChunks; ++c) {

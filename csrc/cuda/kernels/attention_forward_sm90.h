@@ -12,8 +12,8 @@
 namespace fastattn::cuda {
 
 struct AttentionForwardParameters {
-  ptx::TensorMap q, k, v,
-      o;  // [batch, heads, seq, dim]; boxes of 64 x 64, for k and v kBlockK x 64
+  // [batch, heads, seq, dim]; boxes of 64 x 64, for k and v of kBlockK x 64
+  ptx::TensorMap q, k, v, o;
   float *lse, *row_max, *log_sum;  // [batch, heads_q, seq_q]
   int* next_tile;                  // 0 at launch
   Band band;
@@ -27,14 +27,14 @@ template <class T, int kDim_, int kBlockK_, int kConsumers_, int kStages_, bool 
 struct AttentionForward {
   static constexpr int kDim = kDim_, kBlockK = kBlockK_, kConsumers = kConsumers_;
   static constexpr int kStages = kStages_, kBlockQ = 64 * kConsumers;
-  static constexpr int kThreads = 128 * (kConsumers + 1), kChunks = kDim / kRowElements;
+  static constexpr int kThreads = kWarpgroup * (kConsumers + 1), kChunks = kDim / kRowElements;
   static constexpr int kBytesQ = 64 * kDim * 2, kBytesK = kBlockK * kDim * 2;
   static constexpr int kChunkQ = 64 * kRowBytes, kChunkK = kBlockK * kRowBytes;
   static constexpr int kSharedBytes =
       kConsumers * kBytesQ + 2 * kStages * kBytesK + (4 * kStages + 3) * 8;
   static constexpr bool kTakeTurns = kDim <= 128;
   using Softmax = OnlineSoftmax<kPolynomial, kSlack>;
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kSharedBytes <= kMostSharedBytes);
 
   struct Shared {
     char *q, *k, *v;
@@ -72,25 +72,25 @@ struct AttentionForward {
 
   FASTATTN_DEVICE static void run(const AttentionForwardParameters& p) {
     const Shared smem(ptx::dynamic_shared_memory());
-    const int thread = ptx::thread_id(), warpgroup = ptx::uniform(thread / 128);
+    const int thread = ptx::thread_id(), warpgroup = ptx::uniform(thread / kWarpgroup);
     if (thread == 0) {
       ptx::barrier_init(smem.q_full, 1);
       ptx::barrier_init(smem.q_empty, kConsumers);
       for (int s = 0; s < kStages; ++s) {
         ptx::barrier_init(smem.k_full + s, 1);
         ptx::barrier_init(smem.v_full + s, 1);
-        ptx::barrier_init(smem.k_empty + s, 128 * kConsumers);
-        ptx::barrier_init(smem.v_empty + s, 128 * kConsumers);
+        ptx::barrier_init(smem.k_empty + s, kWarpgroup * kConsumers);
+        ptx::barrier_init(smem.v_empty + s, kWarpgroup * kConsumers);
       }
       ptx::barrier_init_fence();
     }
     ptx::block_sync();  // the barriers are there
     if (warpgroup == 0) {
-      ptx::registers_decrease<kConsumers == 2 ? 40 : 32>();
+      ptx::registers_decrease<load_registers(kConsumers)>();
       if (thread == 0) produce(p, smem);
     } else {
-      ptx::registers_increase<kConsumers == 2 ? 232 : 160>();
-      consume(p, smem, warpgroup - 1, thread % 128);
+      ptx::registers_increase<multiply_registers(kConsumers)>();
+      consume(p, smem, warpgroup - 1, thread % kWarpgroup);
     }
   }
 
@@ -114,7 +114,7 @@ struct AttentionForward {
     };
     const int tiles = p.tiles.tiles();
     for (int index = ptx::block_id(); index < tiles;
-         index = ptx::take(p.next_tile) + ptx::grid_blocks()) {
+         index = ptx::fetch_increment(p.next_tile) + ptx::grid_blocks()) {
       const Tile tile(p, index);
       int block = block_below<kBlockK, kKeyWords>(p.band, tile.batch, tile.first, tile.last);
       if (block >= tile.first) load_k(tile, block);
@@ -142,7 +142,8 @@ struct AttentionForward {
                                       int warpgroup, int t) {
     Ring<kStages> k_ring(0), v_ring(0);
     char* const q_smem = smem.q + warpgroup * kBytesQ;
-    if (kTakeTurns && warpgroup == kConsumers - 1) ptx::named_arrive(1, 256);
+    if (kTakeTurns && warpgroup == kConsumers - 1)
+      ptx::named_arrive(ForwardBarrier::kTurn, 2 * kWarpgroup);
     for (int q_parity = 0;; q_parity ^= 1) {
       ptx::barrier_wait(smem.q_full, q_parity);  // q and the tile's number are there
       if (*smem.tile < 0) break;
@@ -171,13 +172,14 @@ struct AttentionForward {
           next = block_below<kBlockK, kKeyWords>(p.band, tile.batch, tile.first, block);
           if (next < tile.first) break;
           ptx::barrier_wait(smem.k_full + k_ring.stage, k_ring.parity);  // k is there
-          if (kTakeTurns) ptx::named_sync(1 + warpgroup, 256);
+          if (kTakeTurns) ptx::named_sync(ForwardBarrier::kTurn + warpgroup, 2 * kWarpgroup);
           ptx::wgmma_fence();
           multiply_k(smem, q_smem, k_ring.stage, s);                     // E1
           ptx::barrier_wait(smem.v_full + v_ring.stage, v_ring.parity);  // v is there
           zero_hidden_rows(p, smem.v + v_ring.stage * kBytesK, tile.batch, block, warpgroup, t);
           multiply_v(smem, v_ring.stage, probabilities, o);  // E4
-          if (kTakeTurns) ptx::named_arrive(1 + (warpgroup + 1) % kConsumers, 256);
+          const int next_turn = ForwardBarrier::kTurn + (warpgroup + 1) % kConsumers;
+          if (kTakeTurns) ptx::named_arrive(next_turn, 2 * kWarpgroup);
           ptx::wgmma_wait<1>();  // s is there
           ptx::barrier_arrive(smem.k_empty + k_ring.stage);
           k_ring.advance();
@@ -241,13 +243,13 @@ struct AttentionForward {
     const uint32_t word =
         p.band.key_words[int64_t{batch} * p.band.words + (block * kBlockK + t % kBlockK) / 32];
     if (!(word >> t % 32 & 1)) {
-      for (int i = t / kBlockK; i < kChunks * 8; i += 128 / kBlockK) {
+      for (int i = t / kBlockK; i < kChunks * 8; i += kWarpgroup / kBlockK) {
         ptx::store_shared(v_smem + i / 8 * kChunkK + t % kBlockK * kRowBytes + i % 8 * 16,
                           ptx::Words4{});
       }
     }
-    ptx::fence_async_proxy();             // the products see them
-    ptx::named_sync(4 + warpgroup, 128);  // all rows are done
+    ptx::fence_async_proxy();                                       // the products see them
+    ptx::named_sync(ForwardBarrier::kOwn + warpgroup, kWarpgroup);  // all rows are done
   }
 
   // E5
@@ -285,8 +287,8 @@ struct AttentionForward {
     uint32_t words[kDim / 4];
     pack_pairs<T>(o, words);
     store_tile<kDim>(q_smem, kChunkQ, t, words);
-    ptx::fence_async_proxy();             // the store sees it
-    ptx::named_sync(4 + warpgroup, 128);  // all of o is there
+    ptx::fence_async_proxy();                                       // the store sees it
+    ptx::named_sync(ForwardBarrier::kOwn + warpgroup, kWarpgroup);  // all of o is there
     if (t != 0) return;
     FASTATTN_UNROLL
     for (int c = 0; c < kChunks; ++c) {

@@ -20,6 +20,7 @@ struct Rows {
 };
 
 constexpr int kRowThreads = 256;
+constexpr double kLog2E = 1.4426950408889634;
 
 // Whether 8 elements of 16 bits can be read or written there at once.
 FASTATTN_DEVICE bool at_once(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -74,8 +75,8 @@ struct DeltaParameters {
   const float *row_max, *log_sum;  // [batch, heads, seq]
   const float* grad_lse;           // likewise, or absent
   int heads, seq, blocks, dim;
-  float* softmax;  // [batch, heads, blocks][8192 / kDim][2]: row_max, log_sum in base 2
-  float* delta;    // [batch, heads, blocks][8192 / kDim]
+  float* softmax;  // [batch, heads, blocks][kGradQueryBlock / kDim][2]: row_max, log_sum in base 2
+  float* delta;    // [batch, heads, blocks][kGradQueryBlock / kDim]
 };
 
 // Over `count` elements, of which it takes up to 8, in order.
@@ -96,7 +97,7 @@ FASTATTN_DEVICE float sum_of_products(const T* x, const T* y, int count) {
 
 template <class T, int kDim>
 FASTATTN_DEVICE void delta(const DeltaParameters& p) {
-  constexpr int kBlockQ = 8192 / kDim, kLanes = kDim / 8;
+  constexpr int kBlockQ = kGradQueryBlock / kDim, kLanes = kDim / 8;
   const int block = ptx::block_id() % p.blocks, head = ptx::block_id() / p.blocks;
   const int batch = head / p.heads, of_batch = head % p.heads;
   const int column = ptx::thread_id() % kLanes * 8;
@@ -120,7 +121,7 @@ FASTATTN_DEVICE void delta(const DeltaParameters& p) {
     const int64_t to = int64_t{ptx::block_id()} * kBlockQ + row;
     const bool empty = row_max == -INFINITY;  // its sum may be NaN
     p.softmax[2 * to] = empty ? INFINITY : row_max;
-    p.softmax[2 * to + 1] = empty ? 0.0f : log_sum * 1.44269504f;
+    p.softmax[2 * to + 1] = empty ? 0.0f : log_sum * static_cast<float>(kLog2E);
     p.delta[to] = empty ? 0.0f : sum - grad_lse;
   }
 }
@@ -149,7 +150,7 @@ FASTATTN_DEVICE void store_elements(T* to, int count, ptx::Words4 pairs) {
 
 template <class T, int kDim>
 FASTATTN_DEVICE void grad_query(const GradQueryParameters& p) {
-  constexpr int kBlockQ = 8192 / kDim;
+  constexpr int kBlockQ = kGradQueryBlock / kDim;
   const int block = ptx::block_id() % p.blocks, head = ptx::block_id() / p.blocks;
   const int chunk = ptx::thread_id() % 8, t = ptx::thread_id() / 8 * 4;  // of four, the first
   T* grad_q = p.grad_q.row<T>(head / p.heads, head % p.heads, 0);

@@ -30,12 +30,12 @@ struct LinearParameters {
 template <class T, LinearPass kPass, int kBlockN_, int kStages_>
 struct Linear {
   static constexpr int kBlockM = 128, kBlockN = kBlockN_, kBlockK = 64, kStages = kStages_;
-  static constexpr int kThreads = 384, kGroup = 8;  // row tiles that share columns in L2
+  static constexpr int kThreads = 3 * kWarpgroup, kGroup = 8;  // row tiles that share columns in L2
   static constexpr int kBytesA = kBlockM * kRowBytes, kBytesB = kBlockN * kRowBytes;
   static constexpr int kSharedBytes = kStages * (kBytesA + kBytesB + 16);
   static constexpr bool kForward = kPass == LinearPass::kForward;
   static constexpr bool kGradWeight = kPass == LinearPass::kGradWeight;
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kSharedBytes <= kMostSharedBytes);
 
   // A tile of the result: its first row and column, and its steps through the depth.
   struct Tile {
@@ -66,18 +66,18 @@ struct Linear {
     char* b_smem = a_smem + kStages * kBytesA;
     auto* full = reinterpret_cast<ptx::Barrier*>(b_smem + kStages * kBytesB);
     auto* empty = full + kStages;
-    const int thread = ptx::thread_id(), warpgroup = ptx::uniform(thread / 128);
+    const int thread = ptx::thread_id(), warpgroup = ptx::uniform(thread / kWarpgroup);
     if (thread == 0) {
       for (int s = 0; s < kStages; ++s) {
         ptx::barrier_init(full + s, 1);
-        ptx::barrier_init(empty + s, 2 * 128);
+        ptx::barrier_init(empty + s, 2 * kWarpgroup);
       }
       ptx::barrier_init_fence();
     }
     ptx::block_sync();  // the barriers are there
     const int64_t tiles = Tile::count(p);
     if (warpgroup == 0) {
-      ptx::registers_decrease<40>();
+      ptx::registers_decrease<load_registers(2)>();
       if (thread != 0) return;
       Ring<kStages> ring(1);
       for (int64_t index = ptx::block_id(); index < tiles; index += ptx::grid_blocks()) {
@@ -90,7 +90,7 @@ struct Linear {
         }
       }
     } else {
-      ptx::registers_increase<232>();
+      ptx::registers_increase<multiply_registers(2)>();
       Ring<kStages> ring(0);
       for (int64_t index = ptx::block_id(); index < tiles; index += ptx::grid_blocks()) {
         const Tile tile(p, index);
@@ -98,13 +98,13 @@ struct Linear {
         if constexpr (kForward) {
           multiply(a_smem, b_smem, full, empty, tile, warpgroup - 1, ring, acc);
         } else {
-          multiply_masked(p, a_smem, b_smem, full, empty, tile, warpgroup - 1, thread % 128, ring,
-                          acc, bias_sum);
+          multiply_masked(p, a_smem, b_smem, full, empty, tile, warpgroup - 1, thread % kWarpgroup,
+                          ring, acc, bias_sum);
         }
-        const int64_t row = tile.row + 64 * (warpgroup - 1) + row_of(thread % 128);
+        const int64_t row = tile.row + 64 * (warpgroup - 1) + row_of(thread % kWarpgroup);
         FASTATTN_UNROLL
         for (int half = 0; half < 2; ++half) {
-          store(p, tile, row + 8 * half, half, thread % 128, acc);
+          store(p, tile, row + 8 * half, half, thread % kWarpgroup, acc);
           if (kGradWeight && tile.col == 0)
             store_bias(p, tile, row + 8 * half, thread % 4, row_sum(bias_sum[half]));
         }
@@ -291,12 +291,14 @@ struct Linear {
   }
 };
 
+constexpr int kSplitThreads = 256;
+
 // Adds up the parts of a result in order, a thread 8 columns of a row; of the forward it then does
 // what the epilogue does elsewhere.
 template <class T, LinearPass kPass>
 FASTATTN_DEVICE void add_splits(const LinearParameters& p) {
   const int64_t chunks = (p.cols + 7) / 8;
-  const int64_t index = int64_t{ptx::block_id()} * 256 + ptx::thread_id();
+  const int64_t index = int64_t{ptx::block_id()} * kSplitThreads + ptx::thread_id();
   const int64_t row = index / chunks, col = index % chunks * 8;
   if (row >= p.rows) return;
   uint32_t bits = 0;

@@ -32,12 +32,13 @@ struct MlpParameters {
 
 template <class T, bool kForward, int kBlockN_, int kStages_>
 struct Mlp {
-  static constexpr int kBlockM = 64, kBlockN = kBlockN_, kStages = kStages_, kThreads = 384;
+  static constexpr int kBlockM = 64, kBlockN = kBlockN_, kStages = kStages_;
+  static constexpr int kThreads = 3 * kWarpgroup;
   static constexpr int kHalf = kBlockN / 2;  // the columns of a warpgroup
   static constexpr int kChunk = 64 * kRowBytes, kBytesB = kBlockN * kRowBytes;
   static constexpr int kBytesH = kBlockN / 64 * kChunk;
   static constexpr int kSharedBytes = kStages * (kChunk + kBytesB + 16) + 2 * kBytesH;
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kSharedBytes <= kMostSharedBytes);
 
   FASTATTN_DEVICE static void run(const MlpParameters& p) {
     char* a_smem = ptx::dynamic_shared_memory();
@@ -45,18 +46,18 @@ struct Mlp {
     char* h_smem = b_smem + kStages * kBytesB;
     auto* full = reinterpret_cast<ptx::Barrier*>(h_smem + 2 * kBytesH);
     auto* empty = full + kStages;
-    const int thread = ptx::thread_id(), warpgroup = ptx::uniform(thread / 128);
+    const int thread = ptx::thread_id(), warpgroup = ptx::uniform(thread / kWarpgroup);
     if (thread == 0) {
       for (int s = 0; s < kStages; ++s) {
         ptx::barrier_init(full + s, 1);
-        ptx::barrier_init(empty + s, 2 * 128);
+        ptx::barrier_init(empty + s, 2 * kWarpgroup);
       }
       ptx::barrier_init_fence();
     }
     ptx::block_sync();  // the barriers are there
     const int row = ptx::block_id() * kBlockM;
     if (warpgroup == 0) {
-      ptx::registers_decrease<40>();
+      ptx::registers_decrease<load_registers(2)>();
       if (thread != 0) return;
       Ring<kStages> ring(1);
       for (int l = 0; l < p.count; ++l) {
@@ -75,16 +76,16 @@ struct Mlp {
         }
       }
     } else {
-      ptx::registers_increase<232>();
+      ptx::registers_increase<multiply_registers(2)>();
       Ring<kStages> ring(0);
       for (int l = 0; l < p.count; ++l) {
         float acc[kHalf / 2] = {};
         const char* h = l == 0 ? nullptr : h_smem + (l - 1) % 2 * kBytesH;
         multiply(p.layers[l], h, a_smem, b_smem, full, empty, warpgroup - 1, ring, acc);
-        finish(p, l, row, h_smem + l % 2 * kBytesH, warpgroup - 1, thread % 128, acc);
+        finish(p, l, row, h_smem + l % 2 * kBytesH, warpgroup - 1, thread % kWarpgroup, acc);
         if (l + 1 < p.count) {
-          ptx::fence_async_proxy();  // the next layer's products see it
-          ptx::named_sync(1, 256);   // both halves are there
+          ptx::fence_async_proxy();                            // the next layer's products see it
+          ptx::named_sync(MlpBarrier::kBoth, 2 * kWarpgroup);  // both halves are there
         }
       }
     }

@@ -42,8 +42,9 @@ inline Band band_of(const AttentionProblem& p, const uint32_t* words, int count)
 }
 
 // Words a batch element, for whole blocks of keys.
-inline int words_of(const AttentionProblem& p, int block) {
-  return p.mask_kind == MaskKind::kNone ? 0 : narrow((p.seq_k + block - 1) / block * block / 32);
+inline int words_of(const AttentionProblem& p) {
+  if (p.mask_kind == MaskKind::kNone) return 0;
+  return narrow((p.seq_k + kKeyWordBlock - 1) / kKeyWordBlock * kKeyWordBlock / 32);
 }
 
 // Blocks of `rows` of all heads; `streamed` bytes of a head go by while its blocks run.

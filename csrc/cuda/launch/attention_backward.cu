@@ -30,14 +30,14 @@ struct Workspace {
   size_t counter_bytes, bytes;
 
   Workspace(const AttentionProblem& p, char* memory) {
-    const int dim = padded_dim(p), block = 8192 / dim;
+    const int dim = padded_dim(p), block = kGradQueryBlock / dim;
     blocks_q = narrow((p.seq_q + block - 1) / block);
     blocks = p.batch * p.heads_q * blocks_q;
     Carver carver(memory);
     next_tile = carver.take<int>(1);
     turns = carver.take<int>(blocks);
     counter_bytes = carver.bytes();
-    key_words = carver.take<uint32_t>(p.batch * words_of(p, 128));
+    key_words = carver.take<uint32_t>(p.batch * words_of(p));
     softmax = carver.take<float>(2 * blocks * block);
     delta = carver.take<float>(blocks * block);
     grad_q = carver.take<float>(blocks * block * dim);
@@ -54,10 +54,10 @@ void launch_tile(const AttentionBackwardProblem& b, const Launch& launch) {
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   check(cudaMemsetAsync(workspace.next_tile, 0, workspace.counter_bytes, stream),
         "cudaMemsetAsync");
-  const int words = words_of(p, 128), blocks_q = workspace.blocks_q;
+  const int words = words_of(p), blocks_q = workspace.blocks_q;
   launch_key_words(p, workspace.key_words, words, stream);
   if (words > 0) {  // nobody is the first to add
-    check(cudaMemsetAsync(workspace.grad_q, 0, workspace.blocks * (4 * 8192), stream),
+    check(cudaMemsetAsync(workspace.grad_q, 0, workspace.blocks * (4 * kGradQueryBlock), stream),
           "cudaMemsetAsync");
   }
   const int64_t reached = reached_keys(p), group = p.heads_q / p.heads_k;
@@ -94,7 +94,7 @@ void launch_tile(const AttentionBackwardProblem& b, const Launch& launch) {
       narrow(group),
       blocks_q,
       static_cast<float>(p.scale),
-      static_cast<float>(p.scale * 1.4426950408889634)};
+      static_cast<float>(p.scale * kLog2E)};
   const HeadBlocks& tiles = parameters.tiles;
   launch_persistent(attention_backward_kernel<Tile>, parameters,
                     int64_t{tiles.heads} * tiles.blocks, Tile::kThreads, Tile::kSharedBytes,

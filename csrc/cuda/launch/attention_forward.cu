@@ -19,7 +19,7 @@ struct Workspace {
   Workspace(const AttentionProblem& p, char* memory) {
     Carver carver(memory);
     next_tile = carver.take<int>(1);
-    key_words = carver.take<uint32_t>(p.batch * words_of(p, 128));
+    key_words = carver.take<uint32_t>(p.batch * words_of(p));
     bytes = carver.bytes();
   }
 };
@@ -29,7 +29,7 @@ void launch_tile(const AttentionProblem& p, const Launch& launch) {
   const Workspace workspace(p, launch.workspace);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   check(cudaMemsetAsync(workspace.next_tile, 0, sizeof(int), stream), "cudaMemsetAsync");
-  const int words = words_of(p, 128);
+  const int words = words_of(p);
   launch_key_words(p, workspace.key_words, words, stream);
   const int64_t reached = reached_keys(p), group = p.heads_q / p.heads_k;
   const AttentionForwardParameters parameters{
@@ -47,7 +47,7 @@ void launch_tile(const AttentionProblem& p, const Launch& launch) {
       narrow(p.heads_q),
       narrow(group),
       static_cast<float>(p.scale),
-      static_cast<float>(p.scale * 1.4426950408889634)};
+      static_cast<float>(p.scale * kLog2E)};
   const HeadBlocks& tiles = parameters.tiles;
   launch_persistent(attention_forward_kernel<Tile>, parameters, int64_t{tiles.heads} * tiles.blocks,
                     Tile::kThreads, Tile::kSharedBytes, launch);

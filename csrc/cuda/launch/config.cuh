@@ -10,8 +10,12 @@
 namespace fastattn::cuda {
 
 // Heads are taken in sections whose keys and values (backward: queries and their gradients) fit
-// here: half of the 50 MB of L2.
+// here: two thirds of the 50 MB of L2.
 constexpr int64_t kSectionBytes = 32 << 20;
+
+// Keys are masked in whole blocks of this many: a kernel reads the words of whole blocks of
+// kBlockK keys, and kBlockK of every attention tile below divides it.
+constexpr int kKeyWordBlock = 128;
 
 // Attention forward: head dim, keys a block, warpgroups of 64 queries, stages, key mask, groups of
 // columns of 16 whose powers are polynomials, slack of a maximum.

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   Tile::run(p);
 }
 template <class T, LinearPass kPass>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(kSplitThreads)
     add_splits_kernel(const __grid_constant__ LinearParameters p) {
   add_splits<T, kPass>(p);
 }
@@ -81,8 +81,9 @@ void launch_pass(Dtype dtype, LinearParameters p, const Matrix& a, const Matrix&
   }
   if (p.splits == 1) return;
   const int64_t threads = p.rows * ((p.cols + 7) / 8);
-  add_splits_kernel<T, kPass><<<static_cast<unsigned>((threads + 255) / 256), 256, 0,
-                                static_cast<cudaStream_t>(launch.stream)>>>(p);
+  add_splits_kernel<T, kPass>
+      <<<static_cast<unsigned>((threads + kSplitThreads - 1) / kSplitThreads), kSplitThreads, 0,
+         static_cast<cudaStream_t>(launch.stream)>>>(p);
   check(cudaGetLastError(), "launch of add_splits");
 }
 

@@ -149,7 +149,7 @@ FASTATTN_DEVICE void store_shared(void* p, const V& value) {
 }
 
 // Counters in global memory that blocks share. Each of them has one thread at a time.
-FASTATTN_DEVICE int take(int* counter) { return atomicAdd(counter, 1); }
+FASTATTN_DEVICE int fetch_increment(int* counter) { return atomicAdd(counter, 1); }
 FASTATTN_DEVICE int counter_value(const int* counter) {
   int now;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");

@@ -3,6 +3,7 @@
 // row_of(t) + 8 h, column 8 c + column_of(t) + i. Packed by pairs, they are an operand A.
 #pragma once
 
+#include "cuda/tile/block.h"
 #include "cuda/tile/operand.h"
 
 namespace fastattn::cuda {

@@ -1,2 +1,0 @@
-#define FASTATTN_ISA avx512
-#include "cpu/kernels.h"

@@ -1,2 +1,0 @@
-#define FASTATTN_ISA generic
-#include "cpu/kernels.h"
