@@ -332,7 +332,7 @@ def test_without_cuda_the_rest_is_built(tree, change, reason):
 def test_a_failed_cuda_build_keeps_the_library_of_the_last_one(tree, change, reason):
     env = fake_nvcc(tree)
     assert build(tree, **env)["cuda"]["built"]
-    (tree / "csrc/cuda/launch/refusal.cu").touch()
+    (tree / "csrc/cuda/launch/unsupported.cu").touch()
     facts = build(tree, **{**env, **change})["cuda"]
     assert facts["built"]
     assert facts["archs"] == ["90a"]

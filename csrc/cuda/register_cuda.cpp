@@ -78,7 +78,7 @@ Tensor as_result(const Tensor& t, const Shape& shape) {
   return reshaped(torch::stable::contiguous(t), shape);
 }
 
-void check_served(const char* op, const std::string& reason) {
+void check_supported(const char* op, const std::string& reason) {
   STD_TORCH_CHECK(reason.empty(), "fastattn::", op,
                   ": the CUDA kernels do not serve this: ", reason);
 }
@@ -91,7 +91,7 @@ struct Attention {
   Attention(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
             const OptionalTensor& attn_mask, const AttentionOptions& options, bool backward)
       : in(checked(op, query, key, value, attn_mask, options)) {
-    check_served(op, refusal(in.problem, backward));
+    check_supported(op, unsupported(in.problem, backward));
     const int64_t batch = in.problem.batch;
     q = readable(four_dims(in.query, batch));
     k = readable(four_dims(in.key, batch));
@@ -110,8 +110,8 @@ struct Attention {
                                  const Tensor& value, const OptionalTensor& attn_mask,
                                  const AttentionOptions& options) {
     // Both would be read on this side.
-    check_served(op, options.dropout_p > 0.0 ? "there is dropout" : "");
-    check_served(op, options.starts_q.has_value() ? "the sequences are packed" : "");
+    check_supported(op, options.dropout_p > 0.0 ? "there is dropout" : "");
+    check_supported(op, options.starts_q.has_value() ? "the sequences are packed" : "");
     return validate_attention(op, query, key, value, attn_mask, options);
   }
 };
@@ -228,7 +228,7 @@ LinearInputs linear_inputs(const char* op, const Tensor& input, const Tensor& we
                            const OptionalTensor& bias) {
   LinearInputs in = validate_linear(op, input, weight, bias);
   const LinearProblem& p = in.problem;
-  check_served(op, linear_refusal(p.dtype, p.m, p.n, p.k));
+  check_supported(op, unsupported_linear(p.dtype, p.m, p.n, p.k));
   make_readable(in);
   return in;
 }
@@ -293,7 +293,7 @@ struct MlpLayers {
       make_readable(in, problems.empty() || !forward);
       problems.push_back(in.problem);
     }
-    check_served(op, mlp_refusal(problems.data(), problems.size()));
+    check_supported(op, unsupported_mlp(problems.data(), problems.size()));
   }
 };
 

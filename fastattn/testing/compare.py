@@ -29,8 +29,8 @@ def _error(actual: Tensor, oracle: Tensor) -> Tensor:
 
 
 def assert_close(name: str, actual: Tensor, oracle: Tensor, bound: Tensor | float) -> None:
-    """|actual - oracle| <= bound everywhere. Infinities must stand at the same places; a NaN fails on
-    either side.
+    """|actual - oracle| <= bound everywhere. Infinities must stand at the same places, and a NaN
+    fails on either side.
 
     Args:
         name: of the result, for the message.

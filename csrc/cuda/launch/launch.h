@@ -20,7 +20,7 @@ struct Launch {
 int capability();
 
 // Why no kernel serves the problem; empty where one does.
-std::string refusal(const AttentionProblem& p, bool backward);
+std::string unsupported(const AttentionProblem& p, bool backward);
 
 // Tensors come with one batch dimension, and rows that begin at multiples of 16 bytes; the mask
 // with the problem's batch dimensions.
@@ -30,7 +30,7 @@ size_t attention_backward_workspace(const AttentionBackwardProblem& p);
 void launch_attention_backward(const AttentionBackwardProblem& p, const Launch& launch);
 
 // As above, rows begin at multiples of 16 bytes. Where grad_bias is set, grad_w must be set too.
-std::string linear_refusal(Dtype dtype, int64_t m, int64_t n, int64_t k);
+std::string unsupported_linear(Dtype dtype, int64_t m, int64_t n, int64_t k);
 size_t linear_forward_workspace(const LinearProblem& p);
 void launch_linear_forward(const LinearProblem& p, const Launch& launch);
 size_t linear_backward_workspace(const LinearBackwardProblem& p);
@@ -41,7 +41,7 @@ void launch_linear_backward(const LinearBackwardProblem& p, const Launch& launch
 // - Forward: the first layer needs x, the last layer needs y; the other layers may have y.
 // - Backward: the last layer needs grad_y, the first layer may have grad_x, and all layers but the
 //   last need relu_output.
-std::string mlp_refusal(const LinearProblem* layers, size_t count);
+std::string unsupported_mlp(const LinearProblem* layers, size_t count);
 void launch_mlp_forward(const LinearProblem* layers, size_t count, const Launch& launch);
 size_t mlp_backward_workspace(const LinearBackwardProblem* layers, size_t count);
 void launch_mlp_backward(const LinearBackwardProblem* layers, size_t count, const Launch& launch);

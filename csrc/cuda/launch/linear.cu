@@ -134,11 +134,11 @@ struct MlpWorkspace {
 
 }  // namespace
 
-std::string mlp_refusal(const LinearProblem* layers, size_t count) {
+std::string unsupported_mlp(const LinearProblem* layers, size_t count) {
   if (count > MlpParameters::kMostLayers) return "there are more than 8 layers";
   for (size_t l = 0; l < count; ++l) {
     const LinearProblem& p = layers[l];
-    std::string reason = linear_refusal(p.dtype, p.m, p.n, p.k);
+    std::string reason = unsupported_linear(p.dtype, p.m, p.n, p.k);
     if (reason.empty() && p.n > 256) reason = "a layer is wider than 256";
     if (!reason.empty()) return reason;
   }
@@ -218,7 +218,7 @@ void launch_mlp_backward(const LinearBackwardProblem* layers, size_t count, cons
   });
 }
 
-std::string linear_refusal(Dtype dtype, int64_t m, int64_t n, int64_t k) {
+std::string unsupported_linear(Dtype dtype, int64_t m, int64_t n, int64_t k) {
   if (capability() != 90) return "the GPU is not of compute capability 9.0";
   if (dtype != Dtype::kBFloat16 && dtype != Dtype::kFloat16)
     return "the dtype is neither bfloat16 nor float16";

@@ -8,7 +8,7 @@ int capability() {
          device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
-std::string refusal(const AttentionProblem& p, bool backward) {
+std::string unsupported(const AttentionProblem& p, bool backward) {
   const int64_t dim = std::max(p.head_dim, p.head_dim_v), most = backward ? 128 : 256;
   if (capability() != 90) return "the GPU is not of compute capability 9.0";
   if (p.dtype != Dtype::kBFloat16 && p.dtype != Dtype::kFloat16)
