@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ class _Attention:
     value: Tensor
     grad_out: Tensor
     grad_lse: Tensor
-    tangents: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    tangents: ops.Tangents
     is_causal: bool
     mask: Tensor | None = None
     starts: Tensor | None = None  # of the packed sequences, queries and keys alike
@@ -126,11 +126,14 @@ class _Attention:
         """The same elsewhere, or with numbers in another dtype."""
 
         def move(x: Tensor | None) -> Tensor | None:
-            keep = x is None or (isinstance(where, torch.dtype) and not x.is_floating_point())
-            return x if keep else x.to(where)
+            if x is None or (isinstance(where, torch.dtype) and not x.is_floating_point()):
+                return x
+            return x.to(where)
 
-        moved = {name: move(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **moved, tangents=tuple(map(move, self.tangents)))
+        moved: dict[str, Any] = {
+            name: move(x) for name, x in vars(self).items() if isinstance(x, Tensor)
+        }
+        return replace(self, **moved, tangents=ops.Tangents(*map(move, self.tangents)))
 
     def by_kernels(self, at: Device, parts: frozenset[str]) -> dict[str, Tensor]:
         x = self.to(at.device)
@@ -144,7 +147,7 @@ class _Attention:
         )
         inputs = ops.Inputs(x.query, x.key, x.value, x.mask)
         extras = ops.Extras(x.slopes, x.seed, x.starts, x.starts)
-        cotangents, tangents = ops.Cotangents(x.grad_out, x.grad_lse), ops.Tangents(*x.tangents)
+        cotangents, tangents = ops.Cotangents(x.grad_out, x.grad_lse), x.tangents
         out, lse, *softmax = ops.attention_forward(inputs, extras, options, backend)
         results = ops.Results(out, *softmax)
         found = {"out": out, "lse": lse} if "forward" in parts else {}
@@ -159,11 +162,11 @@ class _Attention:
             moved = ops.attention_jvp(inputs, extras, tangents, results, options, backend)
             found |= zip(("t_out", "t_lse"), moved, strict=True)
         if "second" in parts:
-            t_out, t_lse, *grads = ops.attention_double_backward(
+            t_out, t_lse, *second = ops.attention_double_backward(
                 cotangents, inputs, extras, tangents, results, options, [True, *needs], backend
             )
             found |= {"t_out": t_out, "t_lse": t_lse}
-            found |= zip([f"second {name}" for name in names], grads, strict=False)
+            found |= zip([f"second {name}" for name in names], second, strict=False)
         return found
 
     def by_reference(self, parts: frozenset[str]) -> dict[str, Tensor]:
@@ -178,12 +181,12 @@ class _Attention:
     def _rows(self, start: int, end: int) -> _Attention:
         """One of the packed sequences."""
         names = ("query", "key", "value", "grad_out", "grad_lse")
-        sliced = {name: getattr(self, name)[:, :, start:end] for name in names}
+        sliced: dict[str, Any] = {name: getattr(self, name)[:, :, start:end] for name in names}
         return replace(self, **sliced, starts=None)
 
     def _expected(self, parts: frozenset[str]) -> dict[str, Tensor]:
         inputs = (self.query, self.key, self.value, self.mask)
-        options = {
+        options: dict[str, Any] = {
             "seed": self.seed,
             "is_causal": self.is_causal,
             "dropout_p": self.dropout_p,
@@ -192,19 +195,17 @@ class _Attention:
             "alibi_slopes": self.slopes,
         }
         out, lse = reference.attention_forward(*inputs, **options)
-        found = {"out": out, "lse": lse} if "forward" in parts else {}
+        found: dict[str, Tensor | None] = {"out": out, "lse": lse} if "forward" in parts else {}
         names = ("dq", "dk", "dv", "dmask")
-        cotangents = (self.grad_out, self.grad_lse)
+        of_results = (self.grad_out, self.grad_lse, *inputs)
         if "backward" in parts:
-            grads = reference.attention_backward(*cotangents, *inputs, out, lse, **options)
+            grads = reference.attention_backward(*of_results, out, lse, **options)
             found |= zip(names, grads, strict=True)
         if parts & {"tangent", "second"}:
             tangents = reference.attention_jvp(*inputs, self.tangents, **options)
             found |= zip(("t_out", "t_lse"), tangents, strict=True)
         if "second" in parts:
-            grads = reference.attention_double_backward(
-                *cotangents, *inputs, self.tangents, **options
-            )
+            grads = reference.attention_double_backward(*of_results, self.tangents, **options)
             found |= zip([f"second {name}" for name in names], grads, strict=True)
         return {name: x for name, x in found.items() if x is not None}
 
@@ -219,13 +220,11 @@ def _attention(case: Case, variant: str) -> _Attention:
     if packed:
         batch, keys = 1, rows
     shapes = [(heads, rows, dim), (heads // 2, keys, dim), (heads // 2, keys, dim)]
-    call = _Attention(
-        *(random.heads(batch, *shape) for shape in shapes),
-        random(batch, heads, rows, dim),
-        random(batch, heads, rows, dtype=lse),
-        (*(random.heads(batch, *shape) for shape in shapes), None),
-        case.is_causal,
-    )
+    query, key, value = (random.heads(batch, *shape) for shape in shapes)
+    grad_out, grad_lse = random(batch, heads, rows, dim), random(batch, heads, rows, dtype=lse)
+    t_query, t_key, t_value = (random.heads(batch, *shape) for shape in shapes)
+    tangents = ops.Tangents(t_query, t_key, t_value)
+    call = _Attention(query, key, value, grad_out, grad_lse, tangents, case.is_causal)
     if packed:  # one of the sequences is empty
         starts = torch.tensor([0, rows // 3, rows // 3, rows], dtype=torch.int32, device="cpu")
         return replace(call, starts=starts, longest=rows - rows // 3)
@@ -235,12 +234,12 @@ def _attention(case: Case, variant: str) -> _Attention:
         return replace(call, mask=padding[:, None, None], window=(rows // 3, rows // 4))
     if variant == "bias":
         bias = (random(1, heads, rows, keys), random(1, heads, rows, keys))
-        return replace(call, mask=bias[0], tangents=(*call.tangents[:3], bias[1]))
+        return replace(call, mask=bias[0], tangents=tangents._replace(attn_mask=bias[1]))
     if variant == "dropout, softcap, ALiBi":
         seed = torch.tensor([1234567890123], dtype=torch.int64, device="cpu")
         slopes = 2.0 ** -torch.arange(1, heads + 1, device="cpu", dtype=lse)
         mask = random.mask(batch, 1, rows, keys)
-        extras = {"dropout_p": 0.25, "softcap": 3.0, "seed": seed, "slopes": slopes}
+        extras: dict[str, Any] = {"dropout_p": 0.25, "softcap": 3.0, "seed": seed, "slopes": slopes}
         return replace(call, mask=mask, **extras)
     return call
 
@@ -273,14 +272,15 @@ def solve_linear(part: str, at: Device, case: Case) -> Iterator[Comparison]:
     random, width = _Random(case.dtype), 2 * case.head_dim + 9
     x, w, b = random(case.rows, 72), random(width, 72), random(width)
     grad, tangents = random(case.rows, width), [random(*t.shape) for t in (x, w, b)]
-    on = [t.to(at.device) for t in (x, w, b, grad, *tangents)]
+    on_x, on_w, on_b, on_grad = (t.to(at.device) for t in (x, w, b, grad))
+    on_t_x, on_t_w, on_t_b = (t.to(at.device) for t in tangents)
 
     def kernels() -> dict[str, Tensor]:
-        out, bits = ops.linear_relu_forward(*on[:3], at.backend)
+        out, bits = ops.linear_relu_forward(on_x, on_w, on_b, at.backend)
         if part == "tangent":
-            t_out = ops.linear_relu_jvp(*on[:2], bits, *on[4:], at.backend)
+            t_out = ops.linear_relu_jvp(on_x, on_w, bits, on_t_x, on_t_w, on_t_b, at.backend)
             return {"out": out, "bits": bits, "t_out": t_out}
-        grads = ops.linear_relu_backward(on[3], *on[:2], bits, [True] * 3, at.backend)
+        grads = ops.linear_relu_backward(on_grad, on_x, on_w, bits, [True] * 3, at.backend)
         return {"out": out, "bits": bits, **dict(zip(("dx", "dw", "db"), grads, strict=True))}
 
     actual = at.run(kernels)
