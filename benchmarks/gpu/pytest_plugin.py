@@ -2,7 +2,7 @@
 
 FASTATTN_CHECK_SHARD=i/n keeps every n-th test; FASTATTN_CHECK_AFTER=ID leaves out the tests up to
 this one, which lost the GPU's context or hung. A test after which the context is lost ends the
-run with exit status 3: whatever came behind it would fail for its sake.
+run with exit status 3: every later test would fail because of it.
 """
 
 from __future__ import annotations

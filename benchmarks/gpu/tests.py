@@ -97,7 +97,7 @@ class Tests:
                 self.evidence.found(self.stage, f"shard {shard.number}", child.status)
             return
         if child.status.startswith(CUT_OFF):
-            return  # the test is not reached, as those behind it
+            return  # neither this test nor a later one is reached
         if child.returncode != LOST:  # else the test has told its outcome
             self._outcome(shard, shard.running, "failed", child.status)
             self._ended.append(child)

@@ -215,7 +215,7 @@ def _plan_sequential(name: str, module: nn.Sequential, made: Plan) -> None:
             continue
         reason = _unsupported_linear(layer)
         if reason is None and not is_plain(after, nn.ReLU):
-            reason = "the ReLU behind it has hooks or is of a subclass"
+            reason = "the ReLU after it has hooks, or its class is a subclass of ReLU"
         if reason is None and (type(module) is not nn.Sequential or "forward" in vars(module)):
             reason = "it is in a subclass of Sequential, or one whose forward was replaced"
         if reason is None:

@@ -203,7 +203,7 @@ def _unsupported_part(part: Part) -> str | None:
 
 
 def _unsupported_shared(part: Part, parts: list[Part]) -> str | None:
-    """A config that a part holds which must stay cannot change."""
+    """A config cannot change while a part that must stay holds it."""
     for other in parts:
         shared = any(c is d for c in part.configs for d in other.configs)
         must_stay = other.attentions > 0 or unsupported(type(other.model)) is not None

@@ -115,16 +115,16 @@ def _as_a_weight(net, x):
     ("call", "expected", "reason"),
     [
         (_taken_twice, [], "sum reads it as well as the ReLU"),
-        (_changed_in_place, [], "no ReLU behind it"),
+        (_changed_in_place, [], "no ReLU after it"),
         (_activated_in_place, [], "linear reads it as well as the ReLU"),
         (_kept, [], "the caller reads it as well as the ReLU"),
         (_viewed, [], "getitem reads it as well as the ReLU"),
         (_relu_without_gradient, [], "the mode (grad, autocast) may change"),
         (_relu_in_another_dtype, [], "the mode (grad, autocast) may change"),
-        (_weight_changed_between, ["linear_relu"], "no ReLU behind it"),
-        (_as_a_weight, ["linear_relu"], "no ReLU behind it"),
-        (lambda net, x: net.fc2(F.gelu(net.fc1(x))), [], "no kernel for gelu behind it"),
-        (lambda net, x: net.fc1(x).clamp(min=0), [], "no ReLU behind it"),
+        (_weight_changed_between, ["linear_relu"], "no ReLU after it"),
+        (_as_a_weight, ["linear_relu"], "no ReLU after it"),
+        (lambda net, x: net.fc2(F.gelu(net.fc1(x))), [], "no kernel for gelu after it"),
+        (lambda net, x: net.fc1(x).clamp(min=0), [], "no ReLU after it"),
         (lambda net, x: F.linear(x, net.fc1.weight[0]), [], "broadcast"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
@@ -145,7 +145,7 @@ def test_what_the_report_says_of_the_layers():
     assert report.summary() == (
         "fastattn: 1 graph; 1 linear, relu, ..., linear -> fastattn mlp; 2 left alone"
     )
-    assert "net.b.fc1: linear left alone: no kernel for gelu behind it" in str(report)
+    assert "net.b.fc1: linear left alone: no kernel for gelu after it" in str(report)
     torch.compiler.reset()
     assert str(fastattn.compile_report()) == "fastattn: 0 graphs; nothing fused; 0 left alone"
 

@@ -240,7 +240,7 @@ def test_a_direct_call_with_bad_metadata_raises(argument, change):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
 def test_nothing_is_read_beyond_the_mask():
-    """Odd numbers of keys, rows whose window begins behind them, and a page that must not be
+    """Odd numbers of keys, rows whose window begins after the last key, and a page that must not be
     touched."""
     program = f"""
 import ctypes, itertools, mmap, sys, torch

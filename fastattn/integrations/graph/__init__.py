@@ -1,7 +1,7 @@
 """Kernels in a graph of torch's functions, as Dynamo captures it.
 
 The graph shows everything that reads a result, which a module cannot know: a linear layer and the
-ReLU behind it become one call where nobody else reads what is between. What is put in returns what
+ReLU after it become one call where nobody else reads what is between. What is put in returns what
 it replaces returned, to rounding, and decides at each call, by the size of the problem, whether the
 kernel or torch's own code runs.
 """

@@ -191,7 +191,7 @@ class _Written:
         if reason is None and self.mask is not None:
             mask, query = value_of(self.mask), value_of(self.query)
             if not isinstance(mask, Tensor):
-                reason = "its mask is no tensor"
+                reason = "its mask is not a tensor"
             elif mask.dtype is not (query.dtype if self.fill is None else torch.bool):
                 reason = f"its mask is {mask.dtype} beside {query.dtype}"
             elif mask.device.type != "cpu":

@@ -100,7 +100,7 @@ class _Layer:
         if not relus:
             activation = next((label(u) for u in self.linear.users if is_activation(u)), None)
             self.why_no_relu = (
-                f"no kernel for {activation} behind it" if activation else "no ReLU behind it"
+                f"no kernel for {activation} after it" if activation else "no ReLU after it"
             )
         elif len(self.linear.users) > 1:
             others = ", ".join(label(u) for u in self.linear.users if u is not relus[0])
