@@ -1,4 +1,4 @@
-"""Stands in for ncu and compute-sanitizer in a rehearsal: runs the program that follows its options."""
+"""Stands in for ncu and compute-sanitizer in a rehearsal: runs the program after its options."""
 
 import subprocess
 import sys
