@@ -26,6 +26,7 @@ from fastattn.ops.linear import (
     mlp_forward,
     mlp_inference,
 )
+from fastattn.ops.norm import dropout_add_norm_backward, dropout_add_norm_forward
 from fastattn.ops.triton import library
 
 flops.register()
@@ -44,6 +45,8 @@ __all__ = [
     "attention_double_backward",
     "attention_forward",
     "attention_jvp",
+    "dropout_add_norm_backward",
+    "dropout_add_norm_forward",
     "linear_relu_backward",
     "linear_relu_forward",
     "linear_relu_jvp",

@@ -42,6 +42,16 @@ SHARED = {
         "(Tensor input, Tensor weight, Tensor mask, Tensor? t_input, Tensor? t_weight, "
         "Tensor? t_bias) -> Tensor"
     ),
+    "dropout_add_norm_forward": (
+        "(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, "
+        "float dropout_p, float eps, bool rms) "
+        "-> (Tensor out, Tensor sum, Tensor mean, Tensor rstd)"
+    ),
+    "dropout_add_norm_backward": (
+        "(Tensor? grad_out, Tensor? grad_sum, Tensor sum, Tensor? weight, Tensor mean, "
+        "Tensor rstd, Tensor? seed, float dropout_p, bool rms, bool[4] needs) "
+        "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)"
+    ),
 }
 NATIVE = SHARED | {
     "mlp_forward": "(Tensor input, Tensor[] weights, Tensor[] biases) -> Tensor[]",
