@@ -48,8 +48,7 @@ def dropout_add_norm_backward(
     backend: str = NATIVE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, residual, weight and bias; one that is not needed has shape ``[0]``.
-    Without dropout the gradient of input is that of residual, and only residual's may be asked
-    for."""
+    Without dropout the first two are equal, and a caller that asks for one saves a copy."""
     args = (grad_out, grad_sum, sum, weight, mean, rstd, seed, dropout_p, rms, needs)
     if backend == "triton":
         return torch.ops.fastattn_triton.dropout_add_norm_backward(*args)
@@ -76,9 +75,7 @@ def _fake_backward(grad_out, grad_sum, sum, weight, mean, rstd, seed, dropout_p,
     of_weight = sum.dtype if weight is None else weight.dtype
     found = zip((sum.shape, sum.shape, vector, vector),
                 (sum.dtype, sum.dtype, of_weight, of_weight), needs, strict=True)  # fmt: skip
-    return tuple(
-        sum.new_empty(shape if need else (0,), dtype=kind) for shape, kind, need in found
-    )
+    return tuple(sum.new_empty(shape if need else (0,), dtype=kind) for shape, kind, need in found)
 
 
 for _ns in schemas.NAMESPACES:

@@ -62,6 +62,12 @@ from fastattn.reference.linear import (
     linear_relu_jvp,
     mlp,
 )
+from fastattn.reference.norm import (
+    dropout_add_norm,
+    dropout_add_norm_backward,
+    dropout_add_norm_jvp,
+    keep_factor,
+)
 from fastattn.reference.philox import philox, philox_keep_mask
 
 __all__ = [
@@ -73,6 +79,10 @@ __all__ = [
     "attention_in",
     "attention_jvp",
     "attention_weights",
+    "dropout_add_norm",
+    "dropout_add_norm_backward",
+    "dropout_add_norm_jvp",
+    "keep_factor",
     "linear_relu",
     "linear_relu_backward",
     "linear_relu_forward",
