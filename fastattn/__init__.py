@@ -1,6 +1,7 @@
 """Fused linear+ReLU and softmax attention for PyTorch, under one contract on every backend.
 
-- Functions: ``scaled_dot_product_attention``, ``varlen_attn``, ``linear_relu``, ``mlp``.
+- Functions: ``scaled_dot_product_attention``, ``varlen_attn``, ``linear_relu``, ``mlp``,
+  ``dropout_add_norm``.
 - Modules with torch.nn's arguments and parameter names: ``fastattn.nn``.
 - Models that exist already: ``plan``, ``patch`` and ``unpatch``; ``torch.compile(model,
   backend="fastattn")`` and ``compile_report``; ``override_sdpa``.
@@ -20,7 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn import backends, functional
 from fastattn.backends import FastAttnWarning
-from fastattn.functional import linear_relu, mlp, scaled_dot_product_attention, varlen_attn
+from fastattn.functional import (
+    dropout_add_norm,
+    linear_relu,
+    mlp,
+    scaled_dot_product_attention,
+    varlen_attn,
+)
 
 __version__ = "0.1.0"
 
@@ -46,6 +53,7 @@ __all__ = [
     "__version__",
     "backends",
     "compile_report",
+    "dropout_add_norm",
     "functional",
     "integrations",
     "linear_relu",

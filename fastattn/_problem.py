@@ -78,6 +78,15 @@ def linear_problem(op: str, input: Tensor, weights: Sequence[Tensor]) -> Problem
     return Problem(op, device, input.dtype, extras=against, gpu=input.device.index)
 
 
+def norm_problem(input: Tensor) -> Problem:
+    """The Problem of a call of dropout_add_norm."""
+    device = input.device
+    if device.type != "cuda":
+        return Problem("dropout_add_norm", device.type, input.dtype)
+    extras = ("kernel for it",)
+    return Problem("dropout_add_norm", "cuda", input.dtype, extras=extras, gpu=device.index)
+
+
 def autocast_dtype(device: str) -> torch.dtype | None:
     """Autocast's dtype where it is on for the device, else None."""
     # Asking whether it exists costs more than the rest for the two that have it.

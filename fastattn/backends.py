@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import _extension, _products, ops
+from fastattn import _products, ops
 from fastattn._problem import Problem, attention_problem, computed_dtype, fused_mlp, linear_problem
+from fastattn._problem import norm_problem as norm_problem
+from fastattn._support import unsupported
 from fastattn.ops import triton
 from fastattn.ops.triton import config
 from fastattn.verification import first_use
 
 KERNELS = ("cpu", "cuda", "triton")
 BACKENDS = (*KERNELS, "reference")
-OPS = ("attention", "varlen_attn", "linear", "linear_relu", "mlp")
+OPS = ("attention", "varlen_attn", "linear", "linear_relu", "mlp", "dropout_add_norm")
 
 # The families of CUDA kernels (attention_forward, attention_backward, linear_relu, mlp) that come
 # before Triton's by default: those right, and faster, in a table of benchmarks/results/.
@@ -50,8 +52,6 @@ def _named_backend() -> str | None:
 _cuda_first = _switch("FASTATTN_CUDA", "0")
 self_check = _switch("FASTATTN_SELF_CHECK", "1")
 
-_HOPPER = 90  # compute capability 9.0
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _default = _named_backend()
 _warned: set[str] = set()
 _served_by_cpu: set[Problem] = set()
@@ -79,76 +79,6 @@ class Explanation:
             if name != self.backend:
                 lines.append(f"  not {name}: {'; '.join(reasons) or 'comes after ' + self.backend}")
         return "\n".join(lines)
-
-
-def unsupported(problem: Problem, backend: str) -> list[str]:
-    """Why ``backend`` does not serve ``problem``; empty where it does."""
-    if backend == "reference":
-        return []
-    if backend == "cuda":
-        return _unsupported_cuda(problem)
-    return _unsupported_triton(problem) if backend == "triton" else _unsupported_cpu(problem)
-
-
-def _unsupported_cpu(problem: Problem) -> list[str]:
-    found = []
-    if not _extension.HAS_NATIVE:
-        found.append(f"the native library is not loaded ({_extension.load_failure()})")
-    if problem.device != "cpu":
-        found.append(f"the inputs are on {problem.device}")
-    if problem.dtype not in _DTYPES:
-        found.append(f"{problem.dtype} is not one of float32, float64, bfloat16, float16")
-    if problem.slopes_gradient:
-        found.append("the cpu kernels give alibi_slopes no gradient")
-    return found
-
-
-def _unsupported_cuda(problem: Problem) -> list[str]:
-    found = []
-    if not _extension.HAS_CUDA:
-        found.append(f"the CUDA kernels are not loaded ({_extension.cuda_load_failure()})")
-    if problem.device != "cuda":
-        found.append(f"the inputs are on {problem.device}")
-    elif (capability := _capability(problem.gpu)) != _HOPPER:
-        found.append(
-            f"compute capability {capability / 10:.1f} is not 9.0 (Triton serves other GPUs)"
-        )
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        found.append(f"{problem.dtype} is not one of bfloat16, float16")
-    if problem.op == "varlen_attn":
-        found.append("it has no kernel for packed sequences")
-    most = 128 if problem.gradient else 256
-    if problem.head_dim > most:
-        found.append(
-            f"head dim {problem.head_dim} is above {most}{' with gradients' * (most == 128)}"
-        )
-    if problem.extras:
-        found.append(f"it has no {', no '.join(problem.extras)}")
-    return found
-
-
-@torch.compiler.assume_constant_result
-def _capability(gpu: int | None = None) -> int:
-    return triton.capability(torch.cuda.current_device() if gpu is None else gpu)
-
-
-def _unsupported_triton(problem: Problem) -> list[str]:
-    found = []
-    if problem.device != "cuda" and not (problem.device == "cpu" and triton.interpreting()):
-        found.append(f"the inputs are on {problem.device}")
-    elif missing := triton.load_failure():
-        found.append(missing)
-    elif problem.device == "cuda" and not torch.compiler.is_compiling():
-        gpu, size = _capability(problem.gpu), problem.dtype.itemsize
-        against = config.unsupported(gpu, size, problem.head_dim)
-        found += [against] if against is not None else []
-    if problem.dtype not in _DTYPES:
-        found.append(f"{problem.dtype} is not one of float32, float64, bfloat16, float16")
-    if problem.head_dim > triton.MAX_HEAD_DIM:
-        found.append(f"head dim {problem.head_dim} is above {triton.MAX_HEAD_DIM}")
-    if problem.slopes_gradient:
-        found.append("the triton kernels give alibi_slopes no gradient")
-    return found
 
 
 def families(problem: Problem, backend: str) -> tuple[str, ...]:
@@ -280,7 +210,9 @@ def select(problem: Problem, backend: str | None = None, *, run_self_check: bool
     if not compiling:
         if problem.device == "cuda" and not unsupported(problem, "cuda"):
             against = [*against, *(f"cuda: {reason}" for reason in _unproven(problem, "cuda"))]
-        _warn(f"{problem.op} runs on the O(S²) reference backend: {'; '.join(against)}", 4)
+        _warn(
+            f"{problem.op} runs on the reference backend, without kernels: {'; '.join(against)}", 4
+        )
     return "reference"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastattn import _extension, backends
+from fastattn import _extension, _support, backends
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def gpu(monkeypatch):
     """Sets the capability of the GPU there would be; tensors are fake."""
 
     def set_capability(capability: int) -> None:
-        monkeypatch.setattr(backends, "_capability", lambda gpu=None: capability)
+        monkeypatch.setattr(_support, "capability_of", lambda gpu=None: capability)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(backends.triton, "capability", lambda device: capability)
 
@@ -176,7 +176,7 @@ def test_layers(cuda_first):
 def test_the_tensors_gpu_counts_and_not_the_current_one(cuda_first, monkeypatch):
     capabilities = [90, 80]
     monkeypatch.setattr(
-        backends, "_capability", lambda gpu=None: capabilities[0 if gpu is None else gpu]
+        _support, "capability_of", lambda gpu=None: capabilities[0 if gpu is None else gpu]
     )
     for index, chosen in enumerate(("cuda", "triton")):
         device = f"cuda:{index}"
@@ -199,7 +199,7 @@ def test_a_capability_is_a_constant_to_the_compiler(monkeypatch):
 
     @torch.compile(fullgraph=True, backend="eager")
     def function(x):
-        return x + backends._capability()
+        return x + _support.capability_of()
 
     assert function(torch.zeros(1)).item() == 90
 
@@ -209,7 +209,7 @@ def test_integrations_ask_who_serves_by_default(monkeypatch):
     then leaves the call to torch."""
     problem = backends.Problem("attention", "cuda", torch.bfloat16, 64)
     monkeypatch.setattr(_extension, "HAS_CUDA", True)
-    monkeypatch.setattr(backends, "_capability", lambda gpu=None: 90)
+    monkeypatch.setattr(_support, "capability_of", lambda gpu=None: 90)
     monkeypatch.setattr(backends.triton, "load_failure", lambda: "Triton is not installed")
     assert not backends.unsupported(problem, "cuda")
     assert "verified on hardware" in backends.unsupported_by_default(problem, "cuda")[0]

@@ -14,7 +14,7 @@ import torch
 from spoiled import spoil
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastattn import _extension, backends
+from fastattn import _extension, _support, backends
 from fastattn.verification import first_use, record
 from fastattn.verification.problems import Device
 
@@ -41,7 +41,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(first_use, "_index", lambda index: index or 0)
     monkeypatch.setattr(first_use, "_at", at)
     monkeypatch.setattr(record, "identity", lambda index: dict(IDENTITY))
-    monkeypatch.setattr(backends, "_capability", lambda index=None: 90)
+    monkeypatch.setattr(_support, "capability_of", lambda index=None: 90)
     monkeypatch.setattr(backends.triton, "load_failure", lambda: None)
     monkeypatch.setattr(_extension, "HAS_CUDA", True)
     new_process(monkeypatch)

@@ -32,7 +32,8 @@ ALLOWED = {
     "verification": {"_extension", "ops", "reference", "verification", ""},  # "" is the version
     "_problem": set(),
     "_products": {"_extension"},
-    "backends": {"_extension", "_problem", "_products", "ops", "verification"},
+    "_support": {"_extension", "_problem", "ops"},
+    "backends": {"_extension", "_problem", "_products", "_support", "ops", "verification"},
     "ops": {"_call", "_extension", "ops"},
     "functional": {"_problem", "_products", "ops", "reference", "backends", "functional"},
     "nn": {"functional", "nn"},

@@ -16,6 +16,7 @@ from fastattn.functional.attention import AttentionFunction
 from fastattn.functional.attention_derivatives import AttentionDerivative, Needs, Request
 from fastattn.functional.linear import LinearReLUFunction, MLPFunction
 from fastattn.functional.linear_derivatives import LinearReLUBackward, LinearReLUTangent
+from fastattn.functional.norm import DropoutAddNormFunction
 from fastattn.ops import Call, Cotangents, Extras, Inputs, Options, Results, Tangents, split
 
 
@@ -94,6 +95,33 @@ def _mlp_inference(backend: str, *args):
     return _mlp_forward(backend, *args)[0]
 
 
+def _dropout_add_norm_forward(backend: str, *args):
+    return DropoutAddNormFunction.apply(*args, backend)
+
+
+class _DropoutAddNormBackward(torch.autograd.Function):
+    """``dropout_add_norm_backward``; refuses to be differentiated."""
+
+    @staticmethod
+    def forward(backend, *args):
+        return tuple(kernel(ops.dropout_add_norm_backward, *args, backend))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "fastattn::dropout_add_norm_backward has no derivative of its own: "
+            "fastattn.dropout_add_norm is differentiable any number of times"
+        )
+
+
+def _dropout_add_norm_backward(backend: str, *args):
+    return tuple(_DropoutAddNormBackward.apply(backend, *args))
+
+
 class _MLPBackward(torch.autograd.Function):
     """``mlp_backward``; refuses to be differentiated."""
 
@@ -124,6 +152,8 @@ _FUNCTIONS = {
     "attention_backward": _attention_backward,
     "attention_jvp": _attention_jvp,
     "attention_double_backward": _attention_double_backward,
+    "dropout_add_norm_forward": _dropout_add_norm_forward,
+    "dropout_add_norm_backward": _dropout_add_norm_backward,
     "linear_relu_forward": _linear_relu_forward,
     "linear_relu_backward": _linear_relu_backward,
     "linear_relu_jvp": _linear_relu_jvp,

@@ -208,3 +208,28 @@ def layers(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | N
         if weight.shape[1] != width:
             _bad(ValueError, f"weight{suffix}", f"in_features {width}", tuple(weight.shape))
         width = weight.shape[0]
+
+
+def norm(
+    input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    if input.dim() < 1:
+        _bad(ValueError, "input", "at least 1 dimension [..., N]", tuple(input.shape))
+    if residual is not None:
+        like("residual", residual, "input", input)
+        if residual.shape != input.shape:
+            expected = f"input's shape {tuple(input.shape)}"
+            _bad(ValueError, "residual", expected, tuple(residual.shape))
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is None:
+            continue
+        tensor(name, x)
+        if x.dtype not in (input.dtype, wide):
+            _bad(TypeError, name, " or ".join(map(str, {input.dtype: 0, wide: 0})), x.dtype)
+        if x.device != input.device:
+            _bad(ValueError, name, f"input's device {input.device}", x.device)
+        if tuple(x.shape) != (input.shape[-1],):
+            _bad(ValueError, name, f"shape ({input.shape[-1]},)", tuple(x.shape))
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        _bad(TypeError, "bias", f"weight's dtype {weight.dtype}", bias.dtype)

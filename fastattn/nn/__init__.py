@@ -7,10 +7,12 @@ symbolic traces.
 
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.linear import MLP, Linear, LinearReLU
+from fastattn.nn.norm import DropoutAddNorm
 from fastattn.nn.transformer import TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
     "MLP",
+    "DropoutAddNorm",
     "Linear",
     "LinearReLU",
     "MultiheadAttention",

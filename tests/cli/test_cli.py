@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastattn import _extension, backends
+from fastattn import _extension, _support, backends
 from fastattn.cli import check, doctor, main
 from fastattn.cli.demo import corpus, digits
 from fastattn.verification import families, first_use
@@ -91,7 +91,7 @@ def test_a_backend_is_only_named_beside_check(monkeypatch, capsys):
 
 def test_doctor_explains_the_calls_of_a_gpu(monkeypatch):
     monkeypatch.setattr(_extension, "HAS_CUDA", True)
-    monkeypatch.setattr(backends, "_capability", lambda gpu=None: 90)
+    monkeypatch.setattr(_support, "capability_of", lambda gpu=None: 90)
     monkeypatch.setattr(backends.triton, "load_failure", lambda: None)
     with FakeTensorMode():
         calls = dict(doctor._calls("cuda"))
