@@ -34,6 +34,9 @@ class DropoutAddNorm(nn.Module):
     torch.Size([4, 8])
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         features: int,

@@ -19,6 +19,7 @@ from fastattn.verification.problems import (
     solve_attention,
     solve_linear,
     solve_mlp,
+    solve_norm,
 )
 
 
@@ -57,6 +58,7 @@ FAMILIES: dict[str, Family] = {
     "linear_relu": _linear(functools.partial(solve_linear, "gradients")),
     "linear_relu_jvp": _linear(functools.partial(solve_linear, "tangent"), backends=_NOT_CUDA),
     "mlp": _linear(solve_mlp, backends=("cpu", "cuda")),
+    "dropout_add_norm": _linear(solve_norm, backends=_NOT_CUDA),
 }
 
 
@@ -68,7 +70,8 @@ def families_of(backend: str) -> tuple[str, ...]:
 def at_first_use(backend: str) -> tuple[str, ...]:
     """Those that are checked when a GPU first runs them. The others are left to ``doctor --check``:
     the same kernels with more options, and the kernels of second derivatives."""
-    first = ("attention_forward", "attention_backward", "varlen_attn", "linear_relu", "mlp")
+    first = ("attention_forward", "attention_backward", "varlen_attn", "linear_relu", "mlp",
+             "dropout_add_norm")  # fmt: skip
     return tuple(name for name in families_of(backend) if name in first)
 
 

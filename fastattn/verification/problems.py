@@ -328,3 +328,44 @@ def solve_mlp(at: Device, case: Case) -> Iterator[Comparison]:
     expected["dx"] = grad
     for name, y in expected.items():
         yield Comparison(name, actual[name], y)
+
+
+def solve_norm(at: Device, case: Case) -> Iterator[Comparison]:
+    """LayerNorm with dropout by two seeds, and RMSNorm without, of a residual sum."""
+    random, width = _Random(case.dtype), 2 * case.head_dim + 9
+    x, residual, weight, bias = (
+        random(case.rows, width), random(case.rows, width), random(width), random(width),
+    )  # fmt: skip
+    grad_out, grad_sum = random(case.rows, width), random(case.rows, width)
+    seeds = torch.tensor([5, 1234567890123], dtype=torch.int64, device="cpu")
+    on = [t.to(at.device) for t in (x, residual, weight, bias, grad_out, grad_sum, seeds)]
+
+    for rms, p in ((False, 0.25), (True, 0.0)):
+
+        def kernels(rms: bool = rms, p: float = p) -> dict[str, Tensor]:
+            on_x, on_residual, on_weight, on_bias, on_grad_out, on_grad_sum, on_seeds = on
+            out, total, mean, rstd = ops.dropout_add_norm_forward(
+                on_x, on_residual, on_weight, on_bias, on_seeds, p, 1e-5, rms, at.backend
+            )
+            grads = ops.dropout_add_norm_backward(
+                on_grad_out, on_grad_sum, total, on_weight, mean, rstd, on_seeds, p, rms,
+                [True] * 4, at.backend,
+            )  # fmt: skip
+            named = dict(zip(("dx", "dr", "dw", "db"), grads, strict=True))
+            return {"out": out, "sum": total, **named}
+
+        actual = at.run(kernels)
+        wide, b = weight.double(), bias.double()
+        out, total = reference.dropout_add_norm(
+            x.double(), residual.double(), wide, b, seeds, dropout_p=p, rms=rms
+        )
+        grads = reference.dropout_add_norm_backward(
+            grad_out.double(), grad_sum.double(), total, wide, seeds, dropout_p=p, rms=rms
+        )
+        expected = {
+            "out": out,
+            "sum": total,
+            **dict(zip(("dx", "dr", "dw", "db"), grads, strict=True)),
+        }
+        for name, y in expected.items():
+            yield Comparison(f"{name} ({'RMSNorm' if rms else 'LayerNorm'})", actual[name], y)
