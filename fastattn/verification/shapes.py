@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class AttentionShape(NamedTuple):
@@ -30,6 +30,15 @@ class LinearShape(NamedTuple):
     n: int
 
 
+class NormShape(NamedTuple):
+    """Rows ``[m, n]``; kind: "layer" or "rms"."""
+
+    model: str
+    m: int
+    n: int
+    kind: Literal["layer", "rms"]
+
+
 ATTENTION = {
     "BERT-base": AttentionShape("BERT-base", 8, 12, 12, 128, 128, 64, 64),
     "BERT-base, 512 tokens": AttentionShape("BERT-base", 4, 12, 12, 512, 512, 64, 64),
@@ -52,4 +61,9 @@ LINEAR = {
     "BERT-base": LinearShape("BERT-base", 1024, 768, 3072),
     "MiniLM": LinearShape("MiniLM", 1024, 384, 1536),
     "one row": LinearShape("one row", 1, 768, 3072),
+}
+NORM = {
+    "BERT-base": NormShape("BERT-base", 1024, 768, "layer"),
+    "MiniLM": NormShape("MiniLM", 2048, 384, "layer"),
+    "Llama-like": NormShape("Llama-like", 512, 2048, "rms"),
 }

@@ -8,6 +8,7 @@ from fastattn.cli.bench.attention import attention_cases
 from fastattn.cli.bench.case import Case
 from fastattn.cli.bench.linear import linear_cases, mlp_cases
 from fastattn.cli.bench.models import model_cases
+from fastattn.cli.bench.norm import norm_cases
 from fastattn.cli.bench.second_order import second_order_cases
 
 
@@ -17,6 +18,7 @@ def cases(ops: Sequence[str], peers: str, grid: bool) -> Iterator[Case]:
         "attention": lambda: attention_cases(peers, grid),
         "linear_relu": lambda: linear_cases(peers),
         "mlp": lambda: mlp_cases(peers),
+        "dropout_add_norm": lambda: norm_cases(peers),
         "encoder": lambda: model_cases(peers),
         "second_order": second_order_cases,
     }
