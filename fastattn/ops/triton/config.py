@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from fastattn.ops.triton.launch import next_power_of_2
+
 KERNELS = (
     "forward", "keys", "queries", "mask_gradient", "jvp", "second_keys", "second_queries",
     "second_mask",
@@ -295,3 +297,42 @@ def fused_product(m: int, n: int, k: int, element_bytes: int) -> bool:
     """Whether one Triton kernel does a linear layer's product, bias and ReLU; if not, cuBLAS and an
     element by element kernel do. Short sums are bound by memory, which fusion saves."""
     return element_bytes == 2 and max(n, k) <= _FUSED_DEPTH
+
+
+# --- norms ------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """Rows and columns of a norm's step, and a program's warps."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+# kernel -> bytes of the accumulator -> most columns of a block -> rows and warps. 2048 elements a
+# program at first; from 2048 columns on 16 or 32 a thread, which the backward keeps five times.
+_NORM: dict[str, dict[int, dict[int, tuple[int, int]]]] = {
+    "forward": {
+        4: {64: (32, 4), 256: (8, 4), 1024: (2, 4), 2048: (1, 4), 8192: (1, 8), 16384: (1, 16)},
+        8: {64: (32, 4), 256: (8, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 8192: (1, 16)},
+    },
+    "backward": {
+        4: {64: (32, 4), 256: (8, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 8192: (1, 16)},
+        8: {64: (16, 4), 256: (4, 4), 1024: (1, 4), 2048: (1, 8), 4096: (1, 16)},
+    },
+}
+WIDE_NORM = Block(1, 2048, 4)  # of a row that no block holds
+NORM_COLUMN_SUMS = Block(4, 512, 4)  # of such rows
+NORM_SHARES = Block(64, 16, 4)
+NORM_STEPS = 64  # what one running sum adds up at most
+
+
+def norm(kernel: str, columns: int, accumulator_bytes: int) -> Block | None:
+    """The block of a norm's kernel, "forward" or "backward", that holds whole rows; None where none
+    does."""
+    row = _NORM[kernel][accumulator_bytes]
+    limit = min((most for most in row if columns <= most), default=None)
+    if limit is None:
+        return None
+    return Block(row[limit][0], max(16, next_power_of_2(columns)), row[limit][1])

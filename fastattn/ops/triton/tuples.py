@@ -108,6 +108,15 @@ class Dropout(NamedTuple):
     scale: Any  # 1 / (1 - p)
 
 
+class Seeds(NamedTuple):
+    """What the keep-mask of rows is drawn from: each seed serves so many of them."""
+
+    p: Any
+    rows: Any
+    threshold: Any
+    scale: Any  # 1 / (1 - p)
+
+
 class Weights(NamedTuple):
     """What turns a head's products of queries and keys into scores and weights, E1-E4."""
 
