@@ -145,6 +145,54 @@ struct LinearJvpProblem {
   void* t_y = nullptr;                 // contiguous
 };
 
+// out [m, n] = the norm, over its rows, of sum = residual + Z o x, as the sum is kept: rounded.
+struct DropoutAddNormProblem {
+  Dtype dtype = Dtype::kFloat32;
+  int64_t m = 0, n = 0;
+  const void* x = nullptr;
+  int64_t x_stride = 0;
+  const void* residual = nullptr;  // may be absent
+  int64_t residual_stride = 0;
+  const void* weight = nullptr;  // [n], may be absent
+  bool weight_is_accumulator = false;
+  const void* bias = nullptr;  // [n], may be absent
+  bool bias_is_accumulator = false;
+  double dropout_p = 0.0;
+  const int64_t* seeds = nullptr;
+  int64_t rows_of_seed = 1;
+  double eps = 0.0;
+  bool rms = false;
+  void* out = nullptr;   // contiguous
+  void* sum = nullptr;   // contiguous; absent where x is the sum
+  void* mean = nullptr;  // [m] fp32 (fp64 for fp64); absent for rms
+  void* rstd = nullptr;  // likewise
+};
+
+// The gradients of a DropoutAddNormProblem.
+struct DropoutAddNormBackwardProblem {
+  Dtype dtype = Dtype::kFloat32;
+  int64_t m = 0, n = 0;
+  const void* grad_out = nullptr;  // one of the two cotangents may be absent
+  int64_t grad_out_stride = 0;
+  const void* grad_sum = nullptr;
+  int64_t grad_sum_stride = 0;
+  const void* sum = nullptr;
+  int64_t sum_stride = 0;
+  const void* weight = nullptr;  // may be absent
+  bool weight_is_accumulator = false;
+  const void* mean = nullptr;
+  const void* rstd = nullptr;
+  double dropout_p = 0.0;
+  const int64_t* seeds = nullptr;
+  int64_t rows_of_seed = 1;
+  bool rms = false;
+  void* grad_x = nullptr;  // contiguous; any of the four may be absent
+  void* grad_residual = nullptr;
+  void* grad_w = nullptr;
+  void* grad_bias = nullptr;
+  bool grad_w_is_accumulator = false;  // and grad_bias
+};
+
 // The backward of a forward, without its gradients and its ReLU.
 inline LinearBackwardProblem backward_of(const LinearProblem& p) {
   LinearBackwardProblem b;

@@ -13,6 +13,8 @@ struct KernelTable {
   void (*linear_forward)(const LinearProblem&, const Parallel&);
   void (*linear_backward)(const LinearBackwardProblem&, const Parallel&);
   void (*linear_jvp)(const LinearJvpProblem&, const Parallel&);
+  void (*dropout_add_norm_forward)(const DropoutAddNormProblem&, const Parallel&);
+  void (*dropout_add_norm_backward)(const DropoutAddNormBackwardProblem&, const Parallel&);
   int64_t (*fma_probe)(Dtype, int64_t iterations);
 };
 

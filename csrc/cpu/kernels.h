@@ -16,6 +16,8 @@ void attention_double_backward(const AttentionDoubleBackwardProblem& s, const Pa
 void linear_forward(const LinearProblem& p, const Parallel& parallel);
 void linear_backward(const LinearBackwardProblem& p, const Parallel& parallel);
 void linear_jvp(const LinearJvpProblem& p, const Parallel& parallel);
+void dropout_add_norm_forward(const DropoutAddNormProblem& p, const Parallel& parallel);
+void dropout_add_norm_backward(const DropoutAddNormBackwardProblem& p, const Parallel& parallel);
 int64_t fma_probe(Dtype dtype, int64_t iterations);
 
 template <class Body>

@@ -4,6 +4,7 @@ exception or gave results of the right shapes."""
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from itertools import pairwise
@@ -110,6 +111,37 @@ def linear_call(rng: random.Random, op: str) -> dict[str, object]:
     }
 
 
+def norm_call(rng: random.Random, op: str) -> dict[str, object]:
+    dtype = rng.choice(DTYPES)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    shape = (*[rng.choice((1, 2, 6)) for _ in range(rng.randint(0, 3))], rng.choice((0, 1, 8, 17)))
+    rms, rows = rng.random() < 0.5, math.prod(shape[:-1])
+
+    def new(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float32).to(kind)
+
+    residual, grad_sum = (rng.choice((None, new(*shape))) for _ in range(2))
+    weight, bias = (
+        rng.choice((None, new(shape[-1], kind=rng.choice((dtype, wide))))) for _ in range(2)
+    )
+    return {
+        "input": new(*shape),
+        "residual": residual,
+        "weight": weight,
+        "bias": bias,
+        "seed": torch.arange(rng.choice((1, rows))),
+        "dropout_p": rng.choice((0.0, 0.5)),
+        "eps": 1e-5,
+        "rms": rms,
+        "grad_out": new(*shape),
+        "grad_sum": grad_sum,
+        "sum": new(*shape),
+        "mean": new(0 if rms else rows, kind=wide),
+        "rstd": new(rows, kind=wide),
+        "needs": [rng.random() < 0.7 for _ in range(4)],
+    }
+
+
 def bad_tensor(rng: random.Random, x: Tensor) -> object:
     """x of another shape, dtype, layout or device; also what is no worse than x."""
     shape = list(x.shape)
@@ -180,7 +212,8 @@ def bad(rng: random.Random, value: object, kind: str) -> object:
 def calls(op: str, seed: int):
     """The calls of ``op`` without an end: ``(text, arguments)``."""
     schema = getattr(torch.ops.fastattn, op).default._schema
-    make = attention_call if op.startswith("attention") else linear_call
+    families = {"attention": attention_call, "dropout": norm_call}
+    make = families.get(op.split("_")[0], linear_call)
     for number in range(seed * 1_000_000, (seed + 1) * 1_000_000):
         rng = random.Random(number)
         torch.manual_seed(number)

@@ -20,6 +20,7 @@ BATCHES = [  # a process each, as many calls of each op
     (250, ["attention_jvp", "attention_double_backward"]),
     (200, ["linear_relu_forward", "linear_relu_backward", "linear_relu_jvp", "fma_probe"]),
     (200, ["mlp_forward", "mlp_inference", "mlp_backward"]),
+    (250, ["dropout_add_norm_forward", "dropout_add_norm_backward"]),
 ]
 
 
