@@ -29,7 +29,8 @@ class DropoutAddNormFunction(torch.autograd.Function):
     Args of ``apply``, all by position:
         input: ``[*, N]``, M rows.
         residual: None, or of input's shape and dtype.
-        weight, bias: None, or ``[N]`` of input's dtype or of float32 (float64 for float64).
+        weight: None, or ``[N]`` of input's dtype or of float32 (float64 for float64).
+        bias: the same.
         seed: None, or dropout's seeds, int64 ``[n]``, n a divisor of M.
         dropout_p: probability in [0, 1) of dropping an element of input.
         eps: is added to the variance.

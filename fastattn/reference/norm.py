@@ -49,8 +49,9 @@ def dropout_add_norm(
     Args:
         input: ``[*, N]``.
         residual: of input's shape, or None for 0.
-        weight, bias: ``[N]``, or None for 1 and 0.
-        seed: see ``keep_factor``.
+        weight: ``[N]``, or None for 1.
+        bias: ``[N]``, or None for 0.
+        seed: dropout's seeds, see ``keep_factor``.
         dropout_p: probability of dropping an element of input.
         eps: is added to the variance.
         rms: RMSNorm, which takes no mean off, in place of LayerNorm.
@@ -108,7 +109,11 @@ def dropout_add_norm_backward(
         grad_out: the cotangent of the norm, or None for 0.
         grad_sum: the cotangent of the sum, or None for 0.
         total: the sum, ``[*, N]``.
-        weight, seed, dropout_p, eps, rms: as in the forward.
+        weight: as in the forward.
+        seed: as in the forward.
+        dropout_p: as in the forward.
+        eps: as in the forward.
+        rms: as in the forward.
 
     >>> grads = dropout_add_norm_backward(torch.ones(2, 4), None, torch.randn(2, 4), None)
     >>> grads[3]
@@ -147,8 +152,11 @@ def dropout_add_norm_jvp(
     Args:
         total: the sum, ``[*, N]``.
         weight: as in the forward.
-        t_total, t_weight, t_bias: the tangents, None for 0.
-        eps, rms: as in the forward.
+        t_total: the sum's tangent, ``[*, N]``.
+        t_weight: the tangent of weight, or None for 0.
+        t_bias: the tangent of bias, or None for 0.
+        eps: as in the forward.
+        rms: as in the forward.
 
     >>> z = torch.tensor([[1.0, 3.0]])
     >>> dropout_add_norm_jvp(z, None, torch.ones(1, 2), eps=0.0)
