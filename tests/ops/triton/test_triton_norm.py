@@ -223,7 +223,7 @@ def test_equal_elements_have_no_deviation(blocks, device):
     )
     assert not out.any()
     assert torch.equal(mean, x[:, 0])
-    assert_close("rstd", rstd, torch.full((3,), EPS**-0.5, dtype=torch.float64), 1e-4)
+    assert_close("rstd", rstd, torch.full_like(rstd, EPS**-0.5), 1e-4)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (2, 0, 4), (0,)], ids=str)
