@@ -310,8 +310,8 @@ class Block(NamedTuple):
     num_warps: int
 
 
-# kernel -> bytes of the accumulator -> most columns of a block -> rows and warps. 2048 elements a
-# program at first; from 2048 columns on 16 or 32 a thread, which the backward keeps five times.
+# kernel -> bytes of the accumulator -> most columns of a block -> rows and warps. A thread has at
+# most 16 or 32 elements; the backward keeps five numbers of each: z, dy, w∘dy and two column sums.
 _NORM: dict[str, dict[int, dict[int, tuple[int, int]]]] = {
     "forward": {
         4: {64: (32, 4), 256: (8, 4), 1024: (2, 4), 2048: (1, 4), 8192: (1, 8), 16384: (1, 16)},
@@ -324,13 +324,13 @@ _NORM: dict[str, dict[int, dict[int, tuple[int, int]]]] = {
 }
 WIDE_NORM = Block(1, 2048, 4)  # of a row that no block holds
 NORM_COLUMN_SUMS = Block(4, 512, 4)  # of such rows
-NORM_SHARES = Block(64, 16, 4)
-NORM_STEPS = 64  # what one running sum adds up at most
+NORM_SHARES = Block(64, 16, 4)  # of the shares' column sums, which are added up
+NORM_STEPS = 64  # a running sum of a share has at most so many terms
 
 
 def norm(kernel: str, columns: int, accumulator_bytes: int) -> Block | None:
-    """The block of a norm's kernel, "forward" or "backward", that holds whole rows; None where none
-    does."""
+    """The block of a norm's kernel, "forward" or "backward", that holds whole rows; None where rows
+    are too long for one."""
     row = _NORM[kernel][accumulator_bytes]
     limit = min((most for most in row if columns <= most), default=None)
     if limit is None:

@@ -20,7 +20,6 @@ from fastattn.ops.triton.norm_kernels import (
     norm_add_shares_kernel,
     norm_backward_kernel,
     norm_backward_wide_kernel,
-    norm_column_sums_kernel,
     norm_forward_kernel,
     norm_forward_wide_kernel,
 )
@@ -198,19 +197,16 @@ def dropout_add_norm_backward(
     shares = cdiv(m, share)
     parts = [z.new_empty((shares, n), dtype=wide) if need else None for need in needs[2:]]
     means = None if rms else mean.contiguous()
-    of_row = (means, rstd.contiguous())
-    inputs = (dy, dsum, z, _contiguous(weight), *of_row, seeds[0], dx, dr)
+    inputs = (dy, dsum, z, _contiguous(weight), means, rstd.contiguous(), seeds[0])
     strides = (stride_dy, stride_dsum, z.stride(0))
-    if whole and any(needs):
-        launch(norm_backward_kernel, (shares,), *inputs, *parts, *strides, m, n, share, *seeds[1:],
-               **_options(z, whole))  # fmt: skip
     if not whole and any(needs[:2]):
         row = config.WIDE_NORM
-        launch(norm_backward_wide_kernel, (cdiv(m, row.rows),), *inputs, *strides, m, n,
+        launch(norm_backward_wide_kernel, (cdiv(m, row.rows),), *inputs, dx, dr, *strides, m, n,
                *seeds[1:], **_options(z, row))  # fmt: skip
-    if not whole and any(needs[2:]):
-        launch(norm_column_sums_kernel, (shares, cdiv(n, block.columns)), dy, z, *of_row, *parts,
-               stride_dy, z.stride(0), m, n, share, **_options(z, block))  # fmt: skip
+    if any(needs[2:]) or (whole and any(needs)):
+        of_rows = (dx, dr) if whole else (None, None)
+        launch(norm_backward_kernel, (shares, cdiv(n, block.columns)), *inputs, *of_rows, *parts,
+               *strides, m, n, share, *seeds[1:], **_options(z, block))  # fmt: skip
     if any(needs[2:]):
         last = config.NORM_SHARES
         launch(norm_add_shares_kernel, (cdiv(n, last.columns),), *parts, dw, db, shares, n,

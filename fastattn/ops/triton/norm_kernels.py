@@ -1,12 +1,14 @@
-"""Dropout, the residual sum and the norm after it, E18 and E19. A mean that is None is RMSNorm's.
+"""Dropout, the residual sum and the norm after it, E18 and E19. RMSNorm's mean is None.
+
+The rounding of a row's sum moves a mean far from 0. The mean of the elements' distances from that
+mean corrects it; the result is as exact as its dtype can hold.
 
 1. ``norm_forward_kernel``: a program owns a block of whole rows, which stays in registers.
-2. ``norm_forward_wide_kernel``: a program owns a row that no block holds, and reads it three times.
+2. ``norm_forward_wide_kernel``: a program owns a row that no block holds, and reads it four times.
 3. ``norm_backward_kernel``: a program walks its share of the rows; the column sums of the share
-   stay in registers.
+   stay in registers. Of rows that no block holds it takes the column sums alone.
 4. ``norm_backward_wide_kernel``: a program owns a row that no block holds, and reads it twice.
-5. ``norm_column_sums_kernel``: the column sums of a share of such rows.
-6. ``norm_add_shares_kernel``: the sums over all shares, always in the same order.
+5. ``norm_add_shares_kernel``: the sums over all shares, always in the same order.
 """
 
 import triton
@@ -34,6 +36,12 @@ def mean_of(x, n):
 
 
 @triton.jit
+def off_mean(z, mean, o_n, n):
+    """z - mean, 0 beyond n."""
+    return tl.where((o_n < n)[None, :], z - mean, 0.0)
+
+
+@triton.jit
 def reciprocal_deviation(squares, n, eps):
     """σ⁻¹ of each row, ``[R, 1]``, from the squares of its elements' distances from the mean."""
     variance = mean_of(squares, n) + scalar(eps, squares.dtype)
@@ -46,8 +54,8 @@ def reciprocal_deviation(squares, n, eps):
 
 @triton.jit
 def keep_factor(seeds, o_m, first, m, ACC: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Z, ``[R, BLOCK_N]``: word column % 4 of Philox at (column / 4, the row's number among those
-    of its seed as two words, 0)."""
+    """Z, ``[R, BLOCK_N]``: word column % 4 of Philox at (column / 4, low and high word of the row's
+    number among those of its seed, 0)."""
     seed = tl.load(seeds.p + o_m // seeds.rows, mask=o_m < m, other=0)
     number = o_m % seeds.rows
     low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
@@ -79,7 +87,7 @@ def load_normal(p_z, p_mean, p_rstd, o_m, o_n, stride_z, m, n, ACC: tl.constexpr
     rstd = tl.load(p_rstd + o_m, mask=o_m < m, other=0.0)[:, None]
     if p_mean is not None:
         mean = tl.load(p_mean + o_m, mask=o_m < m, other=0.0)[:, None]
-        z = tl.where((o_n < n)[None, :], z - mean, 0.0)
+        z = off_mean(z, mean, o_n, n)
     return z * rstd, rstd
 
 
@@ -141,8 +149,9 @@ def norm_forward_kernel(
     z = rounded.to(ACC)
     if p_mean is not None:
         mean = mean_of(z, n)  # E18
+        mean += mean_of(off_mean(z, mean, o_n, n), n)
         tl.store(p_mean + o_m[:, None], mean, mask=(o_m < m)[:, None])
-        z = tl.where((o_n < n)[None, :], z - mean, 0.0)
+        z = off_mean(z, mean, o_n, n)
     rstd = reciprocal_deviation(z * z, n, eps)  # E18
     tl.store(p_rstd + o_m[:, None], rstd, mask=(o_m < m)[:, None])
     store_normal(p_out, p_weight, p_bias, o_m, o_n, z * rstd, m, n, ACC)
@@ -175,12 +184,16 @@ def norm_forward_wide_kernel(
     seeds = tuples.Seeds(p_seed, seed_rows, threshold, keep_scale)
     mean = tl.zeros((BLOCK_M, 1), ACC)
     if p_mean is not None:
-        total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-        for first in range(0, n, BLOCK_N):
-            total += load_sum(
-                p_x, p_residual, seeds, o_m, first, stride_x, stride_residual, m, n, ACC, BLOCK_N
-            ).to(ACC)  # fmt: skip
-        mean = mean_of(total, n)  # E18
+        for _ in tl.static_range(2):
+            total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+            for first in range(0, n, BLOCK_N):
+                o_n = first + tl.arange(0, BLOCK_N)
+                z = load_sum(
+                    p_x, p_residual, seeds, o_m, first, stride_x, stride_residual, m, n,
+                    ACC, BLOCK_N,
+                ).to(ACC)  # fmt: skip
+                total += off_mean(z, mean, o_n, n)
+            mean += mean_of(total, n)  # E18
         tl.store(p_mean + o_m[:, None], mean, mask=(o_m < m)[:, None])
     squares = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for first in range(0, n, BLOCK_N):
@@ -188,7 +201,7 @@ def norm_forward_wide_kernel(
         z = load_sum(
             p_x, p_residual, seeds, o_m, first, stride_x, stride_residual, m, n, ACC, BLOCK_N
         ).to(ACC)  # fmt: skip
-        z = tl.where((o_n < n)[None, :], z - mean, 0.0)
+        z = off_mean(z, mean, o_n, n)
         squares += z * z
     rstd = reciprocal_deviation(squares, n, eps)  # E18
     tl.store(p_rstd + o_m[:, None], rstd, mask=(o_m < m)[:, None])
@@ -250,14 +263,15 @@ def norm_backward_kernel(
     keep_scale: "fp64",
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # n or more
+    BLOCK_N: tl.constexpr,  # n or more, unless dx and dr are None
 ):
     seeds = tuples.Seeds(p_seed, seed_rows, threshold, keep_scale)
-    start = tl.program_id(0).to(tl.int64) * share
-    stop = tl.minimum(start + share, m)
-    o_n = tl.arange(0, BLOCK_N)
+    i_share = tl.program_id(0).to(tl.int64)
+    stop = tl.minimum((i_share + 1) * share, m)
+    first_n = tl.program_id(1) * BLOCK_N
+    o_n = first_n + tl.arange(0, BLOCK_N)
     dw, db = tl.zeros((BLOCK_M, BLOCK_N), ACC), tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for first in range(start, stop, BLOCK_M):
+    for first in range(i_share * share, stop, BLOCK_M):
         o_m = first + tl.arange(0, BLOCK_M)
         dz = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         if p_dy is not None:
@@ -267,19 +281,19 @@ def norm_backward_kernel(
                 dw += dy * normal  # E19
             if p_db is not None:
                 db += dy  # E19
-            g = weighted(dy, p_weight, o_n, n, ACC)
-            dz = g - normal * mean_of(g * normal, n)  # E19
-            if p_mean is not None:
-                dz -= mean_of(g, n)
-            dz *= rstd
+            if p_dx is not None or p_dr is not None:
+                g = weighted(dy, p_weight, o_n, n, ACC)
+                dz = g - normal * mean_of(g * normal, n)  # E19
+                if p_mean is not None:
+                    dz -= mean_of(g, n)
+                dz *= rstd
         store_gradients(
-            p_dx, p_dr, p_dsum, seeds, dz, o_m, 0, stride_dsum, stop, n, ACC, BLOCK_N
+            p_dx, p_dr, p_dsum, seeds, dz, o_m, first_n, stride_dsum, stop, n, ACC, BLOCK_N
         )  # fmt: skip
-    p_share = tl.program_id(0).to(tl.int64) * n + o_n
     if p_dw is not None:
-        tl.store(p_dw + p_share, tl.sum(dw, 0), mask=o_n < n)
+        tl.store(p_dw + i_share * n + o_n, tl.sum(dw, 0), mask=o_n < n)
     if p_db is not None:
-        tl.store(p_db + p_share, tl.sum(db, 0), mask=o_n < n)
+        tl.store(p_db + i_share * n + o_n, tl.sum(db, 0), mask=o_n < n)
 
 
 @triton.jit(do_not_specialize=["m", "seed_rows", "threshold"])
@@ -330,41 +344,6 @@ def norm_backward_wide_kernel(
         store_gradients(
             p_dx, p_dr, p_dsum, seeds, dz, o_m, first, stride_dsum, m, n, ACC, BLOCK_N
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["m", "share"])
-def norm_column_sums_kernel(
-    p_dy,  # [M, N]
-    p_z,  # [M, N]
-    p_mean,  # [M]
-    p_rstd,  # [M]
-    p_dw,  # [shares, N], contiguous
-    p_db,  # [shares, N], contiguous
-    stride_dy,
-    stride_z,
-    m,
-    n,
-    share,  # rows of a program
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    i_share = tl.program_id(0).to(tl.int64)
-    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    stop = tl.minimum((i_share + 1) * share, m)
-    dw, db = tl.zeros((BLOCK_M, BLOCK_N), ACC), tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for first in range(i_share * share, stop, BLOCK_M):
-        o_m = first + tl.arange(0, BLOCK_M)
-        dy = load_tile(p_dy, o_m, o_n, stride_dy, 1, stop, n).to(ACC)
-        if p_dw is not None:
-            normal, _ = load_normal(p_z, p_mean, p_rstd, o_m, o_n, stride_z, stop, n, ACC)
-            dw += dy * normal  # E19
-        if p_db is not None:
-            db += dy  # E19
-    if p_dw is not None:
-        tl.store(p_dw + i_share * n + o_n, tl.sum(dw, 0), mask=o_n < n)
-    if p_db is not None:
-        tl.store(p_db + i_share * n + o_n, tl.sum(db, 0), mask=o_n < n)
 
 
 @triton.jit

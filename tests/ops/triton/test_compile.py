@@ -343,3 +343,36 @@ def test_linear_relu(architecture, dtype, fused, compiler, monkeypatch):
             assert kernel.stack == 0, kernel[:3]
         if dtype == "bf16" and fused and architecture == 90:
             assert "wgmma.mma_async" in kernel.ptx, kernel.kernel
+
+
+@pytest.mark.parametrize(
+    "dtype, columns, rms",
+    [
+        ("bf16", 64, False),
+        ("bf16", 768, True),
+        ("bf16", 1001, False),
+        ("bf16", 4096, False),
+        ("bf16", 20000, False),
+        ("fp32", 4096, False),
+        ("fp64", 4096, False),
+    ],
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dropout_add_norm(architecture, dtype, columns, rms, compiler):
+    from fastattn.ops.triton import norm
+
+    compiled = compiler(architecture)
+    x, w = torch.empty(4096, columns, dtype=DTYPES[dtype]), torch.empty(columns)
+    w = w.to(_wide(DTYPES[dtype]))
+    seed = torch.zeros(1, dtype=torch.int64)
+    out, total, *statistics = norm.dropout_add_norm_forward(x, x, w, w, seed, 0.1, 1e-5, rms)
+    norm.dropout_add_norm_backward(
+        out, out, total, w, *statistics, seed, 0.1, rms, [True] * 4
+    )  # fmt: skip
+    assert len(compiled) == (4 if columns > 16384 else 3)
+    for kernel in compiled:
+        assert kernel.shared <= SHARED_BYTES[architecture], kernel[:4]
+        if dtype == "bf16":
+            assert kernel.stack <= SPILLS, kernel[:4]
+        if columns % 16 == 0:  # rows that start at multiples of 16 bytes
+            assert "ld.global.v4" in kernel.ptx or "ld.global.v2.b64" in kernel.ptx, kernel.kernel

@@ -28,6 +28,11 @@ LIVE = {
     "attention_second_queries_kernel": 48,
     "attention_second_keys_kernel": 51,
 }
+LIVE_OF_NORMS = {
+    "norm_forward_kernel": 14,
+    "norm_backward_kernel": 17,
+    "norm_add_shares_kernel": 6,
+}
 NAMED_GLOBALS = {"LOG2_E", "LN_2"}
 
 
@@ -107,10 +112,59 @@ def test_few_globals_are_compared(launches):
     """One costs 0.7 us a launch; the flags are attributes of a module for that."""
     attend()
     attend(q=torch.empty(2, 4, 256, 128, dtype=torch.bfloat16))
+    normalise(0.1)
     for kernel, _ in launches:
         assert kernel.cache_key  # which looks the globals up
         named = {name for name, _ in kernel.used_global_vals}
         assert named <= NAMED_GLOBALS, kernel.__name__
+
+
+def normalise(dropout_p: float = 0.0, **vectors: torch.Tensor) -> None:
+    """A forward and a backward, of RMSNorm where there is no weight."""
+    from fastattn.ops.triton import norm
+
+    x, seed = torch.empty(2, 256, 128, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int64)
+    residual, weight, bias = (vectors.get(name) for name in ("residual", "weight", "bias"))
+    rms = weight is None
+    _, _, mean, rstd = norm.dropout_add_norm_forward(
+        x, residual, weight, bias, seed, dropout_p, 1e-5, rms
+    )
+    norm.dropout_add_norm_backward(
+        x, residual, x, weight, mean, rstd, seed, dropout_p, rms, [True] * 4
+    )
+
+
+def test_a_norm_binds_few_arguments(launches):
+    w = torch.empty(128)
+    normalise(residual=torch.empty(2, 256, 128, dtype=torch.bfloat16), weight=w, bias=w)
+    counts = {kernel.__name__: live(kernel, arguments) for kernel, arguments in launches}
+    assert counts.keys() == LIVE_OF_NORMS.keys()
+    over = {name: n for name, n in counts.items() if n > LIVE_OF_NORMS[name]}
+    assert not over
+
+
+def test_what_a_norm_lacks_is_none(launches):
+    normalise()
+    optional = {
+        "p_residual", "p_weight", "p_bias", "p_seed", "p_sum", "p_mean", "p_dsum", "seed_rows",
+        "threshold", "stride_residual", "stride_dsum",
+    }  # fmt: skip
+    seen = set()
+    for kernel, arguments in launches:
+        there = {name for name in optional & arguments.keys() if count(arguments[name])}
+        assert not there, kernel.__name__
+        seen |= optional & arguments.keys()
+    assert seen == optional
+
+
+def test_sizes_make_no_new_norm_kernels(launches):
+    """The rows, and what follows from them, are not looked at: one kernel serves every batch."""
+    normalise(0.1)
+    for kernel, arguments in launches:
+        sizes = {"m", "share", "shares", "seed_rows", "threshold"} & arguments.keys()
+        free = {p.name for p in kernel.params if p.do_not_specialize}
+        assert sizes
+        assert sizes <= free, kernel.__name__
 
 
 def test_a_flag_keeps_its_number():
