@@ -1,5 +1,6 @@
 // Which elements dropout keeps. Its random words are Philox4x32-10 (Salmon et al., SC'11), keyed by
-// the seed; the counter is (key column / 4, query row, head, batch element of the seed).
+// the seed; the counter is (key column / 4, query row, head, batch element of the seed), or of a
+// matrix (column / 4, the low and the high word of the seed's row, 0).
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Dropout, the residual sum and the norm after it, E18, and their gradients, E19. Each tensor
-// passes once from and to memory: the later passes over a row find it in L1.
+// Dropout, the residual sum and the norm after it, E18, and their gradients, E19. Memory is read
+// and written once: the later passes over a row find it in L1.
 #pragma once
 
 #include "common/problem.h"
@@ -11,8 +11,10 @@ namespace fastattn::cpu::FASTATTN_ISA {
 
 // Columns whose keep-mask is drawn at a time, and that are summed apart before the sum of a row.
 constexpr int64_t kNormColumns = 512;
-// Rows whose part of the weight's gradient is summed apart; the parts that are added up at the end.
-constexpr int64_t kNormRows = 32, kMostNormParts = 64;
+// Rows whose part of the gradients of weight and bias is summed apart.
+constexpr int64_t kNormRows = 32;
+// Tasks of a backward, whose parts are added up at the end.
+constexpr int64_t kMostNormParts = 64;
 // Elements below which a task costs more than it saves.
 constexpr int64_t kLeastNormTask = int64_t{1} << 13;
 
@@ -71,6 +73,9 @@ inline Parallel norm_threads(Parallel parallel, int64_t m, int64_t n) {
   return parallel;
 }
 
+FASTATTN_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+FASTATTN_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+
 // A weight or bias [n] in the accumulator's type: itself, or a copy in `copy`.
 template <class T>
 const Acc<T>* norm_vector(const void* vector, bool is_accumulator, int64_t n, Acc<T>* copy) {
@@ -89,7 +94,7 @@ class NormForward {
       : p_(problem), dropout_(p_.dropout_p, p_.seeds, p_.rows_of_seed) {}
 
   void run(const Parallel& threads) const {
-    if (p_.n == 0) {  // a row of nothing
+    if (p_.n == 0) {  // the mean of no numbers is NaN
       for (int64_t i = 0; i < p_.m; ++i) store_row(i, kNaN<A>, kNaN<A>);
     }
     if (p_.m == 0 || p_.n == 0) return;
@@ -126,7 +131,7 @@ class NormForward {
                                 });
     }
     const A variance = reduce_add(squares) / static_cast<A>(n);
-    const A rstd = A(1) / std::sqrt(variance + static_cast<A>(p_.eps));
+    const A rstd = A(1) / square_root(variance + static_cast<A>(p_.eps));
     const Vec<A> scale = broadcast(rstd);
     T* out = static_cast<T*>(p_.out) + i * n;
     for_vectors<A>(0, n, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
@@ -177,7 +182,6 @@ class NormForward {
 template <class T>
 class NormBackward {
   using A = Acc<T>;
-  static constexpr int kTogether = 2;  // rows: they share their loads of what belongs to a column
 
  public:
   explicit NormBackward(const DropoutAddNormBackwardProblem& problem)
@@ -187,7 +191,7 @@ class NormBackward {
         of_vectors_(p_.grad_w != nullptr || p_.grad_bias != nullptr),
         padded_(round_up(p_.n, kWidth<A>)) {}
 
-  // How the rows are cut into tasks depends on their number alone, and so does every sum.
+  // The cut of the rows into tasks follows from their number alone: threads change no sum.
   void run(const Parallel& threads) const {
     if (p_.n == 0) return;
     const Parallel parallel = norm_threads(threads, p_.m, p_.n);
@@ -211,8 +215,8 @@ class NormBackward {
   }
 
  private:
-  // Rows [i, end); their part of the gradients of weight and bias is added to `sums`, or is the
-  // first there.
+  // Rows [i, end). Their part of the gradients of weight and bias is added to `sums`, which the
+  // first block of a task writes. `part` is scratch.
   void block(int64_t i, int64_t end, const A* weight, A* part, A* sums, bool first) const {
     if (sums == nullptr) {
       rows<false>(i, end, weight, nullptr);
@@ -229,22 +233,16 @@ class NormBackward {
     if constexpr (kVectors) {
       for (int64_t j = 0; j < 2 * padded_; ++j) part[j] = A(0);
     }
-    for (; i + kTogether <= end; i += kTogether) rows<kVectors, kTogether>(i, weight, part);
-    for (; i < end; ++i) rows<kVectors, 1>(i, weight, part);
-  }
-
-  template <bool kVectors, int kCount>
-  void rows(int64_t i, const A* weight, A* part) const {
-    A of_g[kCount] = {}, of_gz[kCount] = {};
-    if (p_.grad_out != nullptr) sums_of_rows<kVectors, kCount>(i, weight, part, of_g, of_gz);
-    if (!of_inputs_) return;
-    for (int r = 0; r < kCount; ++r) {
+    for (; i < end; ++i) {
+      A of_g = 0, of_gz = 0;
+      if (p_.grad_out != nullptr) sums_of_row<kVectors>(i, weight, part, of_g, of_gz);
+      if (!of_inputs_) continue;
       if (p_.grad_out == nullptr) {
-        input_row<false, true>(i + r, weight, of_g[r], of_gz[r]);
+        input_row<false, true>(i, weight, of_g, of_gz);
       } else if (p_.grad_sum == nullptr) {
-        input_row<true, false>(i + r, weight, of_g[r], of_gz[r]);
+        input_row<true, false>(i, weight, of_g, of_gz);
       } else {
-        input_row<true, true>(i + r, weight, of_g[r], of_gz[r]);
+        input_row<true, true>(i, weight, of_g, of_gz);
       }
     }
   }
@@ -256,45 +254,34 @@ class NormBackward {
     return static_cast<const T*>(p_.grad_out) + i * p_.grad_out_stride;
   }
 
-  // The means of g and g o zh over a row, zh = (z - mean) rstd; `part` [2, padded] += the rows' dy
+  // The means of g and g o zh over row i, zh = (z - mean) rstd; `part` [2, padded] += the row's dy
   // o zh and dy.
-  template <bool kVectors, int kCount>
-  FASTATTN_INLINE void sums_of_rows(int64_t i, const A* weight, A* part, A* of_g, A* of_gz) const {
+  template <bool kVectors>
+  void sums_of_row(int64_t i, const A* weight, A* part, A& of_g, A& of_gz) const {
     const int64_t n = p_.n;
-    A *dw = part, *db = part + padded_;
-    Vec<A> centre[kCount], scale[kCount], g_total[kCount] = {}, gz_total[kCount] = {};
-    const T *z[kCount], *dy[kCount];
-    for (int r = 0; r < kCount; ++r) {
-      centre[r] = broadcast(mean(i + r));
-      scale[r] = broadcast(rstd(i + r));
-      z[r] = sum_row(i + r);
-      dy[r] = grad_row(i + r);
-    }
+    const T *z = sum_row(i), *dy = grad_row(i);
+    const Vec<A> centre = broadcast(mean(i)), scale = broadcast(rstd(i));
+    Vec<A> g_total{}, gz_total{};
     for (int64_t j0 = 0; j0 < n; j0 += kNormColumns) {
-      Vec<A> g_sum[kCount] = {}, gz_sum[kCount] = {};
+      Vec<A> g_sum{}, gz_sum{};
       for_vectors<A>(j0, min64(n, j0 + kNormColumns),
                      [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-                       Vec<A> w{}, w_sum{}, b_sum{};
-                       if (weight != nullptr) w = load_lanes(weight + j, count);
-                       if constexpr (kVectors) w_sum = load(dw + j), b_sum = load(db + j);
-#pragma GCC unroll 2
-                       for (int r = 0; r < kCount; ++r) {
-                         const Vec<A> y = load_lanes(dy[r] + j, count);
-                         const Vec<A> zh = first_lanes<A>(
-                             (load_lanes(z[r] + j, count) - centre[r]) * scale[r], count);
-                         const Vec<A> g = weight != nullptr ? y * w : y;
-                         g_sum[r] += g;
-                         gz_sum[r] += g * zh;
-                         if constexpr (kVectors) w_sum += y * zh, b_sum += y;
+                       const Vec<A> y = load_lanes(dy + j, count);
+                       const Vec<A> zh =
+                           first_lanes<A>((load_lanes(z + j, count) - centre) * scale, count);
+                       const Vec<A> g = weight != nullptr ? y * load_lanes(weight + j, count) : y;
+                       g_sum += g;
+                       gz_sum += g * zh;
+                       if constexpr (kVectors) {
+                         store(part + j, load(part + j) + y * zh);
+                         store(part + padded_ + j, load(part + padded_ + j) + y);
                        }
-                       if constexpr (kVectors) store(dw + j, w_sum), store(db + j, b_sum);
                      });
-      for (int r = 0; r < kCount; ++r) g_total[r] += g_sum[r], gz_total[r] += gz_sum[r];
+      g_total += g_sum;
+      gz_total += gz_sum;
     }
-    for (int r = 0; r < kCount; ++r) {
-      of_g[r] = p_.rms ? A(0) : reduce_add(g_total[r]) / static_cast<A>(n);
-      of_gz[r] = reduce_add(gz_total[r]) / static_cast<A>(n);
-    }
+    of_g = p_.rms ? A(0) : reduce_add(g_total) / static_cast<A>(n);
+    of_gz = reduce_add(gz_total) / static_cast<A>(n);
   }
 
   // Row i of the gradients of residual and input.  // E19
