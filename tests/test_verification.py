@@ -45,6 +45,7 @@ OPS_OF = {
     "linear_relu": ("linear_relu_backward", 3),
     "linear_relu_jvp": ("linear_relu_jvp", 1),
     "mlp": ("mlp_backward", 7),
+    "dropout_add_norm": ("dropout_add_norm_backward", 4),
 }
 
 
