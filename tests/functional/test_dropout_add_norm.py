@@ -134,7 +134,7 @@ def fixed(function):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "residual, affine, p, prenorm",
-    itertools.product([True, False], [True, False], [0, 0.3], [0, 1]),
+    [*itertools.product([True, False], [True, False], [0, 0.3], [0, 1])],
 )
 def test_derivatives(residual, affine, p, prenorm, kind, backend):
     x, r, w, b = draw(3, 5), draw(3, 5), draw(5), draw(5)
