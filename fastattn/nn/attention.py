@@ -160,8 +160,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         if batched and batch_first and torch.is_grad_enabled():
             # The caller may change the inputs in place before the backward: torch's product takes a
             # copy here too.
-            own = {id(x): x.clone() for x in (query, key, value)}
-            query, key, value = (own[id(x)] for x in (query, key, value))
+            own_query = query.clone()
+            own_key = own_query if key is query else key.clone()
+            value = own_query if value is query else own_key if value is key else value.clone()
+            query, key = own_query, own_key
         if self._qkv_same_embed_dim and query is key and key is value:
             projected = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
         else:
