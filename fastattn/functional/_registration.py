@@ -99,52 +99,40 @@ def _dropout_add_norm_forward(backend: str, *args):
     return DropoutAddNormFunction.apply(*args, backend)
 
 
-class _DropoutAddNormBackward(torch.autograd.Function):
-    """``dropout_add_norm_backward``; refuses to be differentiated."""
+class _Undifferentiable(torch.autograd.Function):
+    """A backward op whose own derivative only the user's function has; refuses to be
+    differentiated."""
 
     @staticmethod
-    def forward(backend, *args):
-        return tuple(kernel(ops.dropout_add_norm_backward, *args, backend))
+    def forward(op, backward, function, *tensors):
+        return tuple(kernel(backward, *tensors))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        pass
+        ctx.op, _, ctx.function, *_ = inputs
 
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "fastattn::dropout_add_norm_backward has no derivative of its own: "
-            "fastattn.dropout_add_norm is differentiable any number of times"
-        )
-
-
-def _dropout_add_norm_backward(backend: str, *args):
-    return tuple(_DropoutAddNormBackward.apply(backend, *args))
-
-
-class _MLPBackward(torch.autograd.Function):
-    """``mlp_backward``; refuses to be differentiated."""
-
-    @staticmethod
-    def forward(layers, needs, grad_out, input, *tensors):
-        weights, hidden = list(tensors[:layers]), list(tensors[layers:])
-        return tuple(kernel(ops.mlp_backward, grad_out, input, weights, hidden, needs))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "fastattn::mlp_backward has no derivative of its own: fastattn.mlp is differentiable "
+            f"fastattn::{ctx.op} has no derivative of its own: {ctx.function} is differentiable "
             "any number of times"
         )
 
 
+def _dropout_add_norm_backward(backend: str, *args):
+    op = ops.dropout_add_norm_backward
+    name, function = "dropout_add_norm_backward", "fastattn.dropout_add_norm"
+    return tuple(_Undifferentiable.apply(name, op, function, *args, backend))
+
+
 def _mlp_backward(backend: str, grad_out, input, weights, hidden, needs):
+    layers = len(weights)
+
+    def op(grad_out, input, *tensors):
+        return ops.mlp_backward(grad_out, input, [*tensors[:layers]], [*tensors[layers:]], needs)
+
     tensors = (grad_out, input, *weights, *hidden)
-    return list(_MLPBackward.apply(len(weights), needs, *tensors))
+    return list(_Undifferentiable.apply("mlp_backward", op, "fastattn.mlp", *tensors))
 
 
 _FUNCTIONS = {
