@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
+from fastattn.integrations.graph.nodes import is_pure
 
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("error::fastattn.FastAttnWarning")]
 HIDDEN = torch.arange(9) > torch.arange(6)[:, None] + 3  # of 9 keys, from each of 6 queries
@@ -244,3 +246,25 @@ def test_bert_with_eager_attention(kernel_calls):
     actual = torch.compile(model, backend="fastattn")(**given).last_hidden_state
     torch.testing.assert_close(actual, model(**given).last_hidden_state, rtol=1e-4, atol=1e-5)
     assert len(kernel_calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("op", "target", "pure"),
+    [
+        ("call_method", "__eq__", True),
+        ("call_method", "masked_fill", True),
+        ("call_method", "masked_fill_", False),
+        ("call_method", "__iand__", False),
+        ("call_method", "__setitem__", False),
+        ("call_function", operator.and_, True),
+        ("call_function", operator.iand, False),
+        ("call_function", operator.ior, False),
+        ("call_function", operator.setitem, False),
+        ("call_function", operator.invert, True),
+    ],
+)
+def test_which_nodes_change_nothing(op, target, pure):
+    graph = torch.fx.Graph()
+    node = graph.create_node(op, target, (graph.placeholder("a"), graph.placeholder("b")))
+    node.meta["example_value"] = torch.ones(2)
+    assert is_pure(node) == pure

@@ -115,7 +115,8 @@ def is_input(node: Any) -> bool:
 
 
 _IN_PLACE = frozenset(getattr(operator, name) for name in dir(operator)
-                      if name.startswith("i") and hasattr(operator, name[1:]))  # fmt: skip
+                      if name.startswith("i") and hasattr(operator, f"__{name[1:]}__"))  # fmt: skip
+_CHANGING = frozenset(f"__{f.__name__.strip('_')}__" for f in (*_IN_PLACE, operator.setitem))
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -128,11 +129,15 @@ def is_pure(node: fx.Node) -> bool:
     if any(x is True for x in (*node.args, *node.kwargs.values())):
         return False  # it may be in place, or dropout
     if node.op == "call_method":
-        return not str(node.target).endswith("_")
+        name = str(node.target)
+        # Some versions of Dynamo write a == b as a call of a.__eq__.
+        return name not in _CHANGING if name.startswith("__") else not name.endswith("_")
     if node.op != "call_function" or node.target in (*_IN_PLACE, operator.setitem):
         return False
     home, name = getattr(node.target, "__module__", ""), getattr(node.target, "__name__", "_")
-    return home.split(".")[0] in ("torch", "_operator", "math") and not name.endswith("_")
+    if home in ("_operator", "math"):  # and_ and or_ change nothing
+        return True
+    return home.split(".")[0] == "torch" and not name.endswith("_")
 
 
 def is_relu(node: fx.Node, operand: fx.Node) -> bool:
