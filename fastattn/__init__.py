@@ -1,7 +1,7 @@
 """Fused linear+ReLU and softmax attention for PyTorch, under one contract on every backend.
 
-- Functions: ``scaled_dot_product_attention``, ``varlen_attn``, ``linear_relu``, ``mlp``,
-  ``dropout_add_norm``.
+- Functions: ``scaled_dot_product_attention``, ``varlen_attn``, ``linear``, ``linear_relu``,
+  ``multi_linear``, ``mlp``, ``gated_mlp``, ``dropout_add_norm``.
 - Modules with torch.nn's arguments and parameter names: ``fastattn.nn``.
 - Models that exist already: ``plan``, ``patch`` and ``unpatch``; ``torch.compile(model,
   backend="fastattn")`` and ``compile_report``; ``override_sdpa``.
@@ -23,8 +23,11 @@ from fastattn import backends, functional
 from fastattn.backends import FastAttnWarning
 from fastattn.functional import (
     dropout_add_norm,
+    gated_mlp,
+    linear,
     linear_relu,
     mlp,
+    multi_linear,
     scaled_dot_product_attention,
     varlen_attn,
 )
@@ -55,9 +58,12 @@ __all__ = [
     "compile_report",
     "dropout_add_norm",
     "functional",
+    "gated_mlp",
     "integrations",
+    "linear",
     "linear_relu",
     "mlp",
+    "multi_linear",
     "nn",
     "override_sdpa",
     "patch",

@@ -237,6 +237,19 @@ def select_layers(
     return chosen
 
 
+def select_linear(input: Tensor, weights: Sequence[Tensor], backend: str | None = None) -> str:
+    """``select`` for layers with any activation, several on one input or gated: ``cpu``, or
+    ``reference`` where torch's own operations are taken, without a warning, as on a GPU."""
+    if backend not in (None, "cpu", "reference"):
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise RuntimeError(f"backend {backend!r} cannot serve linear: it has no kernel for it")
+    named = backend if backend is not None else _default
+    if named not in ("cpu", None) or (named is None and not input.is_cpu):
+        return "reference"
+    return select_layers("linear", input, weights, backend)
+
+
 def _warn(message: str, stacklevel: int) -> None:
     """Warns once for each message, at the line of the user's code that made the call."""
     if message not in _warned:

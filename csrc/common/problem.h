@@ -93,7 +93,11 @@ struct AttentionDoubleBackwardProblem {
   }
 };
 
-// One linear layer: y [m, n] = epilogue(x [m, k] w[n, k]^T + bias [n]).
+enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu, kRelu2, kQuickGelu };
+constexpr int kActivations = 7;
+
+// One linear layer: y [m, n] = Z o f(x [m, k] w[n, k]^T + bias [n]), f an activation, Z dropout's
+// keep-mask over 1 - p.
 struct LinearProblem {
   Dtype dtype = Dtype::kFloat32;
   int64_t m = 0, n = 0, k = 0;
@@ -102,21 +106,39 @@ struct LinearProblem {
   const void* w = nullptr;
   int64_t w_stride = 0;
   const void* bias = nullptr;  // may be absent
-  bool relu = false;
-  void* y = nullptr;             // contiguous
-  uint8_t* relu_mask = nullptr;  // [m, ceil(n / 8)], may be absent
+  Activation activation = Activation::kNone;
+  double dropout_p = 0.0;
+  const int64_t* seeds = nullptr;
+  int64_t rows_of_seed = 1;
+  void* y = nullptr;  // contiguous
+  // What the backward multiplies dY by, of which at most one is there: for no activation and ReLU a
+  // bit an element, set where its gradient passes, times 1 / (1 - p); for the others Z o f', in the
+  // problem's dtype.
+  uint8_t* bits = nullptr;     // [m, ceil(n / 8)]
+  void* derivative = nullptr;  // [m, n] contiguous
 };
 
-// The gradients of a LinearProblem. The ReLU is described by its bit-mask, or by the output itself
-// (`y`), or is absent.
+// A pair of layers on one input, of which one gates the other: y = f(gate) o up.
+struct GatedLinearProblem {
+  LinearProblem up;  // its activation is f, its derivative f'(gate) o up
+  const void* w_gate = nullptr;
+  int64_t w_gate_stride = 0;
+  const void* bias_gate = nullptr;  // may be absent
+  void* gate = nullptr;             // [m, n] contiguous, f(gate); there where the derivative is
+};
+
+// The gradients of a LinearProblem. What dY is multiplied by is given as bits, as the derivative,
+// or as a ReLU's output (`y`), or is absent.
 struct LinearBackwardProblem {
   Dtype dtype = Dtype::kFloat32;
   int64_t m = 0, n = 0, k = 0;
   const void* grad_y = nullptr;
   int64_t grad_y_stride = 0;
   bool grad_y_is_accumulator = false;  // grad_y holds fp32 (fp64 for fp64) whatever the dtype
-  const uint8_t* relu_mask = nullptr;  // [m, ceil(n / 8)]
-  const void* relu_output = nullptr;   // [m, n] contiguous
+  const uint8_t* bits = nullptr;       // [m, ceil(n / 8)]
+  double bits_scale = 1.0;
+  const void* derivative = nullptr;   // [m, n] contiguous
+  const void* relu_output = nullptr;  // [m, n] contiguous
   const void* x = nullptr;
   int64_t x_stride = 0;
   const void* w = nullptr;

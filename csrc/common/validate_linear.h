@@ -56,6 +56,24 @@ inline LinearInputs validate_linear(const char* op, const Tensor& input, const T
   return in;
 }
 
+// Whether the tensor stands for no bias: of shape [0] beside a weight with rows.
+inline bool is_absent_bias(const Tensor& bias, const Tensor& weight) {
+  return bias.dim() == 1 && bias.numel() == 0 && weight.dim() == 2 && weight.size(0) != 0;
+}
+
+// Layers on one input.
+inline std::vector<LinearInputs> validate_parallel_layers(const char* op, const Tensor& input,
+                                                          const std::vector<Tensor>& weights,
+                                                          const std::vector<Tensor>& biases) {
+  std::vector<LinearInputs> layers;
+  for (size_t l = 0; l < weights.size(); ++l) {
+    std::optional<Tensor> bias;
+    if (!is_absent_bias(biases[l], weights[l])) bias = biases[l];
+    layers.push_back(validate_linear(op, input, weights[l], bias));
+  }
+  return layers;
+}
+
 // The layers of an MLP: layer l takes hidden[l - 1] (input for l = 0) and has a ReLU unless it is
 // the last.
 inline std::vector<LinearInputs> validate_layers(const char* op, const Tensor& input,
@@ -65,10 +83,7 @@ inline std::vector<LinearInputs> validate_layers(const char* op, const Tensor& i
   std::vector<LinearInputs> layers;
   for (size_t l = 0; l < weights.size(); ++l) {
     std::optional<Tensor> bias;
-    const bool absent_bias =
-        biases == nullptr || ((*biases)[l].dim() == 1 && (*biases)[l].numel() == 0 &&
-                              weights[l].dim() == 2 && weights[l].size(0) != 0);
-    if (!absent_bias) bias = (*biases)[l];
+    if (biases != nullptr && !is_absent_bias((*biases)[l], weights[l])) bias = (*biases)[l];
     layers.push_back(validate_linear(op, l == 0 ? input : activations[l - 1], weights[l], bias));
   }
   return layers;

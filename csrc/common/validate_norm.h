@@ -71,21 +71,8 @@ Tensor take_norm(const char* op, const char* argument, const Tensor& x,
   p.n = x.size(x.dim() - 1);
   p.m = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) p.m *= x.size(d);
-  FASTATTN_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, op, "dropout_p", "a probability in [0, 1)",
-                 dropout_p);
-  p.dropout_p = dropout_p;
   p.rms = rms;
-  if (dropout_p > 0.0) {
-    FASTATTN_CHECK(seed.has_value(), op, "seed", "an int64 tensor, as dropout_p > 0", "None");
-    check_like(op, "seed", *seed, ScalarType::Long, x);
-    const int64_t count = seed->numel();
-    FASTATTN_CHECK(count >= 1 && p.m % count == 0, op, "seed",
-                   "a number of seeds that divides the " + std::to_string(p.m) + " rows", count);
-    in.seed =
-        allocated({count}, ScalarType::Long, [&] { return torch::stable::contiguous(*seed); });
-    p.seeds = static_cast<const int64_t*>(in.seed->data_ptr());
-    p.rows_of_seed = p.m / count;
-  }
+  in.seed = take_dropout(op, seed, dropout_p, x, p);
   return as_rows(x, p.m, p.n);
 }
 

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <exception>
+#include <optional>
+#include <string>
 
 #include "common/check.h"
 #include "common/problem.h"
@@ -54,6 +56,27 @@ inline TensorView view_of(const Tensor& t, bool broadcast = false) {
   view.row_stride = stride(rank - 2);
   view.col_stride = stride(rank - 1);
   return view;
+}
+
+// Dropout of a matrix of m rows, and its seeds: int64 [n], n a divisor of m, as the problem reads
+// them; none where nothing is dropped.
+template <class Problem>
+std::optional<Tensor> take_dropout(const char* op, const std::optional<Tensor>& seed,
+                                   double dropout_p, const Tensor& like, Problem& p) {
+  FASTATTN_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, op, "dropout_p", "a probability in [0, 1)",
+                 dropout_p);
+  p.dropout_p = dropout_p;
+  if (dropout_p == 0.0) return std::nullopt;
+  FASTATTN_CHECK(seed.has_value(), op, "seed", "an int64 tensor, as dropout_p > 0", "None");
+  check_like(op, "seed", *seed, ScalarType::Long, like);
+  const int64_t count = seed->numel();
+  FASTATTN_CHECK(count >= 1 && p.m % count == 0, op, "seed",
+                 "a number of seeds that divides the " + std::to_string(p.m) + " rows", count);
+  const Tensor seeds =
+      allocated({count}, ScalarType::Long, [&] { return torch::stable::contiguous(*seed); });
+  p.seeds = static_cast<const int64_t*>(seeds.data_ptr());
+  p.rows_of_seed = p.m / count;
+  return seeds;
 }
 
 }  // namespace fastattn

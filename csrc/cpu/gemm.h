@@ -10,11 +10,15 @@
 //       B's rows [d, d + depth) and columns [j0, j0 + cols), in place or as panels
 //       [words(depth), kPanel] in `dst`, panel_words from one to the next, zero past `cols`;
 //   store_c(i, j0, cols, row)
-//       takes row i of C, columns [j0, j0 + cols), and may change `row`.
+//       takes row i of C, columns [j0, j0 + cols), and may change `row`. A product whose panels of
+//       C belong together two by two takes store_c(i, j0, cols, row, before): `before` is the same
+//       row in the panel before, as store_c has left it.
 // A C without an epilogue is given as `plain_c`: whole panels are written directly, and store_c is
 // called for the columns past the last whole panel alone.
 // How C is cut into tasks does not change any sum.
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/micro_kernel.h"
 #include "cpu/pack.h"
@@ -101,21 +105,22 @@ struct Cut {
   int64_t rows, cols;  // of one task
 };
 
-// C [m, n] in equal blocks of up to `most_rows` rows for `threads` threads: the cut for which the
-// last thread is done first.
+// C [m, n] in equal blocks of up to `most_rows` rows and whole multiples of `unit_panels` panels
+// for `threads` threads: the cut for which the last thread is done first.
 template <class A>
-Cut cut_into_tasks(int64_t m, int64_t n, int64_t most_rows, int64_t threads) {
+Cut cut_into_tasks(int64_t m, int64_t n, int64_t most_rows, int64_t threads, int64_t unit_panels) {
   constexpr int64_t kRowUnit = 48;  // whole strips of 6 rows and whole bytes of a bit-mask
-  const int64_t row_units = ceil_div(m, kRowUnit), panels = ceil_div(n, kPanel<A>);
-  const int64_t least_across = ceil_div(panels * kPanelVecs, kTaskVecs);
+  const int64_t row_units = ceil_div(m, kRowUnit), unit = unit_panels * kPanel<A>;
+  const int64_t col_units = ceil_div(n, unit);
+  const int64_t least_across = ceil_div(col_units * unit_panels * kPanelVecs, kTaskVecs);
   const int64_t least_down = ceil_div(m, most_rows);
   Cut best{};
   int64_t best_cost = INT64_MAX;
   for (int64_t across = least_across;
-       across == least_across || across <= min64(panels, least_across + threads); ++across) {
+       across == least_across || across <= min64(col_units, least_across + threads); ++across) {
     for (int64_t tasks = threads; tasks <= 2 * threads; tasks += threads) {
       const int64_t down = max64(least_down, min64(row_units, ceil_div(tasks, across)));
-      const Cut cut{ceil_div(row_units, down) * kRowUnit, ceil_div(panels, across) * kPanel<A>};
+      const Cut cut{ceil_div(row_units, down) * kRowUnit, ceil_div(col_units, across) * unit};
       const int64_t rounds = ceil_div(ceil_div(m, cut.rows) * ceil_div(n, cut.cols), threads);
       // A product's element takes 1/16 cycle a depth, one that is loaded or packed about 1 and 2.
       const int64_t cost = rounds * (cut.rows * cut.cols + 16 * cut.rows + 32 * cut.cols);
@@ -132,6 +137,7 @@ template <class E, class LoadA, class LoadB, class StoreC, class C = Acc<E>>
 void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& load_b,
           const StoreC& store_c, const Parallel& threads, PlainC<C> plain_c = {nullptr, 0}) {
   using A = Acc<E>;
+  constexpr bool kPairs = std::is_invocable_v<StoreC, int64_t, int64_t, int64_t, A*, const A*>;
   if (m == 0 || n == 0) return;
   // Equal blocks of depth: a short last one would read and write C for little.
   const int64_t depth_blocks = max64(1, ceil_div(words<E>(k), kBlockDepth));
@@ -143,8 +149,8 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
   const int64_t panel_words = words<E>(block_depth) * kPanelCols;
   const int64_t widest_bytes =
       depth_blocks * panel_words * (kTaskVecs / kPanelVecs) * static_cast<int64_t>(sizeof(E));
-  const Cut cut =
-      cut_into_tasks<A>(m, n, widest_bytes <= kPackedBytes ? m : kKeptRows, parallel.threads);
+  const Cut cut = cut_into_tasks<A>(m, n, widest_bytes <= kPackedBytes ? m : kKeptRows,
+                                    parallel.threads, kPairs ? 2 : 1);
   const int64_t col_tasks = ceil_div(n, cut.cols), row_tasks = ceil_div(m, cut.rows);
 
   parallel_tasks(parallel, row_tasks * col_tasks, [&](int64_t task) {
@@ -200,8 +206,15 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
                                         columns.stride, c_strip, kPanelCols);
             }
             if (block + 1 < depth_blocks) return;
-            for (int r = 0; r < strip_rows; ++r)
-              store_c(i0 + i + strip + r, j0 + j, panel_cols, c_strip + r * kPanelCols);
+            for (int r = 0; r < strip_rows; ++r) {
+              A* row = c_strip + r * kPanelCols;
+              if constexpr (kPairs) {
+                const A* before = panel == 0 ? nullptr : row - kept_rows * kPanelCols;
+                store_c(i0 + i + strip + r, j0 + j, panel_cols, row, before);
+              } else {
+                store_c(i0 + i + strip + r, j0 + j, panel_cols, row);
+              }
+            }
           };
           if (plain_c.data != nullptr && words<E>(depth) == 1 && cols % kPanelCols == 0) {
             for (int64_t r = 0; r < block_rows; ++r) {

@@ -11,7 +11,8 @@ struct KernelTable {
   void (*attention_backward)(const AttentionBackwardProblem&, const Parallel&);
   void (*attention_double_backward)(const AttentionDoubleBackwardProblem&, const Parallel&);
   void (*linear_forward)(const LinearProblem&, const Parallel&);
-  void (*linear_backward)(const LinearBackwardProblem&, const Parallel&);
+  void (*gated_linear_forward)(const GatedLinearProblem&, const Parallel&);
+  void (*linear_backward)(const LinearBackwardProblem*, int64_t, const Parallel&);
   void (*linear_jvp)(const LinearJvpProblem&, const Parallel&);
   void (*dropout_add_norm_forward)(const DropoutAddNormProblem&, const Parallel&);
   void (*dropout_add_norm_backward)(const DropoutAddNormBackwardProblem&, const Parallel&);

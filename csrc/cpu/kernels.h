@@ -14,7 +14,8 @@ void attention_forward_in_blocks(const AttentionProblem& p, const Parallel& para
 void attention_backward(const AttentionBackwardProblem& b, const Parallel& parallel);
 void attention_double_backward(const AttentionDoubleBackwardProblem& s, const Parallel& parallel);
 void linear_forward(const LinearProblem& p, const Parallel& parallel);
-void linear_backward(const LinearBackwardProblem& p, const Parallel& parallel);
+void gated_linear_forward(const GatedLinearProblem& p, const Parallel& parallel);
+void linear_backward(const LinearBackwardProblem* parts, int64_t count, const Parallel& parallel);
 void linear_jvp(const LinearJvpProblem& p, const Parallel& parallel);
 void dropout_add_norm_forward(const DropoutAddNormProblem& p, const Parallel& parallel);
 void dropout_add_norm_backward(const DropoutAddNormBackwardProblem& p, const Parallel& parallel);

@@ -2,7 +2,7 @@
 // with the tangent of the bias and the bit-mask where a tile is done.
 #pragma once
 
-#include "cpu/linear_relu.h"
+#include "cpu/linear.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 

@@ -17,9 +17,9 @@ std::tuple<Tensor, Tensor> linear_relu_forward(const Tensor& input, const Tensor
   LinearProblem& p = in.problem;
   Tensor out = empty_like_device(input, in.out_shape, input.scalar_type());
   Tensor mask = empty_like_device(input, {p.m, (p.n + 7) / 8}, ScalarType::Byte);
-  p.relu = true;
+  p.activation = Activation::kRelu;
   p.y = out.data_ptr();
-  p.relu_mask = static_cast<uint8_t*>(mask.data_ptr());
+  p.bits = static_cast<uint8_t*>(mask.data_ptr());
   run_kernel(op, [&] { kernels(p.dtype).linear_forward(p, parallel()); });
   return {out, mask};
 }
@@ -46,14 +46,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, 
   const Tensor go = fold(grad_out, b.m, b.n), bits = torch::stable::contiguous(mask);
   b.grad_y = go.data_ptr();
   b.grad_y_stride = go.stride(0);
-  b.relu_mask = static_cast<const uint8_t*>(bits.data_ptr());
+  b.bits = static_cast<const uint8_t*>(bits.data_ptr());
   Tensor grad_input = needs[0] ? empty_like_device(input, shape_of(input), dtype) : absent(input);
   Tensor grad_weight = needs[1] ? empty_like_device(input, shape_of(weight), dtype) : absent(input);
   Tensor grad_bias = needs[2] ? empty_like_device(input, {b.n}, dtype) : absent(input);
   if (needs[0]) b.grad_x = grad_input.data_ptr();
   if (needs[1]) b.grad_w = grad_weight.data_ptr();
   if (needs[2]) b.grad_bias = grad_bias.data_ptr();
-  run_kernel(op, [&] { kernels(b.dtype).linear_backward(b, parallel()); });
+  run_kernel(op, [&] { kernels(b.dtype).linear_backward(&b, 1, parallel()); });
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -96,6 +96,135 @@ Tensor linear_relu_jvp(const Tensor& input, const Tensor& weight, const Tensor& 
   return t_out;
 }
 
+// The activation of that number, one of ops.ACTIVATIONS.
+Activation activation_of(const char* op, int64_t number) {
+  FASTATTN_CHECK(number >= 0 && number < kActivations, op, "activation",
+                 "a number below " + std::to_string(kActivations), number);
+  return static_cast<Activation>(number);
+}
+
+// Layers on one input: [out of each, what each one's backward multiplies its gradient by]. The
+// latter are bits, of the layer's dtype, or empty where there is nothing to multiply by.
+std::vector<Tensor> linear_forward(const Tensor& input, const std::vector<Tensor>& weights,
+                                   const std::vector<Tensor>& biases, int64_t activation,
+                                   double dropout_p, const OptionalTensor& seed, bool save) {
+  const char* op = "linear_forward";
+  check_layers(op, input, weights, biases);
+  FASTATTN_CHECK(dropout_p == 0.0 || weights.size() == 1, op, "dropout_p",
+                 "0 with several weights", dropout_p);
+  const Activation f = activation_of(op, activation);
+  const bool is_bits = f == Activation::kNone || f == Activation::kRelu;
+  std::vector<LinearInputs> layers = validate_parallel_layers(op, input, weights, biases);
+  const OptionalTensor seeds = take_dropout(op, seed, dropout_p, input, layers[0].problem);
+  std::vector<Tensor> outs, saved;
+  for (LinearInputs& layer : layers) {
+    LinearProblem& p = layer.problem;
+    p.activation = f;
+    outs.push_back(empty_like_device(input, layer.out_shape, input.scalar_type()));
+    p.y = outs.back().data_ptr();
+    if (save && is_bits && (f == Activation::kRelu || dropout_p > 0.0)) {
+      saved.push_back(empty_like_device(input, {p.m, (p.n + 7) / 8}, ScalarType::Byte));
+      p.bits = static_cast<uint8_t*>(saved.back().data_ptr());
+    } else if (save && !is_bits) {
+      saved.push_back(empty_like_device(input, layer.out_shape, input.scalar_type()));
+      p.derivative = saved.back().data_ptr();
+    } else {
+      saved.push_back(absent(input));
+    }
+    run_kernel(op, [&] { kernels(p.dtype).linear_forward(p, parallel()); });
+  }
+  outs.insert(outs.end(), saved.begin(), saved.end());
+  return outs;
+}
+
+// f(input gate_weight^T + gate_bias) o (input weight^T + bias), and what the backward multiplies
+// its gradient by: for the gate, then for the other.
+std::tuple<Tensor, Tensor, Tensor> gated_linear_forward(
+    const Tensor& input, const Tensor& gate_weight, const Tensor& weight,
+    const OptionalTensor& gate_bias, const OptionalTensor& bias, int64_t activation, bool save) {
+  const char* op = "gated_linear_forward";
+  const LinearInputs gate = validate_linear(op, input, gate_weight, gate_bias);
+  LinearInputs up = validate_linear(op, input, weight, bias);
+  FASTATTN_CHECK(gate.problem.n == up.problem.n, op, "weight",
+                 "gate_weight's shape " + text(shape_of(gate_weight)), text(shape_of(weight)));
+  const ScalarType dtype = input.scalar_type();
+  const Tensor out = empty_like_device(input, up.out_shape, dtype);
+  const Tensor of_gate = save ? empty_like_device(input, up.out_shape, dtype) : absent(input);
+  const Tensor of_up = save ? empty_like_device(input, up.out_shape, dtype) : absent(input);
+  GatedLinearProblem p;
+  p.up = up.problem;
+  p.up.activation = activation_of(op, activation);
+  p.up.y = out.data_ptr();
+  if (save) p.up.derivative = of_gate.data_ptr();
+  if (save) p.gate = of_up.data_ptr();
+  p.w_gate = gate.problem.w;
+  p.w_gate_stride = gate.problem.w_stride;
+  p.bias_gate = gate.problem.bias;
+  run_kernel(op, [&] { kernels(p.up.dtype).gated_linear_forward(p, parallel()); });
+  return {out, of_gate, of_up};
+}
+
+// The gradients of layers on one input: of the input, of each weight, of each bias.
+std::vector<Tensor> linear_backward(const std::vector<Tensor>& grads, const Tensor& input,
+                                    const std::vector<Tensor>& weights,
+                                    const std::vector<Tensor>& saved, double dropout_p,
+                                    const std::vector<bool>& needs) {
+  const char* op = "linear_backward";
+  const size_t count = weights.size();
+  FASTATTN_CHECK(count > 0, op, "weights", "at least 1 layer", 0);
+  FASTATTN_CHECK(grads.size() == count, op, "grads", std::to_string(count) + " tensors",
+                 grads.size());
+  FASTATTN_CHECK(saved.size() == count, op, "saved", std::to_string(count) + " tensors",
+                 saved.size());
+  FASTATTN_CHECK(needs.size() == 1 + 2 * count, op, "needs",
+                 std::to_string(1 + 2 * count) + " flags", needs.size());
+  FASTATTN_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, op, "dropout_p", "a probability in [0, 1)",
+                 dropout_p);
+  const ScalarType dtype = input.scalar_type();
+  std::vector<LinearInputs> layers;
+  std::vector<LinearBackwardProblem> parts;
+  std::vector<Tensor> kept, results;
+  results.push_back(needs[0] ? empty_like_device(input, shape_of(input), dtype) : absent(input));
+  for (size_t l = 0; l < count; ++l) {
+    layers.push_back(validate_linear(op, input, weights[l], std::nullopt));
+    LinearBackwardProblem b = backward_of(layers.back().problem);
+    check_like(op, "grads", grads[l], dtype, input);
+    check_shape(op, "grads", grads[l], layers.back().out_shape);
+    kept.push_back(fold(grads[l], b.m, b.n));
+    b.grad_y = kept.back().data_ptr();
+    b.grad_y_stride = kept.back().stride(0);
+    if (saved[l].scalar_type() == ScalarType::Byte) {
+      check_like(op, "saved", saved[l], ScalarType::Byte, input);
+      check_shape(op, "saved", saved[l], {b.m, (b.n + 7) / 8});
+      kept.push_back(torch::stable::contiguous(saved[l]));
+      b.bits = static_cast<const uint8_t*>(kept.back().data_ptr());
+      b.bits_scale = 1.0 / (1.0 - dropout_p);
+    } else if (saved[l].dim() != 1 || saved[l].numel() != 0) {
+      check_like(op, "saved", saved[l], dtype, input);
+      check_shape(op, "saved", saved[l], layers.back().out_shape);
+      kept.push_back(torch::stable::contiguous(saved[l]));
+      b.derivative = kept.back().data_ptr();
+    }
+    if (l == 0 && needs[0]) b.grad_x = results[0].data_ptr();
+    parts.push_back(b);
+  }
+  for (size_t l = 0; l < count; ++l) {
+    const bool need = needs[1 + l];
+    results.push_back(need ? empty_like_device(input, shape_of(weights[l]), dtype) : absent(input));
+    if (need) parts[l].grad_w = results.back().data_ptr();
+  }
+  for (size_t l = 0; l < count; ++l) {
+    const bool need = needs[1 + count + l];
+    results.push_back(need ? empty_like_device(input, {parts[l].n}, dtype) : absent(input));
+    if (need) parts[l].grad_bias = results.back().data_ptr();
+  }
+  run_kernel(op, [&] {
+    kernels(parts[0].dtype)
+        .linear_backward(parts.data(), static_cast<int64_t>(count), parallel());
+  });
+  return results;
+}
+
 std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& weights,
                                 const std::vector<Tensor>& biases) {
   const char* op = "mlp_forward";
@@ -109,7 +238,7 @@ std::vector<Tensor> mlp_forward(const Tensor& input, const std::vector<Tensor>& 
   std::vector<LinearInputs> layers = validate_layers(op, input, weights, &biases, activations);
   for (size_t l = 0; l < layers.size(); ++l) {
     LinearProblem& p = layers[l].problem;
-    p.relu = l + 1 < layers.size();
+    if (l + 1 < layers.size()) p.activation = Activation::kRelu;
     p.y = activations[l].data_ptr();
     run_kernel(op, [&] { kernels(p.dtype).linear_forward(p, parallel()); });
   }
@@ -141,7 +270,7 @@ Tensor mlp_inference(const Tensor& input, const std::vector<Tensor>& weights,
       const bool last = l + 1 == layers.size();
       LinearProblem p = layers[l].problem;
       p.m = std::min(chunk, rows - first);
-      p.relu = !last;
+      if (!last) p.activation = Activation::kRelu;
       if (l == 0) p.x = static_cast<const char*>(p.x) + first * p.x_stride * bytes;
       p.y = last ? static_cast<char*>(out.data_ptr()) + first * p.n * bytes
                  : static_cast<char*>(hidden[l].data_ptr());
@@ -201,7 +330,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input,
       grads[0] = empty_like_device(input, shape_of(input), dtype);
       b.grad_x = grads[0].data_ptr();
     }
-    run_kernel(op, [&] { kernels(b.dtype).linear_backward(b, parallel()); });
+    run_kernel(op, [&] { kernels(b.dtype).linear_backward(&b, 1, parallel()); });
     grad_y = grad_x;
   }
   return grads;
@@ -227,6 +356,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("linear_relu_forward", TORCH_BOX(&fastattn::cpu::linear_relu_forward));
   m.impl("linear_relu_backward", TORCH_BOX(&fastattn::cpu::linear_relu_backward));
   m.impl("linear_relu_jvp", TORCH_BOX(&fastattn::cpu::linear_relu_jvp));
+  m.impl("linear_forward", TORCH_BOX(&fastattn::cpu::linear_forward));
+  m.impl("gated_linear_forward", TORCH_BOX(&fastattn::cpu::gated_linear_forward));
+  m.impl("linear_backward", TORCH_BOX(&fastattn::cpu::linear_backward));
   m.impl("mlp_forward", TORCH_BOX(&fastattn::cpu::mlp_forward));
   m.impl("mlp_inference", TORCH_BOX(&fastattn::cpu::mlp_inference));
   m.impl("mlp_backward", TORCH_BOX(&fastattn::cpu::mlp_backward));

@@ -241,7 +241,7 @@ std::tuple<Tensor, Tensor> linear_relu_forward(const Tensor& input, const Tensor
   Tensor out = empty_like_device(input, in.out_shape, input.scalar_type());
   Tensor mask = empty_like_device(input, {p.m, (p.n + 7) / 8}, ScalarType::Byte);
   p.y = out.data_ptr();
-  p.relu_mask = static_cast<uint8_t*>(mask.data_ptr());
+  p.bits = static_cast<uint8_t*>(mask.data_ptr());
   const Tensor workspace = workspace_of(input, linear_forward_workspace(p));
   launch_linear_forward(p, launch_on(input, workspace));
   return {out, mask};
@@ -265,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, 
   LinearBackwardProblem b = backward_of(p);
   b.grad_y = go.data_ptr();
   b.grad_y_stride = go.stride(0);
-  b.relu_mask = static_cast<const uint8_t*>(bits.data_ptr());
+  b.bits = static_cast<const uint8_t*>(bits.data_ptr());
   const auto gradient = [&](bool needed, const Shape& shape, void*& data) {
     if (!needed) return absent;
     Tensor grad = empty_like_device(input, shape, dtype);

@@ -1,25 +1,33 @@
 """The user's functions, and the autograd Functions that they call.
 
-``scaled_dot_product_attention``, ``varlen_attn``, ``linear_relu``, ``mlp`` and
-``dropout_add_norm`` check their arguments, choose a backend and call an autograd Function. The
-Functions themselves, for code that has done both, are ``AttentionFunction``,
-``LinearReLUFunction``, ``MLPFunction`` and ``DropoutAddNormFunction``.
+``scaled_dot_product_attention``, ``varlen_attn``, ``linear``, ``linear_relu``, ``multi_linear``,
+``mlp``, ``gated_mlp`` and ``dropout_add_norm`` check their arguments, choose a backend and call an
+autograd Function. The Functions themselves, for code that has done both, are
+``AttentionFunction``, ``LinearFunction``, ``LinearReLUFunction``, ``GatedLinearFunction``,
+``MLPFunction`` and ``DropoutAddNormFunction``.
 """
 
 from fastattn.functional import _registration as _  # noqa: F401
 from fastattn.functional.attention import AttentionFunction, scaled_dot_product_attention
-from fastattn.functional.linear import LinearReLUFunction, MLPFunction, linear_relu, mlp
+from fastattn.functional.layer_functions import GatedLinearFunction, LinearFunction
+from fastattn.functional.layers import gated_mlp, linear, mlp, multi_linear
 from fastattn.functional.norm import DropoutAddNormFunction, dropout_add_norm
+from fastattn.functional.relu_layers import LinearReLUFunction, MLPFunction, linear_relu
 from fastattn.functional.varlen import varlen_attn
 
 __all__ = [
     "AttentionFunction",
     "DropoutAddNormFunction",
+    "GatedLinearFunction",
+    "LinearFunction",
     "LinearReLUFunction",
     "MLPFunction",
     "dropout_add_norm",
+    "gated_mlp",
+    "linear",
     "linear_relu",
     "mlp",
+    "multi_linear",
     "scaled_dot_product_attention",
     "varlen_attn",
 ]

@@ -14,9 +14,10 @@ from fastattn import ops
 from fastattn.functional._autograd import in_transform, kernel
 from fastattn.functional.attention import AttentionFunction
 from fastattn.functional.attention_derivatives import AttentionDerivative, Needs, Request
-from fastattn.functional.linear import LinearReLUFunction, MLPFunction
+from fastattn.functional.layer_functions import GatedLinearFunction, LinearFunction
 from fastattn.functional.linear_derivatives import LinearReLUBackward, LinearReLUTangent
 from fastattn.functional.norm import DropoutAddNormFunction
+from fastattn.functional.relu_layers import LinearReLUFunction, MLPFunction
 from fastattn.ops import Call, Cotangents, Extras, Inputs, Options, Results, Tangents, split
 
 
@@ -72,6 +73,28 @@ def _attention_double_backward(backend: str, *args):
     return tuple(_derivative(call, cotangents, inputs, extras, [tangents], results, needs))
 
 
+def _linear_forward(backend: str, input, weights, biases, activation, dropout_p, seed, save):
+    biases = _optional(weights, biases)
+    options = (ops.ACTIVATIONS[activation], dropout_p, seed, save)
+    return list(LinearFunction.apply(input, *options, len(weights), *weights, *biases))
+
+
+def _gated_linear_forward(backend: str, *args):
+    *tensors, activation, save = args
+    return GatedLinearFunction.apply(*tensors, ops.ACTIVATIONS[activation], save)
+
+
+def _linear_backward(backend: str, grads, input, weights, saved, dropout_p, needs):
+    layers = len(weights)
+
+    def op(input, *tensors):
+        parts = [list(tensors[n * layers : (n + 1) * layers]) for n in range(3)]
+        return ops.linear_backward(parts[0], input, parts[1], parts[2], dropout_p, needs)
+
+    tensors = (input, *grads, *weights, *saved)
+    return list(_Undifferentiable.apply("linear_backward", op, "fastattn.linear", *tensors))
+
+
 def _linear_relu_forward(backend: str, input, weight, bias):
     return LinearReLUFunction.apply(input, weight, bias, backend)
 
@@ -85,9 +108,15 @@ def _linear_relu_jvp(backend: str, *tensors):
     return LinearReLUTangent.apply(backend, *tensors)
 
 
+def _optional(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor | None]:
+    """None for a bias that is absent, of shape ``[0]``."""
+    return [
+        None if b.numel() == 0 and w.shape[0] else b for w, b in zip(weights, biases, strict=True)
+    ]
+
+
 def _mlp_forward(backend: str, input, weights, biases):
-    biases = [None if b.numel() == 0 and w.shape[0] else b
-              for w, b in zip(weights, biases, strict=True)]  # fmt: skip
+    biases = _optional(weights, biases)
     return list(MLPFunction.apply(input, len(weights), *weights, *biases))
 
 
@@ -142,6 +171,9 @@ _FUNCTIONS = {
     "attention_double_backward": _attention_double_backward,
     "dropout_add_norm_forward": _dropout_add_norm_forward,
     "dropout_add_norm_backward": _dropout_add_norm_backward,
+    "linear_forward": _linear_forward,
+    "gated_linear_forward": _gated_linear_forward,
+    "linear_backward": _linear_backward,
     "linear_relu_forward": _linear_relu_forward,
     "linear_relu_backward": _linear_relu_backward,
     "linear_relu_jvp": _linear_relu_jvp,

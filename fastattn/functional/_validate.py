@@ -184,30 +184,55 @@ def sequence_starts(argument: str, starts: object, query: Tensor) -> None:
         _bad(ValueError, argument, f"query's device {query.device}", starts.device)
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = "") -> None:
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = "", prefix: str = ""
+) -> None:
+    """A linear layer but for the width of its input; its weight is called prefix + weight + suffix
+    in messages."""
     tensor("input", input)
     if input.dim() < 1:
         _bad(ValueError, "input", "at least 1 dimension [..., in_features]", tuple(input.shape))
-    like(f"weight{suffix}", weight, "input", input)
+    of_weight, of_bias = f"{prefix}weight{suffix}", f"{prefix}bias{suffix}"
+    like(of_weight, weight, "input", input)
     if weight.dim() != 2:
         expected = "2 dimensions [out_features, in_features]"
-        _bad(ValueError, f"weight{suffix}", expected, tuple(weight.shape))
+        _bad(ValueError, of_weight, expected, tuple(weight.shape))
     if bias is not None:
-        like(f"bias{suffix}", bias, "input", input)
+        like(of_bias, bias, "input", input)
         if tuple(bias.shape) != (weight.shape[0],):
-            _bad(ValueError, f"bias{suffix}", f"shape ({weight.shape[0]},)", tuple(bias.shape))
+            _bad(ValueError, of_bias, f"shape ({weight.shape[0]},)", tuple(bias.shape))
+
+
+def width(input: Tensor, weight: Tensor, suffix: str = "", prefix: str = "") -> None:
+    """Whether a weight has as many columns as input."""
+    if weight.shape[1] != input.shape[-1]:
+        expected = f"in_features {input.shape[-1]}"
+        _bad(ValueError, f"{prefix}weight{suffix}", expected, tuple(weight.shape))
+
+
+def numbered(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The weights and biases of several layers as lists of one length; no bias at all is None."""
+    weights = list(weights)
+    biases = [None] * len(weights) if biases is None else list(biases)
+    if not weights:
+        raise ValueError("weights: expected at least 1 layer, got none")
+    if len(biases) != len(weights):
+        raise ValueError(f"biases: expected {len(weights)} entries as weights, got {len(biases)}")
+    return weights, biases
 
 
 def layers(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
     """A stack of linear layers, each as wide as the one before; they are numbered if several."""
-    width = None
+    wide = None
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         suffix = f" {number}" if len(weights) > 1 else ""
         linear(input, weight, bias, suffix)
-        width = input.shape[-1] if width is None else width
-        if weight.shape[1] != width:
-            _bad(ValueError, f"weight{suffix}", f"in_features {width}", tuple(weight.shape))
-        width = weight.shape[0]
+        wide = input.shape[-1] if wide is None else wide
+        if weight.shape[1] != wide:
+            _bad(ValueError, f"weight{suffix}", f"in_features {wide}", tuple(weight.shape))
+        wide = weight.shape[0]
 
 
 def norm(

@@ -19,6 +19,10 @@ from fastattn.ops.attention import (
     attention_jvp,
 )
 from fastattn.ops.linear import (
+    ACTIVATIONS,
+    gated_linear_forward,
+    linear_backward,
+    linear_forward,
     linear_relu_backward,
     linear_relu_forward,
     linear_relu_jvp,
@@ -33,6 +37,7 @@ flops.register()
 _triton = library.register()
 
 __all__ = [
+    "ACTIVATIONS",
     "NATIVE",
     "Call",
     "Cotangents",
@@ -47,6 +52,9 @@ __all__ = [
     "attention_jvp",
     "dropout_add_norm_backward",
     "dropout_add_norm_forward",
+    "gated_linear_forward",
+    "linear_backward",
+    "linear_forward",
     "linear_relu_backward",
     "linear_relu_forward",
     "linear_relu_jvp",

@@ -70,6 +70,17 @@ def _linear_relu_jvp(input, weight, mask, t_input, t_weight, *_, out_val=None, *
     return _product(input, weight) * ((t_input is not None) + (t_weight is not None))
 
 
+def _gated_linear_forward(input, gate_weight, weight, *_, out_val=None, **__):
+    return _product(input, gate_weight) + _product(input, weight)
+
+
+def _linear_backward(grads, input, weights, saved, dropout_p, needs, *_, out_val=None, **__):
+    of_weights = needs[1 : 1 + len(weights)]
+    return sum(
+        _product(input, w) * (needs[0] + n) for w, n in zip(weights, of_weights, strict=True)
+    )
+
+
 def _mlp_forward(input, weights, *_, out_val=None, **__):
     return sum(_product(input, weight) for weight in weights)
 
@@ -87,6 +98,9 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "attention_backward": _attention_backward,
     "attention_jvp": _attention_jvp,
     "attention_double_backward": _attention_double_backward,
+    "linear_forward": _mlp_forward,
+    "gated_linear_forward": _gated_linear_forward,
+    "linear_backward": _linear_backward,
     "linear_relu_forward": _linear_relu_forward,
     "linear_relu_backward": _linear_relu_backward,
     "linear_relu_jvp": _linear_relu_jvp,

@@ -1,4 +1,4 @@
-"""Linear+ReLU and MLP ops: input ``[*, K]``, weight ``[N, K]``, bias ``[N]``."""
+"""Linear and MLP ops: input ``[*, K]``, weight ``[N, K]``, bias ``[N]``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,58 @@ from torch import Tensor
 
 from fastattn._call import NATIVE
 from fastattn.ops import schemas
+
+# Their places are their numbers in the ops.
+ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu")
+
+
+def linear_forward(
+    input: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    activation: str | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    save: bool,
+) -> list[Tensor]:
+    """dropout(f(x Wᵀ + b)) for L weights on one input: [out_1, ..., out_L, saved_1, ..., saved_L].
+
+    An absent bias has shape ``[0]``. With dropout L is 1. ``saved``, of shape ``[0]`` where the
+    backward needs none or ``save`` is False, is what the gradient is multiplied by: without an
+    activation and for a ReLU bits, uint8 ``[M, ceil(N / 8)]``; for the others f' and dropout's
+    factor in input's dtype, ``[*, N]``.
+    """
+    number = ACTIVATIONS.index(activation)
+    return torch.ops.fastattn.linear_forward(input, weights, biases, number, dropout_p, seed, save)
+
+
+def gated_linear_forward(
+    input: Tensor,
+    gate_weight: Tensor,
+    weight: Tensor,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f(x W_gateᵀ + b_gate)∘(x Wᵀ + b), and what its gradient is multiplied by for the gate and for
+    the other product; these have shape ``[0]`` where ``save`` is False."""
+    number = ACTIVATIONS.index(activation)
+    return torch.ops.fastattn.gated_linear_forward(
+        input, gate_weight, weight, gate_bias, bias, number, save
+    )
+
+
+def linear_backward(
+    grads: list[Tensor],
+    input: Tensor,
+    weights: list[Tensor],
+    saved: list[Tensor],
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of input, the L weights, the L biases; one that is not needed has shape ``[0]``."""
+    return torch.ops.fastattn.linear_backward(grads, input, weights, saved, dropout_p, needs)
 
 
 def linear_relu_forward(
@@ -74,16 +126,35 @@ def mlp_backward(
     return torch.ops.fastattn.mlp_backward(grad_out, input, weights, hidden, needs)
 
 
-def _fake_forward(input, weight, bias):
+def _out(input, weight):
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+def _bits(input, weight):
     rows = 1
     for extent in input.shape[:-1]:
         rows = rows * extent
-    out = input.new_empty((*input.shape[:-1], weight.shape[0]))
-    return out, input.new_empty((rows, (weight.shape[0] + 7) // 8), dtype=torch.uint8)
+    return input.new_empty((rows, (weight.shape[0] + 7) // 8), dtype=torch.uint8)
+
+
+def _fake_linear_forward(input, weights, biases, activation, dropout_p, seed, save):
+    outs = [_out(input, w) for w in weights]
+    if not save or (activation == 0 and dropout_p == 0.0):
+        return outs + [input.new_empty((0,)) for _ in weights]
+    return outs + [(_bits if activation <= 1 else _out)(input, w) for w in weights]
+
+
+def _fake_gated_linear_forward(input, gate_weight, weight, gate_bias, bias, activation, save):
+    saved = [_out(input, weight) if save else input.new_empty((0,)) for _ in range(2)]
+    return _out(input, weight), *saved
+
+
+def _fake_forward(input, weight, bias):
+    return _out(input, weight), _bits(input, weight)
 
 
 def _fake_jvp(input, weight, mask, t_input, t_weight, t_bias):
-    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+    return _out(input, weight)
 
 
 def _fake_backward(grad_out, input, weight, mask, needs):
@@ -94,12 +165,16 @@ def _fake_backward(grad_out, input, weight, mask, needs):
 
 
 def _fake_mlp_forward(input, weights, biases):
-    activations = [input.new_empty((*input.shape[:-1], w.shape[0])) for w in weights]
+    activations = [_out(input, w) for w in weights]
     return [activations[-1], *activations[:-1]]
 
 
 def _fake_mlp_inference(input, weights, biases):
-    return input.new_empty((*input.shape[:-1], weights[-1].shape[0]))
+    return _out(input, weights[-1])
+
+
+def _fake_linear_backward(grads, input, weights, saved, dropout_p, needs):
+    return _fake_mlp_backward(grads, input, weights, saved, needs)
 
 
 def _fake_mlp_backward(grad_out, input, weights, hidden, needs):
@@ -111,6 +186,9 @@ for _ns in schemas.NAMESPACES:
     torch.library.register_fake(f"{_ns}::linear_relu_forward", _fake_forward)
     torch.library.register_fake(f"{_ns}::linear_relu_backward", _fake_backward)
     torch.library.register_fake(f"{_ns}::linear_relu_jvp", _fake_jvp)
+torch.library.register_fake("fastattn::linear_forward", _fake_linear_forward)
+torch.library.register_fake("fastattn::gated_linear_forward", _fake_gated_linear_forward)
+torch.library.register_fake("fastattn::linear_backward", _fake_linear_backward)
 torch.library.register_fake("fastattn::mlp_forward", _fake_mlp_forward)
 torch.library.register_fake("fastattn::mlp_inference", _fake_mlp_inference)
 torch.library.register_fake("fastattn::mlp_backward", _fake_mlp_backward)

@@ -54,6 +54,18 @@ SHARED = {
     ),
 }
 NATIVE = SHARED | {
+    "linear_forward": (
+        "(Tensor input, Tensor[] weights, Tensor[] biases, int activation, float dropout_p, "
+        "Tensor? seed, bool save) -> Tensor[]"
+    ),
+    "gated_linear_forward": (
+        "(Tensor input, Tensor gate_weight, Tensor weight, Tensor? gate_bias, Tensor? bias, "
+        "int activation, bool save) -> (Tensor out, Tensor of_gate, Tensor of_up)"
+    ),
+    "linear_backward": (
+        "(Tensor[] grads, Tensor input, Tensor[] weights, Tensor[] saved, float dropout_p, "
+        "bool[] needs) -> Tensor[]"
+    ),
     "mlp_forward": "(Tensor input, Tensor[] weights, Tensor[] biases) -> Tensor[]",
     "mlp_inference": "(Tensor input, Tensor[] weights, Tensor[] biases) -> Tensor",
     "mlp_backward": (

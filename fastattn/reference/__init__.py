@@ -55,7 +55,10 @@ from fastattn.reference.attention import (
     attention_jvp,
     attention_weights,
 )
-from fastattn.reference.linear import (
+from fastattn.reference.layers import (
+    activation,
+    gated_linear,
+    linear,
     linear_relu,
     linear_relu_backward,
     linear_relu_forward,
@@ -72,6 +75,7 @@ from fastattn.reference.philox import philox, philox_keep_mask
 
 __all__ = [
     "Setting",
+    "activation",
     "attention",
     "attention_backward",
     "attention_double_backward",
@@ -82,7 +86,9 @@ __all__ = [
     "dropout_add_norm",
     "dropout_add_norm_backward",
     "dropout_add_norm_jvp",
+    "gated_linear",
     "keep_factor",
+    "linear",
     "linear_relu",
     "linear_relu_backward",
     "linear_relu_forward",

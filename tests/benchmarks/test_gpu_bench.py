@@ -114,7 +114,7 @@ def test_a_wrong_result_is_not_timed(bench, monkeypatch, case):
     timed = []
     monkeypatch.setattr(bench.timings, "_speed", lambda *a: timed.append(a) or {})
     for name in ("attention_backward", "attention_jvp", "linear_relu_forward"):
-        for module in ("fastattn.functional.attention", "fastattn.functional.linear",
+        for module in ("fastattn.functional.attention", "fastattn.functional.relu_layers",
                        "fastattn.functional.attention_derivatives", "fastattn.ops"):  # fmt: skip
             if hasattr(__import__(module, fromlist=["x"]), name):
                 monkeypatch.setattr(f"{module}.{name}", zeros(getattr(ops, name)))

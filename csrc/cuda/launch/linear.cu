@@ -239,7 +239,7 @@ void launch_linear_forward(const LinearProblem& l, const Launch& launch) {
     p.depth = l.k;
     p.bias = l.bias;
     p.out = l.y;
-    p.relu_mask = l.relu_mask;
+    p.relu_mask = l.bits;
     p.mask_bytes = (l.n + 7) / 8;
     launch_pass<T, LinearPass::kForward>(l.dtype, p, {l.x, l.m, l.k, l.x_stride},
                                          {l.w, l.n, l.k, l.w_stride}, launch);
@@ -254,7 +254,7 @@ size_t linear_backward_workspace(const LinearBackwardProblem& p) {
 void launch_linear_backward(const LinearBackwardProblem& l, const Launch& launch) {
   with_type(l.dtype, [&]<class T>() {
     LinearParameters p{};
-    p.relu_mask = const_cast<uint8_t*>(l.relu_mask);
+    p.relu_mask = const_cast<uint8_t*>(l.bits);
     p.mask_bytes = (l.n + 7) / 8;
     const Matrix grad_y{l.grad_y, l.m, l.n, l.grad_y_stride};
     if (l.grad_x != nullptr) {

@@ -120,7 +120,7 @@ def run_bert(options: argparse.Namespace, console: Console) -> BertResult:
     logging.disable_progress_bar()
     path = model_path(options.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    train_cap, test_cap = (40, 20) if options.quick else (160, 100)
+    train_cap, test_cap = (16, 10) if options.quick else (160, 100)
     corpus = load_corpus(options.seed, packages=8, train_cap=train_cap, test_cap=test_cap)
     sizes = (len(corpus.train), len(corpus.test))
     console.print(

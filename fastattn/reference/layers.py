@@ -1,12 +1,111 @@
-"""Linear layers with a ReLU, E15-E17."""
+"""Linear layers: with a ReLU, E15-E17, with any activation and dropout, E21, and gated, E23."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastattn.reference.norm import keep_factor
+
+
+def _identity(z: Tensor) -> Tensor:
+    return z
+
+
+def _gelu_tanh(z: Tensor) -> Tensor:
+    return F.gelu(z, approximate="tanh")
+
+
+def _relu2(z: Tensor) -> Tensor:
+    return torch.relu(z).square()
+
+
+def _quick_gelu(z: Tensor) -> Tensor:
+    return z * torch.sigmoid(1.702 * z)
+
+
+_ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: _identity,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": F.silu,
+    "relu2": _relu2,
+    "quick_gelu": _quick_gelu,
+}
+
+
+def activation(name: str | None) -> Callable[[Tensor], Tensor]:
+    """The activation f of E21, differentiable by autograd.
+
+    Args:
+        name: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"relu2"`` or
+            ``"quick_gelu"``.
+
+    >>> activation("relu2")(torch.tensor([-1.0, 3.0]))
+    tensor([0., 9.])
+    """
+    return _ACTIVATIONS[name]
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Z∘f(x Wᵀ + b), E21, differentiable by autograd.
+
+    Args:
+        input, weight, bias: see ``fastattn.reference``.
+        activation: the name of f, see ``activation``.
+        dropout_p: probability of dropping an element.
+        seed: dropout's seeds, see ``keep_factor``.
+
+    Returns:
+        ``[*, N]``.
+
+    >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]]), activation="relu2")
+    tensor([[9.]])
+    """
+    out = _ACTIVATIONS[activation](F.linear(input, weight, bias))
+    factor = keep_factor(out, seed, dropout_p)
+    return out if factor is None else out * factor
+
+
+def gated_linear(
+    input: Tensor,
+    gate_weight: Tensor,
+    weight: Tensor,
+    gate_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+) -> Tensor:
+    """f(x W_gateᵀ + b_gate)∘(x Wᵀ + b), E23, differentiable by autograd.
+
+    Args:
+        input, weight, bias: see ``fastattn.reference``.
+        gate_weight: ``[N, K]``.
+        gate_bias: ``[N]`` or None.
+        activation: the name of f, see ``activation``.
+
+    Returns:
+        ``[*, N]``.
+
+    >>> x, gate, up = torch.ones(1, 1), torch.tensor([[2.0]]), torch.tensor([[3.0]])
+    >>> gated_linear(x, gate, up, activation="relu")
+    tensor([[6.]])
+    """
+    gate = _ACTIVATIONS[activation](F.linear(input, gate_weight, gate_bias))
+    return gate * F.linear(input, weight, bias)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -21,7 +120,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     >>> linear_relu(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0], [-1.0, 0.0]]))
     tensor([[3., 0.]])
     """
-    return torch.relu(torch.nn.functional.linear(input, weight, bias))
+    return torch.relu(F.linear(input, weight, bias))
 
 
 def linear_relu_forward(
@@ -108,4 +207,4 @@ def mlp(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
     """
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         input = linear_relu(input, weight, bias)
-    return torch.nn.functional.linear(input, weights[-1], biases[-1])
+    return F.linear(input, weights[-1], biases[-1])

@@ -1,10 +1,12 @@
-// Linear layers with an optional ReLU, E15-E16: bias, ReLU and its bit-mask in the forward's
-// epilogue; in the backward the mask is applied while dY is loaded and the bias gradient is summed
-// on the way.
+// Linear layers with an activation and dropout, E15, E16, E21 and E22: the forward's epilogue adds
+// the bias, applies both and leaves what the backward multiplies dY by, while it loads dY; the bias
+// gradient is summed on the way.
 #pragma once
 
 #include "common/problem.h"
+#include "cpu/activation.h"
 #include "cpu/dot_kernel.h"
+#include "cpu/dropout.h"
 #include "cpu/gemm.h"
 #include "cpu/row_kernel.h"
 
@@ -58,27 +60,74 @@ FASTATTN_INLINE Panels<E> row_major_panels(const T* src, int64_t stride, int64_t
   return {dst, panel_words, kCols};
 }
 
-// Row i, columns [j0, j0 + cols), of y from its sums in `row`, which may change.  // E15
+// The columns of a row that an epilogue takes at a time.
+template <class A>
+constexpr int64_t kEpilogueColumns = kPanel<A> > kDotChunk ? kPanel<A> : kDotChunk;
+
+// row [cols] += bias[j0, j0 + cols), if there is one.
+template <class T>
+FASTATTN_INLINE void add_bias(const void* bias, int64_t j0, int64_t cols, Acc<T>* row) {
+  if (bias == nullptr) return;
+  Acc<T> b[kEpilogueColumns<Acc<T>>];
+  convert(b, static_cast<const T*>(bias) + j0, cols);
+  for (int64_t j = 0; j < cols; ++j) row[j] += b[j];
+}
+
+// The bits of columns [j0, j0 + cols) of row i, set where `row` is not <= 0; `row` may change.
+template <class A>
+FASTATTN_INLINE void store_bits(const LinearProblem& p, int64_t i, int64_t j0, int64_t cols,
+                                A* row) {
+  for (int64_t j = cols; j < round_up(cols, 8); ++j) row[j] = A(0);
+  uint8_t* bits = p.bits + i * ceil_div(p.n, 8) + j0 / 8;
+  for (int64_t j = 0; j < cols; j += 8) bits[j / 8] = relu_bits(row + j);
+}
+
+// Row i, columns [j0, j0 + cols), of y from its sums in `row`, which may change.  // E15, E21
 template <class T>
 FASTATTN_INLINE void store_linear_row(const LinearProblem& p, int64_t i, int64_t j0, int64_t cols,
                                       Acc<T>* row) {
   using A = Acc<T>;
-  if (p.bias != nullptr) {
-    constexpr int64_t kMost = kPanel<A> > kDotChunk ? kPanel<A> : kDotChunk;
-    A b[kMost];
-    convert(b, static_cast<const T*>(p.bias) + j0, cols);
-    for (int64_t j = 0; j < cols; ++j) row[j] += b[j];
+  constexpr int64_t kMost = kEpilogueColumns<A>;
+  add_bias<T>(p.bias, j0, cols, row);
+  A derivative[kMost], kept[round_up(kMost, 64)];
+  activate_row(p.activation, row, p.derivative == nullptr ? nullptr : derivative, cols);
+  if (p.dropout_p > 0) {
+    Dropout(p.dropout_p, p.seeds, p.rows_of_seed).fill_row(kept, i, j0, cols);
+    for (int64_t j = 0; j < cols; ++j) row[j] *= kept[j];
+    if (p.derivative != nullptr) {
+      for (int64_t j = 0; j < cols; ++j) derivative[j] *= kept[j];
+    }
   }
   T* out = static_cast<T*>(p.y) + i * p.n + j0;
-  if (!p.relu) return convert(out, row, cols);
-  for (int64_t j = 0; j < cols; j += kWidth<A>) store(row + j, relu<A>(load(row + j)));
   convert(out, row, cols);
-  if (p.relu_mask == nullptr) return;
+  if (p.derivative != nullptr)
+    convert(static_cast<T*>(p.derivative) + i * p.n + j0, derivative, cols);
+  if (p.bits == nullptr) return;
+  if (p.activation == Activation::kNone) return store_bits(p, i, j0, cols, kept);
   // The stored value decides: a positive sum may round to zero in 16 bits.
   if constexpr (sizeof(T) != sizeof(A)) convert(row, out, cols);
-  for (int64_t j = cols; j < round_up(cols, 8); ++j) row[j] = A(0);
-  uint8_t* mask = p.relu_mask + i * ceil_div(p.n, 8) + j0 / 8;
-  for (int64_t j = 0; j < cols; j += 8) mask[j / 8] = relu_bits(row + j);
+  store_bits(p, i, j0, cols, row);
+}
+
+// Rows [i0, i0 + rows) of x, columns [d, d + depth), as gemm's A.
+template <class T, class E = Operand<T>>
+FASTATTN_INLINE Strips<E> input_rows(const LinearProblem& p, int64_t i0, int64_t rows, int64_t d,
+                                     int64_t depth, E* scratch) {
+  const T* src = static_cast<const T*>(p.x) + i0 * p.x_stride + d;
+  if constexpr (sizeof(T) == sizeof(E)) return Strips<E>::row_major(src, p.x_stride);
+  if constexpr (kPaired<E>) {
+    if (p.x_stride % 2 == 0 && depth % 2 == 0)
+      return Strips<E>::row_major(reinterpret_cast<const E*>(src), p.x_stride / 2);
+  }
+  pack_rows(scratch, words<E>(depth), src, p.x_stride, rows, depth);
+  return Strips<E>::row_major(scratch, words<E>(depth));
+}
+
+// The staging of pack_transposed_panel, where it needs one.
+template <class T, class E = Operand<T>>
+FASTATTN_INLINE E* transposed_staging() {
+  if constexpr (sizeof(T) == sizeof(E)) return nullptr;
+  return thread_scratch<E>(Scratch::kLinearStaging, kPanel<Acc<T>> * kBlockDepth);
 }
 
 template <class T>
@@ -90,20 +139,11 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
 
   const auto load_a = [&](int64_t i0, int64_t rows, int64_t d, int64_t depth, bool,
                           E* scratch) -> Strips<E> {
-    const T* src = x + i0 * p.x_stride + d;
-    if constexpr (sizeof(T) == sizeof(E)) return Strips<E>::row_major(src, p.x_stride);
-    if constexpr (kPaired<E>) {
-      if (p.x_stride % 2 == 0 && depth % 2 == 0)
-        return Strips<E>::row_major(reinterpret_cast<const E*>(src), p.x_stride / 2);
-    }
-    pack_rows(scratch, words<E>(depth), src, p.x_stride, rows, depth);
-    return Strips<E>::row_major(scratch, words<E>(depth));
+    return input_rows<T>(p, i0, rows, d, depth, scratch);
   };
   const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols, E* dst,
                           int64_t panel_words) -> Panels<E> {
-    E* staging = sizeof(T) == sizeof(E)
-                     ? nullptr
-                     : thread_scratch<E>(Scratch::kLinearStaging, kPanel<A> * kBlockDepth);
+    E* staging = transposed_staging<T>();
     for (int64_t j = 0; j < cols; j += kPanel<A>) {
       pack_transposed_panel(dst + j / kPanel<A> * panel_words, w + (j0 + j) * p.w_stride + d,
                             p.w_stride, min64(kPanel<A>, cols - j), depth, staging);
@@ -124,7 +164,7 @@ void linear_forward(const LinearProblem& p, const Parallel& parallel) {
   gemm<E>(p.m, p.n, p.k, load_a, load_b, store_c, parallel);
 }
 
-// dst [cols] = row i, columns [j0, j0 + cols), of G = dY o R; j0 is a multiple of 8.  // E16
+// dst [cols] = row i, columns [j0, j0 + cols), of G = dY o D; j0 is a multiple of 8.  // E16, E22
 template <class T>
 FASTATTN_INLINE void load_masked_gradient(const LinearBackwardProblem& p, int64_t i, int64_t j0,
                                           int64_t cols, Acc<T>* dst) {
@@ -136,11 +176,22 @@ FASTATTN_INLINE void load_masked_gradient(const LinearBackwardProblem& p, int64_
   } else {
     convert(dst, static_cast<const T*>(p.grad_y) + offset, cols);
   }
-  if (p.relu_mask != nullptr) {
-    const uint8_t* mask = p.relu_mask + i * ceil_div(p.n, 8) + j0 / 8;
+  if (p.bits != nullptr) {
+    const uint8_t* bits = p.bits + i * ceil_div(p.n, 8) + j0 / 8;
     int64_t j = 0;
-    for (; j + 8 <= cols; j += 8) apply_relu_bits(mask[j / 8], dst + j, src + j);
-    if (j < cols) apply_relu_bits(mask[j / 8], dst + j, src + j, static_cast<int>(cols - j));
+    for (; j + 8 <= cols; j += 8) apply_relu_bits(bits[j / 8], dst + j, src + j);
+    if (j < cols) apply_relu_bits(bits[j / 8], dst + j, src + j, static_cast<int>(cols - j));
+    if (p.bits_scale == 1.0) return;
+    const auto scale = static_cast<A>(p.bits_scale);
+    for (j = 0; j < cols; ++j) dst[j] *= scale;
+    return;
+  }
+  if (p.derivative != nullptr) {
+    const T* derivative = static_cast<const T*>(p.derivative) + i * p.n + j0;
+    int64_t j = 0;
+    for (; j + kWidth<A> <= cols; j += kWidth<A>)
+      store(dst + j, load(src + j) * load_acc(derivative + j));
+    for (; j < cols; ++j) dst[j] = src[j] * to_acc(derivative[j]);
     return;
   }
   if (src != dst) convert(dst, src, cols);
@@ -161,52 +212,117 @@ FASTATTN_INLINE void prefetch_gradient(const LinearBackwardProblem& p, int64_t i
                  cols * bytes);
 }
 
-// dX [m, k] = G [m, n] W [n, k]
+// Layers on one input, of whose input gradients the sum is asked for, as one product: dX [m, k] =
+// [G_1 G_2 ...] [W_1; W_2; ...]. The depth of each is padded to whole kDepthUnits.
 template <class T>
-void linear_input_gradient(const LinearBackwardProblem& p, const Parallel& parallel) {
+class LinearInputGradient {
   using A = Acc<T>;
   using E = Operand<T>;
-  const T* w = static_cast<const T*>(p.w);
-  const auto load_a = [&](int64_t i0, int64_t rows, int64_t d, int64_t depth, bool,
-                          E* scratch) -> Strips<E> {
-    const int64_t stride = round_up(words<E>(depth), kWidth<A>);
-    for (int64_t i = 0; i < rows; ++i) {
-      if constexpr (kPaired<E>) {
-        A row[kDepth<E> * kBlockDepth];
-        load_masked_gradient<T>(p, i0 + i, d, depth, row);
-        for (int64_t j = depth; j < round_up(depth, kWidth<A>); ++j) row[j] = A(0);
-        round_row(scratch + i * stride, row, round_up(depth, kWidth<A>));
+
+ public:
+  LinearInputGradient(const LinearBackwardProblem* parts, int64_t count)
+      : parts_(parts), count_(count) {}
+
+  void run(const Parallel& parallel) const {
+    const LinearBackwardProblem& first = parts_[0];
+    const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
+      if (first.grad_x_is_accumulator) {
+        convert(static_cast<A*>(first.grad_x) + i * first.k + j0, row, cols);
       } else {
-        load_masked_gradient<T>(p, i0 + i, d, depth, scratch + i * stride);
+        convert(static_cast<T*>(first.grad_x) + i * first.k + j0, row, cols);
       }
+    };
+    if (count_ == 1 && passing_pays<T>(first.m)) {
+      const auto load_row = [&](int64_t i, int64_t d, int64_t depth, A* dst) {
+        load_masked_gradient<T>(first, i, d, depth, dst);
+      };
+      return passing_rows_gemm<T>(first.m, first.k, first.n, load_row, weight(first),
+                                  first.w_stride, store_c,
+                                  worthwhile(parallel, first.m, first.n, first.k));
+    }
+    int64_t depth = first.n;
+    if (count_ > 1) {
+      depth = 0;
+      for (int64_t p = 0; p < count_; ++p) depth += round_up(parts_[p].n, kDepthUnit);
+    }
+    const auto load_a = [&](int64_t i0, int64_t rows, int64_t d, int64_t block, bool,
+                            E* scratch) -> Strips<E> { return gradients(i0, rows, d, block, scratch); };
+    const auto load_b = [&](int64_t d, int64_t block, int64_t j0, int64_t cols, E* dst,
+                            int64_t panel_words) -> Panels<E> {
+      return weights(d, block, j0, cols, dst, panel_words);
+    };
+    const auto product = [&](auto* grad_x) {
+      gemm<E>(first.m, first.k, depth, load_a, load_b, store_c, parallel,
+              PlainC{grad_x, first.k});
+    };
+    if (first.grad_x_is_accumulator) return product(static_cast<A*>(first.grad_x));
+    product(static_cast<T*>(first.grad_x));
+  }
+
+ private:
+  static const T* weight(const LinearBackwardProblem& p) { return static_cast<const T*>(p.w); }
+
+  // The parts of depth [d, d + depth): body(part, where it begins in the block, its first column of
+  // the part, how many there are, and how many with the part's padding).
+  template <class Body>
+  void for_each_part(int64_t d, int64_t depth, const Body& body) const {
+    int64_t start = 0;
+    for (int64_t p = 0; p < count_; ++p) {
+      const LinearBackwardProblem& part = parts_[p];
+      const int64_t end = start + (count_ == 1 ? part.n : round_up(part.n, kDepthUnit));
+      const int64_t from = max64(d, start), to = min64(d + depth, end);
+      if (from < to) {
+        const int64_t first = from - start;
+        body(part, from - d, first, max64(0, min64(to - from, part.n - first)), to - from);
+      }
+      start = end;
+    }
+  }
+
+  Strips<E> gradients(int64_t i0, int64_t rows, int64_t d, int64_t depth, E* scratch) const {
+    const int64_t padded = round_up(depth, kDepth<E> * kWidth<A>), stride = words<E>(padded);
+    for (int64_t i = 0; i < rows; ++i) {
+      A staged[kDepth<E> * kBlockDepth + kWidth<A>];
+      A* row;
+      if constexpr (kPaired<E>) {
+        row = staged;
+      } else {
+        row = scratch + i * stride;
+      }
+      for_each_part(d, depth, [&](const LinearBackwardProblem& part, int64_t at, int64_t first,
+                                  int64_t length, int64_t whole) {
+        load_masked_gradient<T>(part, i0 + i, first, length, row + at);
+        for (int64_t j = length; j < whole; ++j) row[at + j] = A(0);
+      });
+      for (int64_t j = depth; j < padded; ++j) row[j] = A(0);
+      round_row(scratch + i * stride, row, padded);
     }
     return Strips<E>::row_major(scratch, stride);
-  };
-  const auto load_b = [&](int64_t d, int64_t depth, int64_t j0, int64_t cols, E* dst,
-                          int64_t panel_words) -> Panels<E> {
-    return row_major_panels(w + d * p.w_stride + j0, p.w_stride, depth, cols,
-                            in_place_pays<T>(p.m, p.w_stride, p.n), dst, panel_words);
-  };
-  const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
-    if (p.grad_x_is_accumulator) {
-      convert(static_cast<A*>(p.grad_x) + i * p.k + j0, row, cols);
-    } else {
-      convert(static_cast<T*>(p.grad_x) + i * p.k + j0, row, cols);
-    }
-  };
-  if (passing_pays<T>(p.m)) {
-    const auto load_row = [&](int64_t i, int64_t d, int64_t depth, A* dst) {
-      load_masked_gradient<T>(p, i, d, depth, dst);
-    };
-    return passing_rows_gemm<T>(p.m, p.k, p.n, load_row, w, p.w_stride, store_c,
-                                worthwhile(parallel, p.m, p.n, p.k));
   }
-  const auto product = [&](auto* grad_x) {
-    gemm<E>(p.m, p.k, p.n, load_a, load_b, store_c, parallel, PlainC{grad_x, p.k});
-  };
-  if (p.grad_x_is_accumulator) return product(static_cast<A*>(p.grad_x));
-  product(static_cast<T*>(p.grad_x));
-}
+
+  Panels<E> weights(int64_t d, int64_t depth, int64_t j0, int64_t cols, E* dst,
+                    int64_t panel_words) const {
+    Panels<E> panels{dst, panel_words, kPanel<A>};
+    for_each_part(d, depth, [&](const LinearBackwardProblem& part, int64_t at, int64_t first,
+                                int64_t length, int64_t whole) {
+      const bool all = length == depth;
+      E* to = dst + words<E>(at) * kPanel<A>;
+      const Panels<E> packed = row_major_panels(
+          weight(part) + first * part.w_stride + j0, part.w_stride, length, cols,
+          all && in_place_pays<T>(part.m, part.w_stride, part.n), to, panel_words);
+      if (all) panels = packed;
+      for (int64_t j = 0; length < whole && j < cols; j += kPanel<A>) {
+        E* panel = to + j / kPanel<A> * panel_words;
+        for (int64_t e = words<E>(length) * kPanel<A>; e < words<E>(whole) * kPanel<A>; ++e)
+          panel[e] = E{};
+      }
+    });
+    return panels;
+  }
+
+  const LinearBackwardProblem* parts_;
+  int64_t count_;
+};
 
 // Rows of G that are summed apart before the sum of all: one sum of 1024 floats would be off by
 // more than torch's, which adds in pairs.
@@ -298,10 +414,15 @@ void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& para
   if (p.grad_bias != nullptr) convert(static_cast<T*>(p.grad_bias), sums, p.n);
 }
 
+// The gradients of `count` layers on one input; the input's, if parts[0] asks for it, is the sum of
+// theirs.
 template <class T>
-void linear_backward(const LinearBackwardProblem& p, const Parallel& parallel) {
-  if (p.grad_x != nullptr) linear_input_gradient<T>(p, parallel);
-  if (p.grad_w != nullptr || p.grad_bias != nullptr) linear_weight_gradient<T>(p, parallel);
+void linear_backward(const LinearBackwardProblem* parts, int64_t count, const Parallel& parallel) {
+  if (parts[0].grad_x != nullptr) LinearInputGradient<T>(parts, count).run(parallel);
+  for (int64_t p = 0; p < count; ++p) {
+    if (parts[p].grad_w != nullptr || parts[p].grad_bias != nullptr)
+      linear_weight_gradient<T>(parts[p], parallel);
+  }
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -1,4 +1,4 @@
-"""Linear+ReLU and the MLP: the user's functions and their autograd Functions."""
+"""Linear+ReLU and the MLP of such layers: their autograd Functions, and ``linear_relu``."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def linear_relu(
     _validate.tensor("input", input)
     input, weight, bias = autocast(input, weight, bias)
     chosen = backends.select_layers("linear_relu", input, (weight,), backend)
-    if _op_validates(chosen):
+    if op_validates(chosen):
         try:
             return apply(LinearReLUFunction, input, weight, bias)[0]
         except (RuntimeError, TypeError):
@@ -264,62 +264,7 @@ def linear_relu(
     return apply(LinearReLUFunction, input, weight, bias, backends.kernels_of(chosen))[0]
 
 
-def _op_validates(backend: str) -> bool:
+def op_validates(backend: str) -> bool:
     """Whether the C++ op validates. Python then validates only after a failure, for a message in
     the user's words: for a small layer the Python checks would take longer than the kernel."""
     return backend == "cpu" and not torch.compiler.is_compiling()
-
-
-def mlp(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None = None,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """Linear-ReLU-...-Linear, no ReLU after the last, as one autograd node.
-
-    Args:
-        input: ``[..., N_0]``, floating point.
-        weights: L >= 1 tensors ``[N_l, N_{l-1}]``, of input's dtype and device; under autocast the
-            dtypes may differ, and all are cast.
-        biases: L tensors ``[N_l]`` or Nones, or None for no bias at all.
-        backend: ``cpu``, ``cuda``, ``triton``, ``reference``, or None for the first that serves the
-            call.
-
-    Returns:
-        ``[..., N_L]`` in input's dtype.
-
-    Raises:
-        ValueError: a shape, device or number of layers that does not fit.
-        TypeError: a dtype or type that does not fit.
-        RuntimeError: ``backend`` names one that cannot serve the call.
-
-    >>> import torch, fastattn
-    >>> weights = [torch.randn(6, 8), torch.randn(3, 6)]
-    >>> fastattn.mlp(torch.randn(4, 8), weights).shape
-    torch.Size([4, 3])
-    """
-    weights = list(weights)
-    biases = [None] * len(weights) if biases is None else list(biases)
-    if not weights:
-        raise ValueError("weights: expected at least 1 layer, got none")
-    if len(biases) != len(weights):
-        raise ValueError(f"biases: expected {len(weights)} entries as weights, got {len(biases)}")
-    _validate.tensor("input", input)
-    input, *parameters = autocast(input, *weights, *biases)
-    weights, biases = parameters[: len(weights)], parameters[len(weights) :]
-    chosen = backends.select_layers("mlp", input, weights, backend)
-    if _op_validates(chosen) and not transforming():
-        try:
-            return apply(MLPFunction, input, len(weights), *weights, *biases)[0]
-        except (RuntimeError, TypeError):
-            _validate.layers(input, weights, biases)
-            raise
-    _validate.layers(input, weights, biases)
-    if chosen == "reference":
-        return reference.mlp(input, weights, biases)
-    whole = chosen == "cpu" or (chosen == "cuda" and backends.fused_mlp(weights))
-    if not whole or transforming():
-        return layer_by_layer(input, weights, biases, backends.kernels_of(chosen))
-    return apply(MLPFunction, input, len(weights), *weights, *biases)[0]
