@@ -1,7 +1,7 @@
 """Fused linear+ReLU and softmax attention for PyTorch, under one contract on every backend.
 
 - Functions: ``scaled_dot_product_attention``, ``varlen_attn``, ``linear``, ``linear_relu``,
-  ``multi_linear``, ``mlp``, ``gated_mlp``, ``dropout_add_norm``.
+  ``multi_linear``, ``mlp``, ``gated_mlp``, ``activation_dropout``, ``dropout_add_norm``.
 - Modules with torch.nn's arguments and parameter names: ``fastattn.nn``.
 - Models that exist already: ``plan``, ``patch`` and ``unpatch``; ``torch.compile(model,
   backend="fastattn")`` and ``compile_report``; ``override_sdpa``.
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fastattn import backends, functional
 from fastattn.backends import FastAttnWarning
 from fastattn.functional import (
+    activation_dropout,
     dropout_add_norm,
     gated_mlp,
     linear,
@@ -54,6 +55,7 @@ __all__ = [
     "PatchReport",
     "Plan",
     "__version__",
+    "activation_dropout",
     "backends",
     "compile_report",
     "dropout_add_norm",

@@ -78,13 +78,13 @@ def linear_problem(op: str, input: Tensor, weights: Sequence[Tensor]) -> Problem
     return Problem(op, device, input.dtype, extras=against, gpu=input.device.index)
 
 
-def norm_problem(input: Tensor) -> Problem:
-    """The Problem of a call of dropout_add_norm."""
+def rows_problem(op: str, input: Tensor) -> Problem:
+    """The Problem of a call of dropout_add_norm, activation_dropout or a linear layer with any
+    activation, for which cuda has no kernel."""
     device = input.device
     if device.type != "cuda":
-        return Problem("dropout_add_norm", device.type, input.dtype)
-    extras = ("kernel for it",)
-    return Problem("dropout_add_norm", "cuda", input.dtype, extras=extras, gpu=device.index)
+        return Problem(op, device.type, input.dtype)
+    return Problem(op, "cuda", input.dtype, extras=("kernel for it",), gpu=device.index)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

@@ -8,7 +8,10 @@ It was measured in pairs, one thread, by ``benchmarks/linear_table.py``; the tab
   4, 2.2 to 39 with more;
 - on processors with avx512_bf16 and without AMX (Zen 4 and later) bfloat16, which torch has a
   product for: 1.2 to 1.9 with up to 4 rows, about 1 with more;
-- there float32, for which torch's product is MKL's: 1.1 to 1.9 with 2 to 16 rows from 2 million
+- on Intel's processors with AVX-512, dtypes that torch has a product for (MKL's and oneDNN's, with
+  AMX tiles for bfloat16): float32 0.8 to 1.0, float16 0.7 to 1.0, bfloat16 0.1 to 0.2, of which
+  1.3 to 1.8 with one row of 16 bits. There torch's product is taken, whatever follows it;
+- on Zen 4 float32, for which torch's product is MKL's: 1.1 to 1.9 with 2 to 16 rows from 2 million
   multiply-adds on, 1.05 to 1.7 with more rows from 67 million on. On AVX2 it is 0.7 to 1.4.
 """
 
@@ -49,8 +52,28 @@ def _zen4() -> bool:
     return _extension.cpu_isa() == "avx512bf16" and not amx
 
 
+def _intel() -> bool:
+    """An Intel processor with AVX-512: AMD's first with it have avx512_bf16 too, and no AMX."""
+    try:
+        amx = torch.cpu._is_amx_tile_supported()
+    except AttributeError:
+        return False
+    return _extension.cpu_isa() == "avx512" or (_extension.cpu_isa() == "avx512bf16" and amx)
+
+
 _LACKING = _lacking()
 _ZEN4 = _zen4()
+_INTEL = _intel()
+
+
+def torch_multiplies(input: torch.Tensor) -> bool:
+    """Whether torch's product of input ``[..., K]`` in its dtype with any weight is so much faster
+    on this processor that the kernels' epilogue does not repay theirs."""
+    if not _INTEL or not input.is_cpu or input.dtype in _LACKING:
+        return False
+    if input.dtype in (torch.bfloat16, torch.float16):
+        return input.numel() != input.shape[-1]
+    return input.dtype == torch.float32
 
 
 def lacks_product(dtype: torch.dtype, device: torch.device) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastattn import _products, ops
 from fastattn._problem import Problem, attention_problem, computed_dtype, fused_mlp, linear_problem
-from fastattn._problem import norm_problem as norm_problem
+from fastattn._problem import rows_problem as rows_problem
 from fastattn._support import unsupported
 from fastattn.ops import triton
 from fastattn.ops.triton import config
@@ -26,7 +26,10 @@ from fastattn.verification import first_use
 
 KERNELS = ("cpu", "cuda", "triton")
 BACKENDS = (*KERNELS, "reference")
-OPS = ("attention", "varlen_attn", "linear", "linear_relu", "mlp", "dropout_add_norm")
+OPS = (
+    "attention", "varlen_attn", "linear", "linear_relu", "mlp", "activation_dropout",
+    "dropout_add_norm",
+)  # fmt: skip
 
 # The families of CUDA kernels (attention_forward, attention_backward, linear_relu, mlp) that come
 # before Triton's by default: those right, and faster, in a table of benchmarks/results/.
@@ -237,17 +240,25 @@ def select_layers(
     return chosen
 
 
-def select_linear(input: Tensor, weights: Sequence[Tensor], backend: str | None = None) -> str:
-    """``select`` for layers with any activation, several on one input or gated: ``cpu``, or
-    ``reference`` where torch's own operations are taken, without a warning, as on a GPU."""
-    if backend not in (None, "cpu", "reference"):
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-        raise RuntimeError(f"backend {backend!r} cannot serve linear: it has no kernel for it")
-    named = backend if backend is not None else _default
-    if named not in ("cpu", None) or (named is None and not input.is_cpu):
-        return "reference"
-    return select_layers("linear", input, weights, backend)
+def named(backend: str | None) -> bool:
+    """Whether the call or the environment names a backend."""
+    return backend is not None or _default is not None
+
+
+def torch_multiplies(input: Tensor, backend: str | None) -> bool:
+    """Whether a call that names no backend leaves its products on a CPU to torch, which is faster
+    by more than the kernels' epilogues save."""
+    return not named(backend) and _products.torch_multiplies(input)
+
+
+def select_activation(input: Tensor, backend: str | None = None) -> str:
+    """``select`` for an activation with dropout, and for linear layers with one: ``cpu``,
+    ``triton``, or ``reference`` for torch's own operations. These serve without a warning where no
+    kernel does: they are O(1) operations of torch's."""
+    problem = rows_problem("activation_dropout", input)
+    if named(backend):
+        return select(problem, backend)
+    return select(problem) if serves(problem) else "reference"
 
 
 def _warn(message: str, stacklevel: int) -> None:
@@ -277,10 +288,12 @@ def unavailable(backend: str) -> str | None:
 def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> Explanation:
     """The Explanation of a call: which backend serves it, and why not the others.
 
-    Nothing is computed. The backend of ``linear`` is ``torch`` where torch's product is taken.
+    Nothing is computed. The backend of ``linear``, ``linear_relu`` and ``mlp`` is ``torch`` where
+    torch's product is taken.
 
     Args:
-        op: ``attention``, ``varlen_attn``, ``linear``, ``linear_relu`` or ``mlp``.
+        op: ``attention``, ``varlen_attn``, ``linear``, ``linear_relu``, ``mlp``,
+            ``activation_dropout`` or ``dropout_add_norm``.
         args: what the call has by position. ``linear`` (input, weight) is the product of
             ``fastattn.nn.Linear``, under the autocast that is on.
         backend: as in the call.
@@ -308,6 +321,8 @@ def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> 
         call = dict(zip(names, args[3:], strict=False)) | options
         query, key, value = tensors[:3]
         problem = attention_problem(op, query, key, value, **call)
+    elif op in ("activation_dropout", "dropout_add_norm"):
+        problem = rows_problem(op, tensors[0])
     else:
         weights = tensors[1:2] if op == "linear_relu" else next(iter(args[1:]), ())
         problem = linear_problem(op, tensors[0], weights)
@@ -317,6 +332,10 @@ def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> 
         warnings.simplefilter("ignore", FastAttnWarning)
         chosen = select(problem, backend, run_self_check=False)
     detail = ""
+    of_product = chosen == "cpu" and op in ("linear_relu", "mlp")
+    if of_product and torch_multiplies(tensors[0], backend):
+        chosen = "torch"
+        against["cpu"] = [_products.why_always_torchs(tensors[0].dtype)]
     if chosen == "cuda" and op == "mlp":
         detail = "one kernel for all layers" if fused_mlp(weights) else "a layer at a time"
     if chosen == "triton" and op in ("linear_relu", "mlp") and len(tensors) > 1:

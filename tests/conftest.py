@@ -11,7 +11,7 @@ import torch
 # The tests are a check of their own; a kernel's check at its first use would be kept beyond them.
 os.environ.setdefault("FASTATTN_SELF_CHECK", "0")
 
-from fastattn import _extension
+from fastattn import _extension, _products
 from fastattn.functional import _served
 
 # The files that take longest, whose single tests take up to minutes.
@@ -60,6 +60,7 @@ def _small_problems_run_the_kernels(monkeypatch):
     """Tests use small models; on a CPU these would run torch's own code, which is faster."""
     monkeypatch.setattr(_served, "LEAST_WORK", 0)
     monkeypatch.setattr(_served, "LEAST_ATTENTION", 0)
+    monkeypatch.setattr(_products, "_INTEL", False)  # whose torch has the faster products
 
 
 @pytest.fixture(autouse=True)

@@ -96,6 +96,22 @@ struct AttentionDoubleBackwardProblem {
 enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu, kRelu2, kQuickGelu };
 constexpr int kActivations = 7;
 
+// y [m, n] = Z o f(x), f an activation, Z dropout's keep-mask over 1 - p; or, where grad_y is
+// there, y = grad_y o Z o f'(x).
+struct ActivationProblem {
+  Dtype dtype = Dtype::kFloat32;
+  int64_t m = 0, n = 0;
+  const void* x = nullptr;  // absent for a gradient without an activation
+  int64_t x_stride = 0;
+  const void* grad_y = nullptr;
+  int64_t grad_y_stride = 0;
+  Activation activation = Activation::kNone;
+  double dropout_p = 0.0;
+  const int64_t* seeds = nullptr;
+  int64_t rows_of_seed = 1;
+  void* y = nullptr;  // contiguous
+};
+
 // One linear layer: y [m, n] = Z o f(x [m, k] w[n, k]^T + bias [n]), f an activation, Z dropout's
 // keep-mask over 1 - p.
 struct LinearProblem {

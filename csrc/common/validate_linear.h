@@ -56,6 +56,13 @@ inline LinearInputs validate_linear(const char* op, const Tensor& input, const T
   return in;
 }
 
+// The activation of that number, one of ops.ACTIVATIONS.
+inline Activation activation_of(const char* op, int64_t number) {
+  FASTATTN_CHECK(number >= 0 && number < kActivations, op, "activation",
+                 "a number below " + std::to_string(kActivations), number);
+  return static_cast<Activation>(number);
+}
+
 // Whether the tensor stands for no bias: of shape [0] beside a weight with rows.
 inline bool is_absent_bias(const Tensor& bias, const Tensor& weight) {
   return bias.dim() == 1 && bias.numel() == 0 && weight.dim() == 2 && weight.size(0) != 0;

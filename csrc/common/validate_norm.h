@@ -26,15 +26,6 @@ struct NormBackwardInputs : NormInputs {
   DropoutAddNormBackwardProblem problem;
 };
 
-// t [*, n] as m rows with a unit last stride.
-inline Tensor as_rows(const Tensor& t, int64_t m, int64_t n) {
-  const Tensor unit = unit_last_stride(t);
-  if (unit.dim() == 2) return unit;
-  const int64_t folded[] = {m, n};
-  return allocated({m, n}, t.scalar_type(),
-                   [&] { return torch::stable::reshape(unit, {folded, 2}); });
-}
-
 // A tensor of first's shape and dtype as rows: its data and row stride.
 inline void take_rows(const char* op, const char* argument, const std::optional<Tensor>& t,
                       const Tensor& first, int64_t m, int64_t n, std::optional<Tensor>& kept,

@@ -58,6 +58,15 @@ inline TensorView view_of(const Tensor& t, bool broadcast = false) {
   return view;
 }
 
+// t [*, n] as m rows with a unit last stride.
+inline Tensor as_rows(const Tensor& t, int64_t m, int64_t n) {
+  const Tensor unit = unit_last_stride(t);
+  if (unit.dim() == 2) return unit;
+  const int64_t folded[] = {m, n};
+  return allocated({m, n}, t.scalar_type(),
+                   [&] { return torch::stable::reshape(unit, {folded, 2}); });
+}
+
 // Dropout of a matrix of m rows, and its seeds: int64 [n], n a divisor of m, as the problem reads
 // them; none where nothing is dropped.
 template <class Problem>

@@ -10,6 +10,7 @@ struct KernelTable {
   void (*attention_forward)(const AttentionProblem&, const Parallel&);
   void (*attention_backward)(const AttentionBackwardProblem&, const Parallel&);
   void (*attention_double_backward)(const AttentionDoubleBackwardProblem&, const Parallel&);
+  void (*activation)(const ActivationProblem&, const Parallel&);
   void (*linear_forward)(const LinearProblem&, const Parallel&);
   void (*gated_linear_forward)(const GatedLinearProblem&, const Parallel&);
   void (*linear_backward)(const LinearBackwardProblem*, int64_t, const Parallel&);

@@ -13,6 +13,7 @@ void attention_forward(const AttentionProblem& p, const Parallel& parallel);
 void attention_forward_in_blocks(const AttentionProblem& p, const Parallel& parallel);
 void attention_backward(const AttentionBackwardProblem& b, const Parallel& parallel);
 void attention_double_backward(const AttentionDoubleBackwardProblem& s, const Parallel& parallel);
+void activation(const ActivationProblem& p, const Parallel& parallel);
 void linear_forward(const LinearProblem& p, const Parallel& parallel);
 void gated_linear_forward(const GatedLinearProblem& p, const Parallel& parallel);
 void linear_backward(const LinearBackwardProblem* parts, int64_t count, const Parallel& parallel);

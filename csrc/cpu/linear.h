@@ -246,14 +246,15 @@ class LinearInputGradient {
       for (int64_t p = 0; p < count_; ++p) depth += round_up(parts_[p].n, kDepthUnit);
     }
     const auto load_a = [&](int64_t i0, int64_t rows, int64_t d, int64_t block, bool,
-                            E* scratch) -> Strips<E> { return gradients(i0, rows, d, block, scratch); };
+                            E* scratch) -> Strips<E> {
+      return gradients(i0, rows, d, block, scratch);
+    };
     const auto load_b = [&](int64_t d, int64_t block, int64_t j0, int64_t cols, E* dst,
                             int64_t panel_words) -> Panels<E> {
       return weights(d, block, j0, cols, dst, panel_words);
     };
     const auto product = [&](auto* grad_x) {
-      gemm<E>(first.m, first.k, depth, load_a, load_b, store_c, parallel,
-              PlainC{grad_x, first.k});
+      gemm<E>(first.m, first.k, depth, load_a, load_b, store_c, parallel, PlainC{grad_x, first.k});
     };
     if (first.grad_x_is_accumulator) return product(static_cast<A*>(first.grad_x));
     product(static_cast<T*>(first.grad_x));
@@ -289,11 +290,12 @@ class LinearInputGradient {
       } else {
         row = scratch + i * stride;
       }
-      for_each_part(d, depth, [&](const LinearBackwardProblem& part, int64_t at, int64_t first,
-                                  int64_t length, int64_t whole) {
-        load_masked_gradient<T>(part, i0 + i, first, length, row + at);
-        for (int64_t j = length; j < whole; ++j) row[at + j] = A(0);
-      });
+      for_each_part(d, depth,
+                    [&](const LinearBackwardProblem& part, int64_t at, int64_t first,
+                        int64_t length, int64_t whole) {
+                      load_masked_gradient<T>(part, i0 + i, first, length, row + at);
+                      for (int64_t j = length; j < whole; ++j) row[at + j] = A(0);
+                    });
       for (int64_t j = depth; j < padded; ++j) row[j] = A(0);
       round_row(scratch + i * stride, row, padded);
     }
@@ -303,20 +305,22 @@ class LinearInputGradient {
   Panels<E> weights(int64_t d, int64_t depth, int64_t j0, int64_t cols, E* dst,
                     int64_t panel_words) const {
     Panels<E> panels{dst, panel_words, kPanel<A>};
-    for_each_part(d, depth, [&](const LinearBackwardProblem& part, int64_t at, int64_t first,
-                                int64_t length, int64_t whole) {
-      const bool all = length == depth;
-      E* to = dst + words<E>(at) * kPanel<A>;
-      const Panels<E> packed = row_major_panels(
-          weight(part) + first * part.w_stride + j0, part.w_stride, length, cols,
-          all && in_place_pays<T>(part.m, part.w_stride, part.n), to, panel_words);
-      if (all) panels = packed;
-      for (int64_t j = 0; length < whole && j < cols; j += kPanel<A>) {
-        E* panel = to + j / kPanel<A> * panel_words;
-        for (int64_t e = words<E>(length) * kPanel<A>; e < words<E>(whole) * kPanel<A>; ++e)
-          panel[e] = E{};
-      }
-    });
+    for_each_part(d, depth,
+                  [&](const LinearBackwardProblem& part, int64_t at, int64_t first, int64_t length,
+                      int64_t whole) {
+                    const bool all = length == depth;
+                    E* to = dst + words<E>(at) * kPanel<A>;
+                    const Panels<E> packed = row_major_panels(
+                        weight(part) + first * part.w_stride + j0, part.w_stride, length, cols,
+                        all && in_place_pays<T>(part.m, part.w_stride, part.n), to, panel_words);
+                    if (all) panels = packed;
+                    for (int64_t j = 0; length < whole && j < cols; j += kPanel<A>) {
+                      E* panel = to + j / kPanel<A> * panel_words;
+                      for (int64_t e = words<E>(length) * kPanel<A>;
+                           e < words<E>(whole) * kPanel<A>; ++e)
+                        panel[e] = E{};
+                    }
+                  });
     return panels;
   }
 

@@ -24,13 +24,6 @@ std::tuple<Tensor, Tensor> linear_relu_forward(const Tensor& input, const Tensor
   return {out, mask};
 }
 
-// The gradient of a layer's output, folded to [m, n].
-Tensor fold(const Tensor& t, int64_t m, int64_t n) {
-  const int64_t folded[] = {m, n};
-  const Tensor contiguous = unit_last_stride(t);
-  return contiguous.dim() == 2 ? contiguous : torch::stable::reshape(contiguous, {folded, 2});
-}
-
 std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, const Tensor& input,
                                                         const Tensor& weight, const Tensor& mask,
                                                         const std::vector<bool>& needs) {
@@ -43,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_out, 
   check_shape(op, "grad_out", grad_out, in.out_shape);
   check_like(op, "mask", mask, ScalarType::Byte, input);
   check_shape(op, "mask", mask, {b.m, (b.n + 7) / 8});
-  const Tensor go = fold(grad_out, b.m, b.n), bits = torch::stable::contiguous(mask);
+  const Tensor go = as_rows(grad_out, b.m, b.n), bits = torch::stable::contiguous(mask);
   b.grad_y = go.data_ptr();
   b.grad_y_stride = go.stride(0);
   b.bits = static_cast<const uint8_t*>(bits.data_ptr());
@@ -73,7 +66,7 @@ Tensor linear_relu_jvp(const Tensor& input, const Tensor& weight, const Tensor& 
   if (t_input.has_value()) {
     check_like(op, "t_input", *t_input, dtype, input);
     check_shape(op, "t_input", *t_input, shape_of(input));
-    x = fold(*t_input, p.m, p.k);
+    x = as_rows(*t_input, p.m, p.k);
     j.t_x = x->data_ptr();
     j.t_x_stride = x->stride(0);
   }
@@ -96,13 +89,6 @@ Tensor linear_relu_jvp(const Tensor& input, const Tensor& weight, const Tensor& 
   return t_out;
 }
 
-// The activation of that number, one of ops.ACTIVATIONS.
-Activation activation_of(const char* op, int64_t number) {
-  FASTATTN_CHECK(number >= 0 && number < kActivations, op, "activation",
-                 "a number below " + std::to_string(kActivations), number);
-  return static_cast<Activation>(number);
-}
-
 // Layers on one input: [out of each, what each one's backward multiplies its gradient by]. The
 // latter are bits, of the layer's dtype, or empty where there is nothing to multiply by.
 std::vector<Tensor> linear_forward(const Tensor& input, const std::vector<Tensor>& weights,
@@ -110,8 +96,8 @@ std::vector<Tensor> linear_forward(const Tensor& input, const std::vector<Tensor
                                    double dropout_p, const OptionalTensor& seed, bool save) {
   const char* op = "linear_forward";
   check_layers(op, input, weights, biases);
-  FASTATTN_CHECK(dropout_p == 0.0 || weights.size() == 1, op, "dropout_p",
-                 "0 with several weights", dropout_p);
+  FASTATTN_CHECK(dropout_p == 0.0 || weights.size() == 1, op, "dropout_p", "0 with several weights",
+                 dropout_p);
   const Activation f = activation_of(op, activation);
   const bool is_bits = f == Activation::kNone || f == Activation::kRelu;
   std::vector<LinearInputs> layers = validate_parallel_layers(op, input, weights, biases);
@@ -190,7 +176,7 @@ std::vector<Tensor> linear_backward(const std::vector<Tensor>& grads, const Tens
     LinearBackwardProblem b = backward_of(layers.back().problem);
     check_like(op, "grads", grads[l], dtype, input);
     check_shape(op, "grads", grads[l], layers.back().out_shape);
-    kept.push_back(fold(grads[l], b.m, b.n));
+    kept.push_back(as_rows(grads[l], b.m, b.n));
     b.grad_y = kept.back().data_ptr();
     b.grad_y_stride = kept.back().stride(0);
     if (saved[l].scalar_type() == ScalarType::Byte) {
@@ -219,8 +205,7 @@ std::vector<Tensor> linear_backward(const std::vector<Tensor>& grads, const Tens
     if (need) parts[l].grad_bias = results.back().data_ptr();
   }
   run_kernel(op, [&] {
-    kernels(parts[0].dtype)
-        .linear_backward(parts.data(), static_cast<int64_t>(count), parallel());
+    kernels(parts[0].dtype).linear_backward(parts.data(), static_cast<int64_t>(count), parallel());
   });
   return results;
 }
@@ -304,7 +289,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_out, const Tensor& input,
   while (first < count && !needs[1 + first] && !needs[1 + count + first]) ++first;
   if (needs[0]) first = 0;
 
-  const Tensor go = fold(grad_out, layers.back().problem.m, layers.back().problem.n);
+  const Tensor go = as_rows(grad_out, layers.back().problem.m, layers.back().problem.n);
   // Between layers in the accumulator's type: gradients are not rounded on the way.
   Tensor grad_y = go;
   for (size_t l = count; l-- > first;) {

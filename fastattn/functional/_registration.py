@@ -14,7 +14,11 @@ from fastattn import ops
 from fastattn.functional._autograd import in_transform, kernel
 from fastattn.functional.attention import AttentionFunction
 from fastattn.functional.attention_derivatives import AttentionDerivative, Needs, Request
-from fastattn.functional.layer_functions import GatedLinearFunction, LinearFunction
+from fastattn.functional.layer_functions import (
+    ActivationFunction,
+    GatedLinearFunction,
+    LinearFunction,
+)
 from fastattn.functional.linear_derivatives import LinearReLUBackward, LinearReLUTangent
 from fastattn.functional.norm import DropoutAddNormFunction
 from fastattn.functional.relu_layers import LinearReLUFunction, MLPFunction
@@ -71,6 +75,19 @@ def _attention_double_backward(backend: str, *args):
     )
     call, needs = Call(options, backend), Needs(*needs)
     return tuple(_derivative(call, cotangents, inputs, extras, [tangents], results, needs))
+
+
+def _activation_forward(backend: str, input, activation, dropout_p, seed):
+    return ActivationFunction.apply(input, ops.ACTIVATIONS[activation], dropout_p, seed, backend)
+
+
+def _activation_backward(backend: str, grad_out, input, activation, dropout_p, seed):
+    def op(grad_out, input):
+        name = ops.ACTIVATIONS[activation]
+        return [ops.activation_backward(grad_out, input, name, dropout_p, seed, backend)]
+
+    function = "fastattn.activation_dropout"
+    return _Undifferentiable.apply("activation_backward", op, function, grad_out, input)[0]
 
 
 def _linear_forward(backend: str, input, weights, biases, activation, dropout_p, seed, save):
@@ -171,6 +188,8 @@ _FUNCTIONS = {
     "attention_double_backward": _attention_double_backward,
     "dropout_add_norm_forward": _dropout_add_norm_forward,
     "dropout_add_norm_backward": _dropout_add_norm_backward,
+    "activation_forward": _activation_forward,
+    "activation_backward": _activation_backward,
     "linear_forward": _linear_forward,
     "gated_linear_forward": _gated_linear_forward,
     "linear_backward": _linear_backward,

@@ -4,6 +4,7 @@ Functions."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,63 @@ from fastattn.functional._autograd import (
     without_autocast,
 )
 
-Tensors = Sequence[Tensor | None]
+
+class ActivationFunction(torch.autograd.Function):
+    """dropout(f(input)), as an autograd Function.
+
+    Saves input; nothing but the seed where f is None. A backward that is differentiated is made of
+    torch's operations. Forward mode and torch.func do not come here.
+
+    Args of ``apply``, all by position:
+        input: ``[*, N]``, M rows.
+        activation: one of ``fastattn.ops.ACTIVATIONS``.
+        dropout_p: probability in [0, 1) of dropping an element.
+        seed: None, or dropout's seeds, int64 ``[n]``, n a divisor of M.
+        backend: ``"native"`` (default), the C++ kernels, or ``"triton"``.
+
+    Returns:
+        A tensor of input's shape.
+
+    Raises:
+        RuntimeError: the kernel refuses an argument.
+
+    >>> import torch
+    >>> from fastattn.functional import ActivationFunction
+    >>> ActivationFunction.apply(torch.tensor([-1.0, 3.0]), "relu2", 0.0, None)
+    tensor([0., 9.])
+    """
+
+    @staticmethod
+    def forward(input, activation, dropout_p, seed, backend=ops.NATIVE):
+        return kernel(ops.activation_forward, input, activation, dropout_p, seed, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        input, ctx.activation, ctx.dropout_p, seed, *backend = inputs
+        ctx.backend = backend[0] if backend else ops.NATIVE
+        ctx.set_materialize_grads(False)
+        if ctx.activation is None:
+            input = input.new_zeros(()).expand(input.shape)  # only its shape is read
+        ctx.save_for_backward(input, seed)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        input, seed = ctx.saved_tensors
+        if grad_out is None:
+            return (None,) * 5
+        if may_be_differentiated() or is_batched_gradient(grad_out):
+            options = {"activation": ctx.activation, "dropout_p": ctx.dropout_p, "seed": seed}
+
+            def call(x: Any) -> list[Tensor]:
+                return [reference.activation_dropout(x, **options)]
+
+            (grad,) = _gradients_again(call, [input], [grad_out], [True])
+        else:
+            grad = kernel(
+                ops.activation_backward,
+                grad_out, input, ctx.activation, ctx.dropout_p, seed, ctx.backend,
+            )  # fmt: skip
+        return grad, None, None, None, None
 
 
 class LinearFunction(torch.autograd.Function):
@@ -86,7 +143,7 @@ class LinearFunction(torch.autograd.Function):
         if may_be_differentiated() or is_batched_gradient(grads[given[0]]) or not ctx.save:
             options = {"activation": ctx.activation, "dropout_p": ctx.dropout_p, "seed": seed}
 
-            def call(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+            def call(x: Any, *tensors: Any) -> list[Tensor]:
                 pairs = zip(tensors[:layers], tensors[layers:], strict=True)
                 return [reference.linear(x, w, b, **options) for w, b in pairs]
 
@@ -155,7 +212,7 @@ class GatedLinearFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:5]
         if may_be_differentiated() or is_batched_gradient(grad_out) or not ctx.save:
 
-            def call(*tensors: Tensor | None) -> list[Tensor]:
+            def call(*tensors: Any) -> list[Tensor]:
                 return [reference.gated_linear(*tensors, activation=ctx.activation)]
 
             return *_gradients_again(call, tensors, [grad_out], needs), None, None
@@ -168,15 +225,19 @@ class GatedLinearFunction(torch.autograd.Function):
 
 def _gradients_again(
     call: Callable[..., Sequence[Tensor]],
-    tensors: Tensors,
-    grads: Tensors,
+    tensors: Sequence[Any],
+    grads: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of the tensors that are needed, with a graph of their own: ``call`` computes
     the outputs once more, by torch's operations."""
-    with torch.enable_grad(), without_autocast(grads[0] if grads[0] is not None else tensors[0]):
-        # An alias of each argument: a tensor that is given twice gets a gradient for each place.
-        aliases = [None if x is None else x.view_as(x) for x in tensors]
+    with torch.enable_grad(), without_autocast(tensors[0]):
+        # An alias of each argument: a tensor that is given twice gets a gradient for each place. A
+        # stand-in for an input of which the outputs are linear has no graph of its own.
+        aliases: list[Any] = [None if x is None else x.view_as(x) for x in tensors]
+        for alias, need in zip(aliases, needs, strict=True):
+            if need and not alias.requires_grad:
+                alias.requires_grad_()
         outs = [(out, g) for out, g in zip(call(*aliases), grads, strict=True) if g is not None]
         wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
         found = iter(

@@ -3,6 +3,7 @@ user's functions."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor
 from fastattn import _products, backends, ops, reference
 from fastattn.functional import _validate
 from fastattn.functional._autograd import apply, autocast, transforming
-from fastattn.functional.layer_functions import GatedLinearFunction, LinearFunction
+from fastattn.functional.layer_functions import (
+    ActivationFunction,
+    GatedLinearFunction,
+    LinearFunction,
+)
 from fastattn.functional.relu_layers import MLPFunction, layer_by_layer, linear_relu, op_validates
 
 
@@ -21,21 +26,32 @@ def _check_activation(activation: str | None) -> None:
         raise ValueError(f"activation: expected one of {known}, got {activation!r}")
 
 
-def _by_torch(
+class _By(enum.Enum):
+    """Who computes a call."""
+
+    KERNELS = enum.auto()
+    PRODUCT = enum.auto()  # torch, but for what follows the product
+    TORCH = enum.auto()
+
+
+def _chosen(
     input: Tensor, weights: Sequence[Tensor], backend: str | None, plain: bool = False
-) -> bool:
-    """Whether torch's operations serve a call: where the caller names the reference, under forward
-    mode and torch.func, on devices where torch's products are taken, and, for ``plain`` products,
-    where the kernels' is not faster."""
-    chosen = backends.select_linear(input, weights, backend)
-    if chosen == "reference" or transforming():
-        return True
-    if backend is not None or not plain:
-        return False
+) -> _By:
+    """Torch, where the caller names the reference, under forward mode and torch.func, and on
+    devices without kernels; torch's product on a GPU, and where the caller names nothing and it is
+    faster: for ``plain`` products than the kernels', else than theirs with what follows."""
+    kernels = backends.select_activation(input, backend)
+    if kernels == "reference" or transforming():
+        return _By.TORCH
+    if kernels == "triton":
+        return _By.PRODUCT
+    if not plain or backends.named(backend):
+        return _By.PRODUCT if backends.torch_multiplies(input, backend) else _By.KERNELS
     rows = input.numel() // max(1, input.shape[-1])
-    return all(
-        _products.why_torchs(rows, *w.shape, input.dtype, input.device) is not None for w in weights
-    )
+    for n_out, n_in in (w.shape for w in weights):
+        if _products.why_torchs(rows, n_out, n_in, input.dtype, input.device) is None:
+            return _By.KERNELS
+    return _By.PRODUCT
 
 
 def _save(*tensors: Tensor | None) -> bool:
@@ -67,8 +83,8 @@ def linear(
             (the ReLU's square) or ``"quick_gelu"`` (z / (1 + e^(-1.702 z))).
         dropout_p: probability in [0, 1] of dropping an element; applied whenever it is above 0,
             training or not.
-        backend: ``cpu``, ``reference``, or None for the kernels, or for torch's own product where
-            that is faster.
+        backend: ``cpu``, ``triton`` (behind torch's product), ``reference``, or None for the
+            kernels, or for torch's own product where that is faster.
 
     Returns:
         ``[..., out_features]`` in input's dtype. A NaN stays a NaN.
@@ -94,16 +110,80 @@ def linear(
     _validate.layers(input, [weight], [bias])
     if dropout_p == 1.0:
         return linear(input, weight, bias, activation, backend=backend) * 0.0  # NaN stays
-    by_torch = _by_torch(input, [weight], backend, activation is None and dropout_p == 0.0)
-    seed = None
-    if dropout_p > 0.0:
-        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=input.device)
-    if by_torch:
+    plain = activation is None and dropout_p == 0.0
+    by = _chosen(input, [weight], backend, plain)
+    seed = _seed(dropout_p, input)
+    if by is _By.TORCH or (by is _By.PRODUCT and plain):
         return reference.linear(
             input, weight, bias, activation=activation, dropout_p=dropout_p, seed=seed
         )
+    if by is _By.PRODUCT:
+        out = torch.nn.functional.linear(input, weight, bias)
+        return _activated(out, activation, dropout_p, seed, backend)
     options = (activation, dropout_p, seed, _save(input, weight, bias))
     return apply(LinearFunction, input, *options, 1, weight, bias)[0]
+
+
+def activation_dropout(
+    input: Tensor,
+    activation: str | None = None,
+    dropout_p: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """dropout(activation(input)), in one pass forward and one pass backward.
+
+    No dropout mask is stored.
+
+    Args:
+        input: ``[..., N]``, floating point.
+        activation: as in ``fastattn.linear``.
+        dropout_p: probability in [0, 1] of dropping an element; applied whenever it is above 0,
+            training or not.
+        backend: ``cpu``, ``triton``, ``reference``, or None for the first that serves the call.
+
+    Returns:
+        A tensor of input's shape and dtype. A NaN stays a NaN.
+
+    Raises:
+        ValueError: a shape, probability or activation that does not fit.
+        TypeError: a dtype or type that does not fit.
+        RuntimeError: ``backend`` names one that cannot serve the call.
+
+    >>> import torch, fastattn
+    >>> fastattn.activation_dropout(torch.tensor([-1.0, 3.0]), "relu2")
+    tensor([0., 9.])
+    """
+    _validate.tensor("input", input)
+    _check_activation(activation)
+    dropout_p = _validate.probability("dropout_p", dropout_p)
+    if input.dim() < 1:
+        raise ValueError(f"input: expected at least 1 dimension, got {tuple(input.shape)}")
+    if dropout_p == 1.0:
+        return activation_dropout(input, activation, backend=backend) * 0.0  # NaN stays
+    by, seed = _chosen(input, [], backend), _seed(dropout_p, input)
+    if by is _By.TORCH or (activation is None and dropout_p == 0.0):
+        return reference.activation_dropout(
+            input, activation=activation, dropout_p=dropout_p, seed=seed
+        )
+    return _activated(input, activation, dropout_p, seed, backend)
+
+
+def _activated(
+    input: Tensor,
+    activation: str | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    kernels = backends.kernels_of(backends.select_activation(input, backend))
+    return apply(ActivationFunction, input, activation, dropout_p, seed, kernels)
+
+
+def _seed(dropout_p: float, like: Tensor) -> Tensor | None:
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
 
 
 def multi_linear(
@@ -123,8 +203,8 @@ def multi_linear(
         weights: L >= 1 tensors ``[out_features_l, in_features]``, of input's dtype and device;
             under autocast the dtypes may differ, and all are cast.
         biases: L tensors ``[out_features_l]`` or Nones, or None for no bias at all.
-        backend: ``cpu``, ``reference``, or None for the kernels, or for torch's own product where
-            that is faster.
+        backend: ``cpu``, ``triton`` (behind torch's product), ``reference``, or None for the
+            kernels, or for torch's own product where that is faster.
 
     Returns:
         L tensors ``[..., out_features_l]`` in input's dtype.
@@ -147,7 +227,7 @@ def multi_linear(
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         _validate.linear(input, weight, bias, f" {number}")
         _validate.width(input, weight, f" {number}")
-    if _by_torch(input, weights, backend, plain=True):
+    if _chosen(input, weights, backend, plain=True) is not _By.KERNELS:
         pairs = zip(weights, biases, strict=True)
         return tuple(reference.linear(input, weight, bias) for weight, bias in pairs)
     save = _save(input, *parameters)
@@ -203,6 +283,9 @@ def mlp(
     input, *parameters = autocast(input, *weights, *biases)
     weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     chosen = backends.select_layers("mlp", input, weights, backend)
+    if chosen == "cpu" and backends.torch_multiplies(input, backend):
+        _validate.layers(input, weights, biases)
+        return reference.mlp(input, weights, biases)
     if op_validates(chosen) and not transforming():
         try:
             return apply(MLPFunction, input, len(weights), *weights, *biases)[0]
@@ -245,8 +328,8 @@ def gated_mlp(
         up_bias: ``[hidden_features]`` or None.
         down_bias: ``[out_features]`` or None.
         activation: as in ``fastattn.linear``; None is the bilinear layer.
-        backend: ``cpu``, ``reference``, or None for the kernels, or for torch's own product where
-            that is faster.
+        backend: ``cpu``, ``triton`` (behind torch's product), ``reference``, or None for the
+            kernels, or for torch's own product where that is faster.
 
     Returns:
         ``[..., out_features]``, or ``[..., hidden_features]`` without ``down_weight``, in input's
@@ -277,7 +360,7 @@ def gated_mlp(
             f"{tuple(up_weight.shape)}"
         )
     tensors = (input, gate_weight, up_weight, gate_bias, up_bias)
-    if _by_torch(input, [gate_weight, up_weight], backend):
+    if _chosen(input, [gate_weight, up_weight], backend) is not _By.KERNELS:
         hidden = reference.gated_linear(*tensors, activation=activation)
     else:
         hidden = apply(GatedLinearFunction, *tensors, activation, _save(*tensors))[0]

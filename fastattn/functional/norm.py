@@ -195,7 +195,7 @@ def dropout_add_norm(
     if eps is None:
         eps = torch.finfo(input.dtype).eps if rms else 1e-5
     eps = _validate.number("eps", eps)
-    chosen = backends.select(backends.norm_problem(input), backend)
+    chosen = backends.select(backends.rows_problem("dropout_add_norm", input), backend)
     seed = None
     if dropout_p == 1.0:
         input, dropout_p = input * 0.0, 0.0  # NaN stays, and the gradients are 0, as in torch

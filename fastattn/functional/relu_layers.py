@@ -252,6 +252,9 @@ def linear_relu(
     _validate.tensor("input", input)
     input, weight, bias = autocast(input, weight, bias)
     chosen = backends.select_layers("linear_relu", input, (weight,), backend)
+    if chosen == "cpu" and backends.torch_multiplies(input, backend):
+        _validate.layers(input, [weight], [bias])
+        return reference.linear_relu(input, weight, bias)
     if op_validates(chosen):
         try:
             return apply(LinearReLUFunction, input, weight, bias)[0]

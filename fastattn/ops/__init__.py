@@ -20,6 +20,8 @@ from fastattn.ops.attention import (
 )
 from fastattn.ops.linear import (
     ACTIVATIONS,
+    activation_backward,
+    activation_forward,
     gated_linear_forward,
     linear_backward,
     linear_forward,
@@ -46,6 +48,8 @@ __all__ = [
     "Options",
     "Results",
     "Tangents",
+    "activation_backward",
+    "activation_forward",
     "attention_backward",
     "attention_double_backward",
     "attention_forward",

@@ -14,6 +14,37 @@ from fastattn.ops import schemas
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu")
 
 
+def activation_forward(
+    input: Tensor,
+    activation: str | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str = NATIVE,
+) -> Tensor:
+    """dropout(f(input)), of input's shape ``[*, N]``."""
+    number = ACTIVATIONS.index(activation)
+    if backend == "triton":
+        return torch.ops.fastattn_triton.activation_forward(input, number, dropout_p, seed)
+    return torch.ops.fastattn.activation_forward(input, number, dropout_p, seed)
+
+
+def activation_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    activation: str | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str = NATIVE,
+) -> Tensor:
+    """The gradient of input. Without an activation only input's shape and dtype matter."""
+    number = ACTIVATIONS.index(activation)
+    if backend == "triton":
+        return torch.ops.fastattn_triton.activation_backward(
+            grad_out, input, number, dropout_p, seed
+        )
+    return torch.ops.fastattn.activation_backward(grad_out, input, number, dropout_p, seed)
+
+
 def linear_forward(
     input: Tensor,
     weights: list[Tensor],
@@ -137,6 +168,14 @@ def _bits(input, weight):
     return input.new_empty((rows, (weight.shape[0] + 7) // 8), dtype=torch.uint8)
 
 
+def _fake_activation_forward(input, activation, dropout_p, seed):
+    return input.new_empty(input.shape)
+
+
+def _fake_activation_backward(grad_out, input, activation, dropout_p, seed):
+    return input.new_empty(input.shape)
+
+
 def _fake_linear_forward(input, weights, biases, activation, dropout_p, seed, save):
     outs = [_out(input, w) for w in weights]
     if not save or (activation == 0 and dropout_p == 0.0):
@@ -183,6 +222,8 @@ def _fake_mlp_backward(grad_out, input, weights, hidden, needs):
 
 
 for _ns in schemas.NAMESPACES:
+    torch.library.register_fake(f"{_ns}::activation_forward", _fake_activation_forward)
+    torch.library.register_fake(f"{_ns}::activation_backward", _fake_activation_backward)
     torch.library.register_fake(f"{_ns}::linear_relu_forward", _fake_forward)
     torch.library.register_fake(f"{_ns}::linear_relu_backward", _fake_backward)
     torch.library.register_fake(f"{_ns}::linear_relu_jvp", _fake_jvp)

@@ -31,6 +31,12 @@ SHARED = {
         f"({_COTANGENTS}, {_DIFFERENTIATED}, bool[5] needs) -> (Tensor t_out, Tensor t_lse, "
         "Tensor g_query, Tensor g_key, Tensor g_value, Tensor g_mask)"
     ),
+    "activation_forward": (
+        "(Tensor input, int activation, float dropout_p, Tensor? seed) -> Tensor"
+    ),
+    "activation_backward": (
+        "(Tensor grad_out, Tensor input, int activation, float dropout_p, Tensor? seed) -> Tensor"
+    ),
     "linear_relu_forward": (
         "(Tensor input, Tensor weight, Tensor? bias) -> (Tensor out, Tensor mask)"
     ),

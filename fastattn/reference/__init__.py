@@ -57,6 +57,7 @@ from fastattn.reference.attention import (
 )
 from fastattn.reference.layers import (
     activation,
+    activation_dropout,
     gated_linear,
     linear,
     linear_relu,
@@ -76,6 +77,7 @@ from fastattn.reference.philox import philox, philox_keep_mask
 __all__ = [
     "Setting",
     "activation",
+    "activation_dropout",
     "attention",
     "attention_backward",
     "attention_double_backward",

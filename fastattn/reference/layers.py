@@ -52,6 +52,29 @@ def activation(name: str | None) -> Callable[[Tensor], Tensor]:
     return _ACTIVATIONS[name]
 
 
+def activation_dropout(
+    input: Tensor,
+    *,
+    activation: str | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Z∘f(x), differentiable by autograd.
+
+    Args:
+        input: ``[*, N]``.
+        activation: the name of f, see ``activation``.
+        dropout_p: probability of dropping an element.
+        seed: dropout's seeds, see ``keep_factor``.
+
+    >>> activation_dropout(torch.tensor([-1.0, 3.0]), activation="relu2")
+    tensor([0., 9.])
+    """
+    out = _ACTIVATIONS[activation](input)
+    factor = keep_factor(out, seed, dropout_p)
+    return out if factor is None else out * factor
+
+
 def linear(
     input: Tensor,
     weight: Tensor,
@@ -75,9 +98,9 @@ def linear(
     >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]]), activation="relu2")
     tensor([[9.]])
     """
-    out = _ACTIVATIONS[activation](F.linear(input, weight, bias))
-    factor = keep_factor(out, seed, dropout_p)
-    return out if factor is None else out * factor
+    return activation_dropout(
+        F.linear(input, weight, bias), activation=activation, dropout_p=dropout_p, seed=seed
+    )
 
 
 def gated_linear(

@@ -14,6 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jvp, vmap
 
 import fastattn
+from fastattn import _products
 from fastattn.functional import GatedLinearFunction, LinearFunction
 
 pytestmark = pytest.mark.native
@@ -78,6 +79,20 @@ def test_derivatives_of_linear(activation, p, bias, backend):
     assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(
         function, inputs, check_fwd_over_rev=True, check_batched_grad=True, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("activation, p", [*itertools.product(ACTIVATIONS, [0.0, 0.3])])
+def test_derivatives_of_activation_dropout(activation, p):
+    def function(x):
+        with torch.random.fork_rng():
+            torch.manual_seed(11)
+            return fastattn.activation_dropout(x, activation, p, backend="cpu")
+
+    x = draw(3, 5).requires_grad_()
+    assert gradcheck(function, x, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(
+        function, x, check_fwd_over_rev=True, check_batched_grad=True, fast_mode=True
     )
 
 
@@ -157,6 +172,22 @@ def test_a_gradient_penalty():
         (g,) = torch.autograd.grad(call().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(g.pow(2).sum(), (x, w)))
     torch.testing.assert_close(*found, **CLOSE)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_weights(frozen):
+    """Without an activation only the shape of the input is kept for them."""
+    x, w = draw(4, 6).requires_grad_(), draw(5, 6).requires_grad_(not frozen)
+    scale = draw(5).requires_grad_()
+    for again in (False, True):
+        found = []
+        for call in (
+            lambda: fastattn.multi_linear(x, [w, w * 2], backend="cpu")[1],
+            lambda: F.linear(x, w * 2),
+        ):
+            (g,) = torch.autograd.grad((call() * scale).sum(), x, create_graph=again)
+            found.append(torch.autograd.grad(g.pow(2).sum(), scale)[0] if again else g)
+        torch.testing.assert_close(*found, **CLOSE)
 
 
 def test_one_tensor_twice():
@@ -250,6 +281,60 @@ def test_any_strides():
     torch.testing.assert_close(gated, expected * F.linear(x, up), **CLOSE)
 
 
+# --- torch's product with the kernels behind it ---------------------------------------------------
+
+
+@pytest.fixture
+def torchs_product(monkeypatch):
+    """As on a processor on which torch multiplies faster."""
+    monkeypatch.setattr(_products, "torch_multiplies", lambda _: True)
+
+
+@pytest.mark.parametrize("activation, p", [*itertools.product(ACTIVATIONS, [0.0, 0.3])])
+def test_a_product_by_torch(torchs_product, activation, p):
+    x, w, b = (draw(*s).requires_grad_() for s in ((7, 5), (70, 5), (70,)))
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        out = fastattn.linear(x, w, b, activation, p)
+    expected, t = linear(x, w, b, activation, p), draw(7, 70)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    found, wanted = (torch.autograd.grad(o, (x, w, b), t) for o in (out, expected))
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+def test_a_relu_behind_torchs_product_is_torchs(torchs_product):
+    x, w, v = torch.randn(4, 8), torch.randn(6, 8), torch.randn(3, 6)
+    expected = F.relu(F.linear(x, w))
+    assert torch.equal(fastattn.linear_relu(x, w), expected)
+    assert torch.equal(fastattn.mlp(x, [w, v]), F.linear(expected, v))
+    for op, args in (("linear_relu", (x, w)), ("mlp", (x, [w, v]))):
+        assert fastattn.backends.explain(op, *args).backend == "torch"
+        assert fastattn.backends.explain(op, *args, backend="cpu").backend == "cpu"
+    assert not torch.equal(fastattn.linear_relu(x * 1e-3, w, backend="cpu"), expected)
+    with pytest.raises(ValueError, match="weight: expected in_features 8"):
+        fastattn.linear_relu(x, v)
+    with pytest.raises(ValueError, match="weight 1: expected in_features 6"):
+        fastattn.mlp(x, [w, w])
+
+
+def test_activation_dropout_of_any_shape():
+    for shape in ((), (0,), (3, 0), (0, 3), (2, 3, 700)):
+        x = torch.randn(shape, requires_grad=True)
+        if not shape:
+            with pytest.raises(ValueError, match="input: expected at least 1 dimension"):
+                fastattn.activation_dropout(x, "gelu")
+            continue
+        out = fastattn.activation_dropout(x, "gelu", 0.5)
+        kept = out != 0
+        torch.testing.assert_close(out[kept], 2 * F.gelu(x)[kept])
+        (found,) = torch.autograd.grad(out.sum(), x)
+        (expected,) = torch.autograd.grad((2 * F.gelu(x))[kept].sum(), x)
+        torch.testing.assert_close(found, expected)
+    x = torch.randn(3, 4, 5).transpose(0, 2)
+    torch.testing.assert_close(fastattn.activation_dropout(x, "silu"), F.silu(x))
+    assert fastattn.activation_dropout(x) is x
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -265,7 +350,7 @@ def test_any_strides():
         ({"activation": "elu"}, ValueError, "activation: expected one of None, 'relu', 'gelu', "),
         ({"dropout_p": -0.1}, ValueError, r"dropout_p: expected a probability in \[0, 1\]"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of"),
-        ({"backend": "cuda"}, RuntimeError, "backend 'cuda' cannot serve linear"),
+        ({"backend": "cuda"}, RuntimeError, "backend 'cuda' cannot serve activation_dropout"),
     ],
 )
 def test_bad_input(change, error, message):

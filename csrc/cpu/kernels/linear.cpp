@@ -15,8 +15,7 @@ void gated_linear_forward(const GatedLinearProblem& p, const Parallel& parallel)
 }
 
 void linear_backward(const LinearBackwardProblem* parts, int64_t count, const Parallel& parallel) {
-  with_dtype(parts[0].dtype,
-             [&](auto t) { linear_backward<decltype(t)>(parts, count, parallel); });
+  with_dtype(parts[0].dtype, [&](auto t) { linear_backward<decltype(t)>(parts, count, parallel); });
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

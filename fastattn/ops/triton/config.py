@@ -303,7 +303,7 @@ def fused_product(m: int, n: int, k: int, element_bytes: int) -> bool:
 
 
 class Block(NamedTuple):
-    """Rows and columns of a norm's step, and a program's warps."""
+    """Rows and columns of a step, and a program's warps."""
 
     rows: int
     columns: int
@@ -322,6 +322,7 @@ _NORM: dict[str, dict[int, dict[int, tuple[int, int]]]] = {
         8: {64: (16, 4), 256: (4, 4), 1024: (1, 4), 2048: (1, 8), 4096: (1, 16)},
     },
 }
+ACTIVATION = Block(4, 512, 4)
 WIDE_NORM = Block(1, 2048, 4)  # of a row that no block holds
 NORM_COLUMN_SUMS = Block(4, 512, 4)  # of such rows
 NORM_SHARES = Block(64, 16, 4)  # of the shares' column sums, which are added up

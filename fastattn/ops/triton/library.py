@@ -15,6 +15,8 @@ _MODULES = {
     "attention_backward": "attention",
     "attention_jvp": "attention_second_order",
     "attention_double_backward": "attention_second_order",
+    "activation_forward": "activation",
+    "activation_backward": "activation",
     "dropout_add_norm_forward": "norm",
     "dropout_add_norm_backward": "norm",
 }
