@@ -6,6 +6,17 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
+// 1 / x for x of about 1, to the last bit or the one before.
+FASTATTN_INLINE Vec<float> reciprocal(Vec<float> x) {
+#if defined(FASTATTN_AVX512)
+  const Vec<float> estimate = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+  return estimate * (broadcast(2.0f) - x * estimate);
+#else
+  return broadcast(1.0f) / x;
+#endif
+}
+FASTATTN_INLINE Vec<double> reciprocal(Vec<double> x) { return broadcast(1.0) / x; }
+
 template <class A>
 struct Activated {
   Vec<A> value, derivative;
@@ -45,7 +56,7 @@ FASTATTN_INLINE Activated<A> gelu(Vec<A> z) {
   const Vec<A> zero{}, far = broadcast(Tail::kFar), shift = broadcast(Tail::kShift);
   const Vec<A> magnitude = z < zero ? -z : z;
   const Vec<A> a = magnitude < far ? magnitude : far;  // a NaN of z comes back with z below
-  const Vec<A> s = (a - shift) / (a + shift);
+  const Vec<A> s = (a - shift) * reciprocal(a + shift);
   Vec<A> r = broadcast(Tail::kR[0]);
   constexpr int kCount = sizeof(Tail::kR) / sizeof(A);
 #pragma GCC unroll 32
@@ -63,7 +74,7 @@ FASTATTN_INLINE Activated<A> times_logistic(Vec<A> z, Vec<A> v, Vec<A> slope) {
   const Vec<A> zero{}, one = broadcast(A(1));
   const Vec<A> power =
       exp2((v < zero ? v : -v) * broadcast(static_cast<A>(1.44269504088896340736)));
-  const Vec<A> inverse = one / (one + power);
+  const Vec<A> inverse = reciprocal(one + power);
   const Vec<A> logistic = (v < zero ? power : one) * inverse;
   return {z * logistic, logistic + z * (power * inverse * inverse * slope)};
 }
@@ -97,36 +108,49 @@ FASTATTN_INLINE Activated<A> activate(Vec<A> z) {
   return times_logistic<A>(z, z * factor, factor);
 }
 
-template <Activation kActivation, class A>
+// body(f), f.value the activation as a constant.
+template <Activation kActivation>
+struct Constant {
+  static constexpr Activation value = kActivation;
+};
+template <class Body>
+FASTATTN_INLINE void with_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::kNone:
+      return body(Constant<Activation::kNone>{});
+    case Activation::kRelu:
+      return body(Constant<Activation::kRelu>{});
+    case Activation::kGelu:
+      return body(Constant<Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return body(Constant<Activation::kGeluTanh>{});
+    case Activation::kSilu:
+      return body(Constant<Activation::kSilu>{});
+    case Activation::kRelu2:
+      return body(Constant<Activation::kRelu2>{});
+    case Activation::kQuickGelu:
+      return body(Constant<Activation::kQuickGelu>{});
+  }
+}
+
+template <Activation kActivation, bool kDerivative, class A>
 void activate_row(A* row, A* derivative, int64_t n) {
   for (int64_t j = 0; j < n; j += kWidth<A>) {
     const Activated<A> of = activate<kActivation, A>(load(row + j));
     store(row + j, of.value);
-    if (derivative != nullptr) store(derivative + j, of.derivative);
+    if constexpr (kDerivative) store(derivative + j, of.derivative);
   }
 }
 
 // row [n] = f(row), and derivative [n] = f'(row) unless it is absent; both have room for whole
 // vectors.
 template <class A>
-void activate_row(Activation activation, A* row, A* derivative, int64_t n) {
-  switch (activation) {
-    case Activation::kNone:
-      if (derivative == nullptr) return;
-      return activate_row<Activation::kNone>(row, derivative, n);
-    case Activation::kRelu:
-      return activate_row<Activation::kRelu>(row, derivative, n);
-    case Activation::kGelu:
-      return activate_row<Activation::kGelu>(row, derivative, n);
-    case Activation::kGeluTanh:
-      return activate_row<Activation::kGeluTanh>(row, derivative, n);
-    case Activation::kSilu:
-      return activate_row<Activation::kSilu>(row, derivative, n);
-    case Activation::kRelu2:
-      return activate_row<Activation::kRelu2>(row, derivative, n);
-    case Activation::kQuickGelu:
-      return activate_row<Activation::kQuickGelu>(row, derivative, n);
-  }
+FASTATTN_INLINE void activate_row(Activation activation, A* row, A* derivative, int64_t n) {
+  if (activation == Activation::kNone && derivative == nullptr) return;
+  with_activation(activation, [&](auto f) {
+    if (derivative != nullptr) return activate_row<f.value, true>(row, derivative, n);
+    activate_row<f.value, false>(row, derivative, n);
+  });
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

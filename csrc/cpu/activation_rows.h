@@ -3,8 +3,8 @@
 #pragma once
 
 #include "cpu/activation.h"
-#include "cpu/convert.h"
 #include "cpu/dropout.h"
+#include "cpu/lanes.h"
 #include "cpu/pack.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
@@ -20,6 +20,15 @@ class ActivationRows {
   explicit ActivationRows(const ActivationProblem& problem)
       : p_(problem), dropout_(p_.dropout_p, p_.seeds, p_.rows_of_seed) {}
 
+  void run(const Parallel& parallel) const {
+    with_activation(p_.activation, [&](auto f) {
+      if (p_.grad_y != nullptr) return run<f.value, true>(parallel);
+      run<f.value, false>(parallel);
+    });
+  }
+
+ private:
+  template <Activation kActivation, bool kGradient>
   void run(Parallel parallel) const {
     if (p_.m == 0 || p_.n == 0) return;
     const int64_t elements = p_.m * p_.n;
@@ -28,33 +37,38 @@ class ActivationRows {
     const int64_t rows = ceil_div(p_.m, tasks);
     parallel_tasks(parallel, ceil_div(p_.m, rows), [&](int64_t task) {
       for (int64_t i = task * rows; i < min64(p_.m, (task + 1) * rows); ++i) {
-        for (int64_t j = 0; j < p_.n; j += kColumns) columns(i, j, min64(kColumns, p_.n - j));
+        for (int64_t j0 = 0; j0 < p_.n; j0 += kColumns) {
+          const int64_t count = min64(kColumns, p_.n - j0);
+          if (!dropout_.active) {
+            columns<kActivation, kGradient, false>(i, j0, count, nullptr);
+          } else {
+            A kept[kColumns];
+            dropout_.fill_row(kept, i, j0, count);
+            columns<kActivation, kGradient, true>(i, j0, count, kept);
+          }
+        }
       }
     });
   }
 
- private:
   // Row i, columns [j0, j0 + count).
-  void columns(int64_t i, int64_t j0, int64_t count) const {
-    A row[kColumns], derivative[kColumns], kept[kColumns];
-    const bool gradient = p_.grad_y != nullptr;
-    if (gradient) {
-      convert(row, static_cast<const T*>(p_.grad_y) + i * p_.grad_y_stride + j0, count);
-      if (p_.activation != Activation::kNone) {
-        A x[kColumns];
-        convert(x, static_cast<const T*>(p_.x) + i * p_.x_stride + j0, count);
-        activate_row(p_.activation, x, derivative, count);
-        for (int64_t j = 0; j < count; ++j) row[j] *= derivative[j];
+  template <Activation kActivation, bool kGradient, bool kDropout>
+  void columns(int64_t i, int64_t j0, int64_t count, const A* kept) const {
+    const T* x = static_cast<const T*>(p_.x) + i * p_.x_stride + j0;
+    const T* grad_y = static_cast<const T*>(p_.grad_y) + i * p_.grad_y_stride + j0;
+    T* y = static_cast<T*>(p_.y) + i * p_.n + j0;
+    for_vectors<A>(0, count, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+      Vec<A> result;
+      if constexpr (!kGradient) {
+        result = activate<kActivation, A>(load_lanes(x + j, lanes)).value;
+      } else {
+        result = load_lanes(grad_y + j, lanes);
+        if constexpr (kActivation != Activation::kNone)
+          result *= activate<kActivation, A>(load_lanes(x + j, lanes)).derivative;
       }
-    } else {
-      convert(row, static_cast<const T*>(p_.x) + i * p_.x_stride + j0, count);
-      activate_row(p_.activation, row, static_cast<A*>(nullptr), count);
-    }
-    if (dropout_.active) {
-      dropout_.fill_row(kept, i, j0, count);
-      for (int64_t j = 0; j < count; ++j) row[j] *= kept[j];
-    }
-    convert(static_cast<T*>(p_.y) + i * p_.n + j0, row, count);
+      if constexpr (kDropout) result *= load(kept + j);
+      store_lanes(y + j, result, lanes);
+    });
   }
 
   const ActivationProblem& p_;

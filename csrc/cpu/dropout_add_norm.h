@@ -5,6 +5,7 @@
 #include "common/problem.h"
 #include "cpu/convert.h"
 #include "cpu/dropout.h"
+#include "cpu/lanes.h"
 #include "cpu/pack.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
@@ -18,42 +19,6 @@ constexpr int64_t kMostNormParts = 64;
 // Elements below which a task costs more than it saves.
 constexpr int64_t kLeastNormTask = int64_t{1} << 13;
 
-// --- a vector, or the first `count` lanes of one at the end of a row; the others are 0
-
-template <class T>
-FASTATTN_INLINE Vec<Acc<T>> load_lanes(const T* p, int64_t count) {
-  if (count == kWidth<Acc<T>>) return load_acc(p);
-  T lanes[kWidth<Acc<T>>] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
-  return load_acc(static_cast<const T*>(lanes));
-}
-// Returns what it has stored: v, rounded.
-template <class T>
-FASTATTN_INLINE Vec<Acc<T>> store_lanes(T* p, Vec<Acc<T>> v, int64_t count) {
-  T lanes[kWidth<Acc<T>>];
-  store_acc(lanes, v);
-  if (count == kWidth<Acc<T>>) {
-    __builtin_memcpy(p, lanes, sizeof(lanes));
-  } else {
-    for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
-  }
-  return load_acc(static_cast<const T*>(lanes));
-}
-template <class A>
-FASTATTN_INLINE Vec<A> first_lanes(Vec<A> v, int64_t count) {
-  if (count == kWidth<A>) return v;
-  A lanes[kWidth<A>];
-  store(lanes, v);
-  for (int64_t i = count; i < kWidth<A>; ++i) lanes[i] = A(0);
-  return load(lanes);
-}
-
-// body(j, count) for the vectors of columns [j, end).
-template <class A, class Body>
-FASTATTN_INLINE void for_vectors(int64_t j, int64_t end, const Body& body) {
-  for (; j + kWidth<A> <= end; j += kWidth<A>) body(j, int64_t{kWidth<A>});
-  if (j < end) body(j, end - j);
-}
 // The sum of body(j, count), in sums that do not wait for each other.
 template <class A, class Body>
 FASTATTN_INLINE Vec<A> sum_vectors(int64_t j, int64_t end, const Body& body) {

@@ -113,7 +113,7 @@ def linear(
     plain = activation is None and dropout_p == 0.0
     by = _chosen(input, [weight], backend, plain)
     seed = _seed(dropout_p, input)
-    if by is _By.TORCH or (by is _By.PRODUCT and plain):
+    if by is _By.TORCH or (by is _By.PRODUCT and not _pass_pays(activation, dropout_p, backend)):
         return reference.linear(
             input, weight, bias, activation=activation, dropout_p=dropout_p, seed=seed
         )
@@ -162,11 +162,20 @@ def activation_dropout(
     if dropout_p == 1.0:
         return activation_dropout(input, activation, backend=backend) * 0.0  # NaN stays
     by, seed = _chosen(input, [], backend), _seed(dropout_p, input)
-    if by is _By.TORCH or (activation is None and dropout_p == 0.0):
+    if by is _By.TORCH or not _pass_pays(activation, dropout_p, backend):
         return reference.activation_dropout(
             input, activation=activation, dropout_p=dropout_p, seed=seed
         )
     return _activated(input, activation, dropout_p, seed, backend)
+
+
+def _pass_pays(activation: str | None, dropout_p: float, backend: str | None) -> bool:
+    """Whether one pass of the kernels is faster than torch's operations. Forward and backward,
+    float32 and bfloat16, 2 threads with AVX-512: dropout 12 to 17, ``gelu_tanh`` 2.6 to 3.6;
+    ``silu`` 1.0 to 1.1, ``gelu`` 0.6 and 1.2."""
+    if backends.named(backend):
+        return activation is not None or dropout_p > 0.0
+    return dropout_p > 0.0 or activation in ("gelu_tanh", "relu2", "quick_gelu")
 
 
 def _activated(
