@@ -60,6 +60,7 @@ def _small_problems_run_the_kernels(monkeypatch):
     """Tests use small models; on a CPU these would run torch's own code, which is faster."""
     monkeypatch.setattr(_served, "LEAST_WORK", 0)
     monkeypatch.setattr(_served, "LEAST_ATTENTION", 0)
+    monkeypatch.setattr(_served, "LEAST_NORM", 0)
     monkeypatch.setattr(_products, "_INTEL", False)  # whose torch has the faster products
 
 

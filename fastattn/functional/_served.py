@@ -128,6 +128,26 @@ def serves_layers(
     return backends.serves(problem._replace(dtype=dtype) if computed is not None else problem)
 
 
+# Elements below which torch's dropout, sum and norm take less time than a kernel call.
+LEAST_NORM = 1 << 13
+
+
+def serves_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a kernel takes ``dropout_add_norm`` with such an input, and is faster where elements
+    are dropped."""
+    if not ordinary(input, weight, bias, exported=True) or input.numel() < LEAST_NORM:
+        return False
+    if input.device.type != "cpu" or any(
+        x is not None and x.device != input.device for x in (weight, bias)
+    ):
+        return False
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    vectors = [x.dtype for x in (weight, bias) if x is not None]
+    if len(set(vectors)) > 1 or not all(dtype in (input.dtype, wide) for dtype in vectors):
+        return False
+    return backends.serves(backends.rows_problem("dropout_add_norm", input))
+
+
 def is_torchs_product(input: object, n_out: int) -> bool:
     """A quick test before each call: whether a Linear's product with ``input``, an ordinary
     tensor on a CPU without autocast, is too small for the kernels."""

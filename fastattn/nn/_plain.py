@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -24,6 +25,32 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` is ``kind.forward`` and nothing else: the exact type, as torch
     wrote it, without hooks."""
     return type(module) is kind and not has_hooks(module) and as_written(kind)
+
+
+def fused_activation(activation: object) -> str | None:
+    """The activation's name in ``fastattn.linear``, where it is one of torch's functions or
+    modules, as torch wrote it and without hooks; None where no kernel may stand in for it."""
+    if isinstance(activation, nn.Module):
+        if is_plain(activation, nn.ReLU):
+            return "relu"
+        if is_plain(activation, nn.SiLU):
+            return "silu"
+        if is_plain(activation, nn.GELU):
+            return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(activation.approximate))
+        return None
+    for function, (name, kind) in _OF_ACTIVATION.items():
+        if activation is function:
+            return name if function is torch.relu or as_written(kind) else None
+    return None
+
+
+def active_dropout(module: nn.Module) -> float | None:
+    """The probability with which a plain ``nn.Dropout`` drops an element now; None for another
+    module."""
+    if not is_plain(module, nn.Dropout):
+        return None
+    p: Any = module.p
+    return p if module.training else 0.0
 
 
 def no_global_hooks() -> bool:
@@ -99,6 +126,9 @@ def _torchs(function: Any, home: str) -> Any:
 _HOMES: dict[Any, str] = {
     nn.Linear: "torch/nn/modules/linear.py",
     nn.ReLU: "torch/nn/modules/activation.py",
+    nn.GELU: "torch/nn/modules/activation.py",
+    nn.SiLU: "torch/nn/modules/activation.py",
+    nn.LayerNorm: "torch/nn/modules/normalization.py",
     nn.Dropout: "torch/nn/modules/dropout.py",
     nn.Sequential: "torch/nn/modules/container.py",
     nn.MultiheadAttention: "torch/nn/modules/activation.py",
@@ -116,9 +146,19 @@ def _functions(*names: str) -> tuple[tuple[str, object], ...]:
 
 
 RELU = _torchs(F.relu, "torch/nn/functional.py")
+_OF_ACTIVATION = {
+    torch.relu: ("relu", nn.ReLU),
+    F.relu: ("relu", nn.ReLU),
+    F.gelu: ("gelu", nn.GELU),
+    F.silu: ("silu", nn.SiLU),
+}
 _FUNCTIONS = {
     nn.Linear: _functions("linear"),
     nn.ReLU: _functions("relu"),
+    nn.GELU: _functions("gelu"),
+    nn.SiLU: _functions("silu"),
+    nn.Dropout: _functions("dropout"),
+    nn.LayerNorm: _functions("layer_norm"),
     nn.MultiheadAttention: _functions(
         "linear", "multi_head_attention_forward", "scaled_dot_product_attention"
     ),

@@ -10,9 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import functional
-from fastattn.functional._served import ordinary, serves_layers, unobserved
+from fastattn.functional._served import (
+    is_small_product,
+    ordinary,
+    serves_layers,
+    serves_norm,
+    unobserved,
+)
 from fastattn.nn._plain import (
+    active_dropout,
     as_written,
+    fused_activation,
     has_hooks,
     is_plain,
     no_global_hooks,
@@ -36,7 +44,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         nhead: number of heads, a divisor of E.
         dim_feedforward: width of the hidden layer.
         dropout: probability of dropping an element in training.
-        activation: ``"relu"``, ``"gelu"`` or a function of a tensor; only ReLU has a fused kernel.
+        activation: ``"relu"``, ``"gelu"`` or a function of a tensor; ReLU, GELU and SiLU have fused
+            kernels.
         layer_norm_eps: added to the variance in both norms.
         batch_first: tensors are ``[B, S, E]`` instead of ``[S, B, E]``.
         norm_first: normalise before attention and feed-forward, not after.
@@ -104,6 +113,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if not usual or (was_swapped(self) and not self._as_torch_does(*given, is_causal)):
             return run_torchs(self, super().forward, src, src_mask, src_key_padding_mask, is_causal)
         x = src
+        if self._dropout_is_fused(x):
+            return self._with_fused_dropout(x, src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
             x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
             return x + self._ff_block(self.norm2(x))
@@ -151,34 +162,67 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return activation is F.gelu or exact
         return True
 
+    def _dropout_is_fused(self, x: Tensor) -> bool:
+        """Whether a kernel may drop the elements of both blocks, add the residual and normalise,
+        and is faster: where something is dropped. A subclass may have blocks of its own."""
+        kind, norms, drops = (
+            type(self),
+            (self.norm1, self.norm2),
+            (self.dropout1, self.dropout2),
+        )
+        return (
+            kind._sa_block is nn.TransformerEncoderLayer._sa_block
+            and kind._ff_block is TransformerEncoderLayer._ff_block
+            and all(active_dropout(drop) for drop in drops)
+            and all(is_plain(norm, nn.LayerNorm) for norm in norms)
+            and all(norm.normalized_shape == x.shape[-1:] for norm in norms)
+            and no_global_hooks()
+            and serves_norm(x, self.norm1.weight, self.norm1.bias)
+            and serves_norm(x, self.norm2.weight, self.norm2.bias)
+        )
+
+    def _with_fused_dropout(
+        self, x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        def attended(x: Tensor) -> Tensor:
+            options = {"need_weights": False, "is_causal": is_causal}
+            return self.self_attn(x, x, x, padding, attn_mask=mask, **options)[0]
+
+        norm1, norm2 = self.norm1, self.norm2
+        p1, p2 = self.dropout1.p, self.dropout2.p
+        if self.norm_first:
+            x, total = functional.dropout_add_norm(
+                attended(norm1(x)), x, norm2.weight, norm2.bias, p1, norm2.eps, prenorm=True
+            )
+            return total + functional.activation_dropout(self._fed(x), None, p2)
+        x = functional.dropout_add_norm(attended(x), x, norm1.weight, norm1.bias, p1, norm1.eps)
+        return functional.dropout_add_norm(self._fed(x), x, norm2.weight, norm2.bias, p2, norm2.eps)
+
     def _ff_block(self, x: Tensor) -> Tensor:
-        up, down = self.linear1, self.linear2
+        return self.dropout2(self._fed(x))
+
+    def _fed(self, x: Tensor) -> Tensor:
+        """The feed-forward without its last dropout."""
+        up, down, drop = self.linear1, self.linear2, self.dropout
+        name, exported = fused_activation(self.activation), not was_swapped(self)
         if (
-            not self._relu()
+            name is None
             or not is_plain_linear(up)
             or not no_global_hooks()
             or not unobserved()
-            or not ordinary(x, exported=not was_swapped(self))
-            or not serves_layers(x, [up.weight], [up.bias], not was_swapped(self))
+            or not ordinary(x, exported=exported)
+            or not serves_layers(x, [up.weight], [up.bias], exported)
         ):
-            return super()._ff_block(x)
-        no_dropout = is_plain(self.dropout, nn.Dropout) and not (
-            self.dropout.training and self.dropout.p > 0.0
-        )
-        whole = no_dropout and is_plain_linear(down)
-        layers = [up, down] if whole else [up]
-        weights, biases = [m.weight for m in layers], [m.bias for m in layers]
-        if whole and serves_layers(x, weights, biases, not was_swapped(self)):
-            x = functional.mlp(x, weights, biases)
-        else:
-            x = down(self.dropout(functional.linear_relu(x, up.weight, up.bias)))
-        return self.dropout2(x)
-
-    def _relu(self) -> bool:
-        """Whether the activation is ReLU, and may be done inside a kernel."""
-        if isinstance(self.activation, nn.Module):
-            return is_plain(self.activation, nn.ReLU)
-        return self.activation is torch.relu or (self.activation is F.relu and as_written(nn.ReLU))
+            return down(drop(self.activation(up(x))))
+        p = active_dropout(drop)
+        if name == "relu" and p == 0.0 and is_plain_linear(down):
+            weights, biases = [up.weight, down.weight], [up.bias, down.bias]
+            if serves_layers(x, weights, biases, exported):
+                return functional.mlp(x, weights, biases)
+        if is_small_product(x, up.weight.numel()):
+            return down(drop(self.activation(up(x))))
+        hidden = functional.linear(x, up.weight, up.bias, name, p or 0.0)
+        return down(hidden if p is not None else drop(hidden))
 
 
 class TransformerEncoder(nn.TransformerEncoder):

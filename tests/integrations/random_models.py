@@ -155,13 +155,19 @@ def stretch(draw: Draw, shared: nn.Linear) -> nn.Module:
     return nn.Sequential(*layers)
 
 
+class Drops(nn.Dropout):
+    """A dropout that no kernel stands in for: its random numbers are torch's."""
+
+
 def encoder_layer(draw: Draw) -> nn.TransformerEncoderLayer:
     layer = nn.TransformerEncoderLayer(
-        draw.width, 2, draw.width + 2, batch_first=True, dropout=draw.rng.choice((0.0, 0.0, 0.3)),
+        draw.width, 2, draw.width + 2, batch_first=True, dropout=draw.rng.choice((0.0, 0.0, 1.0)),
         norm_first=draw.chance("norm first", 0.5),
         activation=draw.rng.choice((F.relu, F.gelu, nn.ReLU())),
     )  # fmt: skip
     layer.self_attn.dropout = 0.0  # whose random numbers are fastattn's own
+    if draw.chance("dropout of another kind", 0.3):
+        layer.dropout, layer.dropout1, layer.dropout2 = Drops(0.3), Drops(0.3), Drops(0.3)
     return layer
 
 

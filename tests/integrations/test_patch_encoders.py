@@ -123,7 +123,7 @@ LAYER_EDITS = {
         lambda m: m.self_attn.register_forward_hook(lambda a, b, out: (2 * out[0], None))
     ),
     "a hook on linear1": each_layer(lambda m: twice_the_output(m.linear1)),
-    "dropout kept on": each_layer(lambda m: m.dropout.__init__(0.5)),
+    "dropout kept on": each_layer(lambda m: m.dropout.__init__(1.0)),
     "no norm": lambda m: setattr(m, "norm", None),
     "frozen": lambda m: m.requires_grad_(False),
 }  # fmt: skip
