@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fastattn import ops
+
 
 def _bad(kind: type[Exception], argument: str, expected: str, got: object) -> NoReturn:
     raise kind(f"{argument}: expected {expected}, got {got}")
@@ -182,6 +184,12 @@ def sequence_starts(argument: str, starts: object, query: Tensor) -> None:
         _bad(ValueError, argument, "shape [B + 1]", tuple(starts.shape))
     if starts.device != query.device:
         _bad(ValueError, argument, f"query's device {query.device}", starts.device)
+
+
+def activation(name: str | None, optional: bool = True) -> None:
+    if name not in ops.ACTIVATIONS or (name is None and not optional):
+        known = ", ".join(repr(a) for a in ops.ACTIVATIONS if optional or a is not None)
+        raise ValueError(f"activation: expected one of {known}, got {name!r}")
 
 
 def linear(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastattn import _products, backends, ops, reference
+from fastattn import _products, backends, reference
 from fastattn.functional import _validate
 from fastattn.functional._autograd import apply, autocast, transforming
 from fastattn.functional.layer_functions import (
@@ -18,12 +18,6 @@ from fastattn.functional.layer_functions import (
     LinearFunction,
 )
 from fastattn.functional.relu_layers import MLPFunction, layer_by_layer, linear_relu, op_validates
-
-
-def _check_activation(activation: str | None) -> None:
-    if activation not in ops.ACTIVATIONS:
-        known = ", ".join(map(repr, ops.ACTIVATIONS))
-        raise ValueError(f"activation: expected one of {known}, got {activation!r}")
 
 
 class _By(enum.Enum):
@@ -102,7 +96,7 @@ def linear(
     True
     """
     _validate.tensor("input", input)
-    _check_activation(activation)
+    _validate.activation(activation)
     dropout_p = _validate.probability("dropout_p", dropout_p)
     if activation == "relu" and dropout_p == 0.0:
         return linear_relu(input, weight, bias, backend=backend)
@@ -155,7 +149,7 @@ def activation_dropout(
     tensor([0., 9.])
     """
     _validate.tensor("input", input)
-    _check_activation(activation)
+    _validate.activation(activation)
     dropout_p = _validate.probability("dropout_p", dropout_p)
     if input.dim() < 1:
         raise ValueError(f"input: expected at least 1 dimension, got {tuple(input.shape)}")
@@ -282,7 +276,7 @@ def mlp(
     """
     weights, biases = _validate.numbered(weights, biases)
     _validate.tensor("input", input)
-    _check_activation(activation)
+    _validate.activation(activation)
     dropout_p = _validate.probability("dropout_p", dropout_p)
     if activation != "relu" or dropout_p != 0.0:
         options = (activation, dropout_p)
@@ -355,7 +349,7 @@ def gated_mlp(
     torch.Size([4, 8])
     """
     _validate.tensor("input", input)
-    _check_activation(activation)
+    _validate.activation(activation)
     given = (gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     input, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias = autocast(
         input, *given

@@ -6,14 +6,17 @@ symbolic traces.
 """
 
 from fastattn.nn.attention import MultiheadAttention
-from fastattn.nn.linear import MLP, Linear, LinearReLU
+from fastattn.nn.linear import Linear, LinearActivation, LinearReLU
+from fastattn.nn.mlp import MLP, GatedMLP
 from fastattn.nn.norm import DropoutAddNorm
 from fastattn.nn.transformer import TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
     "MLP",
     "DropoutAddNorm",
+    "GatedMLP",
     "Linear",
+    "LinearActivation",
     "LinearReLU",
     "MultiheadAttention",
     "TransformerEncoder",

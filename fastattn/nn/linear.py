@@ -1,17 +1,13 @@
-"""Linear layers, with a ReLU, and stacked."""
+"""Linear layers, alone and with an activation."""
 
 from __future__ import annotations
-
-from collections import OrderedDict
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import functional
+from fastattn.functional import _validate
 from fastattn.functional._served import (
     is_torchs_product,
     ordinary,
@@ -19,7 +15,12 @@ from fastattn.functional._served import (
     serves_layers,
     unobserved,
 )
-from fastattn.nn._plain import as_written, is_plain, no_global_hooks, run_torchs, scripted_as
+from fastattn.nn._plain import (
+    as_written,
+    is_plain,
+    run_torchs,
+    scripted_as,
+)
 
 
 class Linear(nn.Linear):
@@ -105,103 +106,69 @@ class LinearReLU(nn.Linear):
         return functional.linear_relu(input, self.weight, self.bias)
 
 
-class MLP(nn.Sequential):
-    """Linear-ReLU-...-Linear as one autograd node.
+class _PlainLinearActivation(nn.Linear):
+    """What TorchScript compiles for LinearActivation."""
 
-    It is the ``nn.Sequential(Linear, ReLU, Linear, ...)`` of the same layers and has its state_dict
-    keys: ``0.weight``, ``0.bias``, ``2.weight``, ...
+    activation: str
+    p: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        z = F.linear(input, self.weight, self.bias)
+        if self.activation == "relu":
+            z = torch.relu(z)
+        elif self.activation == "gelu":
+            z = F.gelu(z)
+        elif self.activation == "gelu_tanh":
+            z = F.gelu(z, approximate="tanh")
+        elif self.activation == "silu":
+            z = F.silu(z)
+        elif self.activation == "relu2":
+            z = torch.relu(z).square()
+        elif self.activation == "quick_gelu":
+            z = z * torch.sigmoid(1.702 * z)
+        return F.dropout(z, self.p, self.training)
+
+
+class LinearActivation(nn.Linear):
+    """``dropout(activation(x Wᵀ + b))`` as one kernel; ``torch.nn.Linear``'s parameters.
 
     Args:
         in_features: size of an input row.
-        hidden_features: the width of the hidden layer, or the widths of several.
         out_features: size of an output row.
-        bias: learn a bias in every layer.
+        activation: its name in ``fastattn.linear``, but not None.
+        p: probability of dropping an element in training.
+        bias: learn a bias.
         device: of the parameters.
         dtype: of the parameters.
 
+    Raises:
+        ValueError: an unknown activation, or p outside [0, 1].
+
     >>> import torch, fastattn
-    >>> network = fastattn.nn.MLP(784, [256, 128], 10)
-    >>> network(torch.randn(32, 784)).shape, list(network.state_dict())[:2]
-    (torch.Size([32, 10]), ['0.weight', '0.bias'])
+    >>> layer, input = fastattn.nn.LinearActivation(8, 3, "silu"), torch.randn(4, 8)
+    >>> expected = torch.nn.functional.silu(input @ layer.weight.T + layer.bias)
+    >>> torch.allclose(layer(input), expected, atol=1e-5)
+    True
     """
 
-    __prepare_scriptable__ = scripted_as(nn.Sequential)
+    __prepare_scriptable__ = scripted_as(_PlainLinearActivation)
 
     def __init__(
         self,
         in_features: int,
-        hidden_features: int | Sequence[int],
         out_features: int,
+        activation: str = "gelu",
+        p: float = 0.0,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        hidden = [hidden_features] if isinstance(hidden_features, int) else list(hidden_features)
-        widths = [in_features, *hidden, out_features]
-        layers: list[nn.Module] = []
-        for n_in, n_out in pairwise(widths):
-            layers += [nn.Linear(n_in, n_out, bias=bias, device=device, dtype=dtype), nn.ReLU()]
-        super().__init__(*layers[:-1])
-
-    @staticmethod
-    def fits(sequential: nn.Sequential) -> bool:
-        """Whether ``from_sequential`` takes a Sequential.
-
-        Args:
-            sequential: the module in question; it is not run.
-
-        Returns:
-            True for Linear, ReLU, ..., Linear with at least one ReLU and no hooks on these layers.
-
-        >>> import fastattn
-        >>> from torch import nn
-        >>> fastattn.nn.MLP.fits(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)))
-        True
-        """
-        children = list(sequential)
-        return (
-            len(children) >= 3
-            and len(children) % 2 == 1
-            and all(map(is_plain_linear, children[::2]))
-            and all(is_plain(m, nn.ReLU) for m in children[1::2])
-        )
-
-    @classmethod
-    def from_sequential(cls, sequential: nn.Sequential) -> MLP:
-        """An MLP of a Sequential's own layers: the same Parameter objects under the same keys.
-
-        Args:
-            sequential: Linear, ReLU, ..., Linear, see ``fits``.
-
-        Returns:
-            The MLP, in the mode (training or evaluation) of ``sequential``.
-
-        Raises:
-            ValueError: ``sequential`` has another form, or a hook on one of its layers.
-
-        >>> import fastattn
-        >>> from torch import nn
-        >>> layers = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
-        >>> fastattn.nn.MLP.from_sequential(layers)[0] is layers[0]
-        True
-        """
-        if not isinstance(sequential, nn.Sequential) or not cls.fits(sequential):
-            raise ValueError(
-                f"sequential: expected Linear, ReLU, ..., Linear without hooks, got {sequential}"
-            )
-        shared = cls.__new__(cls)
-        nn.Sequential.__init__(shared, OrderedDict(sequential._modules))
-        shared.training = sequential.training
-        return shared
-
-    def __getitem__(self, idx: int | slice) -> nn.Module:
-        """A layer; for a slice an ``nn.Sequential`` of layers, which need not be an MLP."""
-        if isinstance(idx, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
-        return super().__getitem__(idx)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        _validate.activation(activation, optional=False)
+        self.activation, self.p = activation, _validate.probability("p", p)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The layers, one after the other.
+        """dropout(activation(input Wᵀ + b)).
 
         Args:
             input: ``[..., in_features]``, of the parameters' dtype.
@@ -209,15 +176,20 @@ class MLP(nn.Sequential):
         Returns:
             ``[..., out_features]``.
         """
+        p = self.p if self.training else 0.0
         if not (
-            MLP.fits(self) and no_global_hooks() and unobserved() and ordinary(input, exported=True)
+            unobserved()
+            and ordinary(input, exported=True)
+            and ordinary(self.weight, self.bias, exported=True)
         ):
-            return super().forward(input)  # what was put in since is called as in nn.Sequential
-        layers: list[Any] = list(self)[::2]
-        weights, biases = [m.weight for m in layers], [m.bias for m in layers]
-        if not ordinary(*weights, *biases, exported=True):
-            return super().forward(input)
-        return functional.mlp(input, weights, biases)
+            z = super().forward(input)
+            z = functional.activation_dropout(z, self.activation, backend="reference")
+            return F.dropout(z, p)
+        return functional.linear(input, self.weight, self.bias, self.activation, p)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of the module."""
+        return f"{super().extra_repr()}, activation={self.activation!r}, p={self.p}"
 
 
 def is_plain_linear(module: nn.Module) -> bool:

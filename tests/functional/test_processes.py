@@ -14,9 +14,11 @@ SETUP = """
 import os, re, signal, threading
 import torch
 import fastattn
+from fastattn import _products
 from fastattn.functional import _served
 
 _served.LEAST_WORK = _served.LEAST_ATTENTION = 0
+_products._INTEL = False
 
 def inputs(size=64, heads=2):
     generator = torch.Generator().manual_seed(0)

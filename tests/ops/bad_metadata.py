@@ -111,6 +111,48 @@ def linear_call(rng: random.Random, op: str) -> dict[str, object]:
     }
 
 
+def layer_call(rng: random.Random, op: str) -> dict[str, object]:
+    dtype = rng.choice(DTYPES)
+    shape = tuple(rng.choice((1, 2, 7)) for _ in range(rng.randint(0, 3)))
+    rows, width = math.prod(shape), rng.choice((0, 1, 8, 17, 70))
+    count = rng.randint(1, 3) if op in ("linear_forward", "linear_backward") else 1
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float32).to(dtype)
+
+    x, dropout_p = new(*shape, width), rng.choice((0.0, 0.0, 0.5))
+    outs = [rng.choice((0, 1, 9, 64, 70)) for _ in range(count)]
+    weights, biases = [new(n, width) for n in outs], [new(n) for n in outs]
+    saved = [
+        rng.choice(
+            (
+                new(*shape, n),
+                new(0),
+                torch.zeros(rows, (n + 7) // 8, dtype=torch.uint8),
+            )
+        )
+        for n in outs
+    ]
+    several = count > 1 and op == "linear_forward"
+    return {
+        "input": x,
+        "weights": weights,
+        "biases": [rng.choice((b, new(0))) for b in biases],
+        "gate_weight": weights[0],
+        "weight": weights[0].clone(),
+        "gate_bias": rng.choice((None, biases[0])),
+        "bias": rng.choice((None, biases[0])),
+        "activation": rng.randrange(7),
+        "dropout_p": 0.0 if several else dropout_p,
+        "seed": torch.arange(rng.choice((1, rows))),
+        "save": rng.random() < 0.5,
+        "grad_out": torch.randn_like(x),
+        "grads": [new(*shape, n) for n in outs],
+        "saved": saved,
+        "needs": [rng.random() < 0.7 for _ in range(1 + 2 * count)],
+    }
+
+
 def norm_call(rng: random.Random, op: str) -> dict[str, object]:
     dtype = rng.choice(DTYPES)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -212,8 +254,12 @@ def bad(rng: random.Random, value: object, kind: str) -> object:
 def calls(op: str, seed: int):
     """The calls of ``op`` without an end: ``(text, arguments)``."""
     schema = getattr(torch.ops.fastattn, op).default._schema
-    families = {"attention": attention_call, "dropout": norm_call}
+    families = {
+        "attention": attention_call, "dropout": norm_call, "activation": layer_call,
+        "gated": layer_call,
+    }  # fmt: skip
     make = families.get(op.split("_")[0], linear_call)
+    make = layer_call if op in ("linear_forward", "linear_backward") else make
     for number in range(seed * 1_000_000, (seed + 1) * 1_000_000):
         rng = random.Random(number)
         torch.manual_seed(number)
