@@ -109,9 +109,6 @@ class LinearReLU(nn.Linear):
 class _PlainLinearActivation(nn.Linear):
     """What TorchScript compiles for LinearActivation."""
 
-    activation: str
-    p: float
-
     def forward(self, input: Tensor) -> Tensor:
         z = F.linear(input, self.weight, self.bias)
         if self.activation == "relu":
@@ -126,7 +123,7 @@ class _PlainLinearActivation(nn.Linear):
             z = torch.relu(z).square()
         elif self.activation == "quick_gelu":
             z = z * torch.sigmoid(1.702 * z)
-        return F.dropout(z, self.p, self.training)
+        return F.dropout(z, self.p, self.training)  # type: ignore[arg-type]  # set by the layer
 
 
 class LinearActivation(nn.Linear):
@@ -165,7 +162,8 @@ class LinearActivation(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         _validate.activation(activation, optional=False)
-        self.activation, self.p = activation, _validate.probability("p", p)
+        self.activation = activation
+        self.p: float = _validate.probability("p", p)
 
     def forward(self, input: Tensor) -> Tensor:
         """dropout(activation(input Wᵀ + b)).
