@@ -9,7 +9,9 @@ from pathlib import Path
 from fastattn import __version__
 
 # What bench knows.
-OPS = ("attention", "linear_relu", "mlp", "dropout_add_norm", "encoder", "second_order")
+OPS = (
+    "attention", "linear", "linear_relu", "mlp", "dropout_add_norm", "encoder", "second_order",
+)  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:

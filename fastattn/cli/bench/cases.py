@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from fastattn.cli.bench.attention import attention_cases
 from fastattn.cli.bench.case import Case
+from fastattn.cli.bench.layers import layer_cases
 from fastattn.cli.bench.linear import linear_cases, mlp_cases
 from fastattn.cli.bench.models import model_cases
 from fastattn.cli.bench.norm import norm_cases
@@ -16,6 +17,7 @@ def cases(ops: Sequence[str], peers: str, grid: bool) -> Iterator[Case]:
     """Those of ``ops``, names of ``fastattn.cli.main.OPS``."""
     of_op = {
         "attention": lambda: attention_cases(peers, grid),
+        "linear": lambda: layer_cases(peers),
         "linear_relu": lambda: linear_cases(peers),
         "mlp": lambda: mlp_cases(peers),
         "dropout_add_norm": lambda: norm_cases(peers),

@@ -30,7 +30,9 @@ def encoder_cases(peers: str) -> Iterator[Case]:
     for dropout, training in ((0.1, True), (0.1, False)):
 
         def build(dropout=dropout, training=training) -> dict[str, Run]:
-            layer = nn.TransformerEncoderLayer(dim, heads, hidden, dropout, batch_first=True)
+            layer = nn.TransformerEncoderLayer(
+                dim, heads, hidden, dropout, "gelu", batch_first=True
+            )
             x = torch.randn(batch, seq, dim)
             if training:
                 return training_steps(layer, lambda m: m(x).square().mean(), peers, lr=1e-4)
