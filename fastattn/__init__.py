@@ -29,6 +29,7 @@ from fastattn.functional import (
     linear_relu,
     mlp,
     multi_linear,
+    pack_weights,
     scaled_dot_product_attention,
     varlen_attn,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "multi_linear",
     "nn",
     "override_sdpa",
+    "pack_weights",
     "patch",
     "plan",
     "scaled_dot_product_attention",

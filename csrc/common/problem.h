@@ -121,7 +121,8 @@ struct LinearProblem {
   int64_t x_stride = 0;  // between rows; unit last stride, here and below
   const void* w = nullptr;
   int64_t w_stride = 0;
-  const void* bias = nullptr;  // may be absent
+  const void* packed_w = nullptr;  // w as pack_weight left it; may be absent
+  const void* bias = nullptr;      // may be absent
   Activation activation = Activation::kNone;
   double dropout_p = 0.0;
   const int64_t* seeds = nullptr;

@@ -2,7 +2,7 @@
 // the epilogue of one of W_up finds the gate in the panel before.
 #pragma once
 
-#include "cpu/linear.h"
+#include "cpu/linear_forward.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 

@@ -101,6 +101,16 @@ FASTATTN_INLINE Parallel worthwhile(Parallel threads, int64_t m, int64_t n, int6
   return threads;
 }
 
+// Equal blocks of a product's depth: a short last one would read and write C for little.
+struct DepthBlocks {
+  int64_t count, depth;  // of one
+};
+template <class E>
+DepthBlocks cut_depth(int64_t k) {
+  const int64_t count = max64(1, ceil_div(words<E>(k), kBlockDepth));
+  return {count, max64(1, round_up(ceil_div(k, count), kDepthUnit))};
+}
+
 struct Cut {
   int64_t rows, cols;  // of one task
 };
@@ -139,9 +149,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const LoadA& load_a, const LoadB& loa
   using A = Acc<E>;
   constexpr bool kPairs = std::is_invocable_v<StoreC, int64_t, int64_t, int64_t, A*, const A*>;
   if (m == 0 || n == 0) return;
-  // Equal blocks of depth: a short last one would read and write C for little.
-  const int64_t depth_blocks = max64(1, ceil_div(words<E>(k), kBlockDepth));
-  const int64_t block_depth = max64(1, round_up(ceil_div(k, depth_blocks), kDepthUnit));
+  const auto [depth_blocks, block_depth] = cut_depth<E>(k);
   if (depth_blocks > 1) plain_c.data = nullptr;  // a C that is added to lies better in panels
   const bool stream = streaming_pays(plain_c, m, n);
   const Parallel parallel = worthwhile(threads, m, n, k);

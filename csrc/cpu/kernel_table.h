@@ -12,6 +12,8 @@ struct KernelTable {
   void (*attention_double_backward)(const AttentionDoubleBackwardProblem&, const Parallel&);
   void (*activation)(const ActivationProblem&, const Parallel&);
   void (*linear_forward)(const LinearProblem&, const Parallel&);
+  int64_t (*packed_weight_words)(Dtype, int64_t n, int64_t k);
+  void (*pack_weight)(const LinearProblem&, void* packed, const Parallel&);
   void (*gated_linear_forward)(const GatedLinearProblem&, const Parallel&);
   void (*linear_backward)(const LinearBackwardProblem*, int64_t, const Parallel&);
   void (*linear_jvp)(const LinearJvpProblem&, const Parallel&);

@@ -15,6 +15,9 @@ void attention_backward(const AttentionBackwardProblem& b, const Parallel& paral
 void attention_double_backward(const AttentionDoubleBackwardProblem& s, const Parallel& parallel);
 void activation(const ActivationProblem& p, const Parallel& parallel);
 void linear_forward(const LinearProblem& p, const Parallel& parallel);
+// The size of a packed weight in words of the accumulator's size, and the packing.
+int64_t packed_weight_words(Dtype dtype, int64_t n, int64_t k);
+void pack_weight(const LinearProblem& p, void* packed, const Parallel& parallel);
 void gated_linear_forward(const GatedLinearProblem& p, const Parallel& parallel);
 void linear_backward(const LinearBackwardProblem* parts, int64_t count, const Parallel& parallel);
 void linear_jvp(const LinearJvpProblem& p, const Parallel& parallel);

@@ -2,7 +2,8 @@
 // with the tangent of the bias and the bit-mask where a tile is done.
 #pragma once
 
-#include "cpu/linear.h"
+#include "common/problem.h"
+#include "cpu/gemm.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 

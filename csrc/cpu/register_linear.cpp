@@ -92,9 +92,12 @@ Tensor linear_relu_jvp(const Tensor& input, const Tensor& weight, const Tensor& 
 // Layers on one input: [out of each, what each one's backward multiplies its gradient by]. The
 // latter are bits, of the layer's dtype, or empty where there is nothing to multiply by.
 std::vector<Tensor> linear_forward(const Tensor& input, const std::vector<Tensor>& weights,
-                                   const std::vector<Tensor>& biases, int64_t activation,
+                                   const std::vector<Tensor>& biases,
+                                   const std::vector<Tensor>& packed, int64_t activation,
                                    double dropout_p, const OptionalTensor& seed, bool save) {
   const char* op = "linear_forward";
+  FASTATTN_CHECK(packed.empty() || packed.size() == weights.size(), op, "packed",
+                 "none or " + std::to_string(weights.size()) + " tensors", packed.size());
   check_layers(op, input, weights, biases);
   FASTATTN_CHECK(dropout_p == 0.0 || weights.size() == 1, op, "dropout_p", "0 with several weights",
                  dropout_p);
@@ -103,9 +106,17 @@ std::vector<Tensor> linear_forward(const Tensor& input, const std::vector<Tensor
   std::vector<LinearInputs> layers = validate_parallel_layers(op, input, weights, biases);
   const OptionalTensor seeds = take_dropout(op, seed, dropout_p, input, layers[0].problem);
   std::vector<Tensor> outs, saved;
-  for (LinearInputs& layer : layers) {
+  for (size_t l = 0; l < layers.size(); ++l) {
+    LinearInputs& layer = layers[l];
     LinearProblem& p = layer.problem;
     p.activation = f;
+    if (!packed.empty()) {
+      check_like(op, "packed", packed[l], accumulator_type(input.scalar_type()), input);
+      check_shape(op, "packed", packed[l],
+                  {kernels(p.dtype).packed_weight_words(p.dtype, p.n, p.k)});
+      FASTATTN_CHECK(packed[l].is_contiguous(), op, "packed", "a contiguous tensor", "another one");
+      p.packed_w = packed[l].data_ptr();
+    }
     outs.push_back(empty_like_device(input, layer.out_shape, input.scalar_type()));
     p.y = outs.back().data_ptr();
     if (save && is_bits && (f == Activation::kRelu || dropout_p > 0.0)) {
@@ -121,6 +132,24 @@ std::vector<Tensor> linear_forward(const Tensor& input, const std::vector<Tensor
   }
   outs.insert(outs.end(), saved.begin(), saved.end());
   return outs;
+}
+
+// A weight [n, k] as this processor's kernels read it; as large, but for padding.
+Tensor pack_weight(const Tensor& weight) {
+  const char* op = "pack_weight";
+  LinearProblem p;
+  p.dtype = dtype_of(op, "weight", weight);
+  FASTATTN_CHECK(weight.dim() == 2, op, "weight", "2 dimensions [out_features, in_features]",
+                 text(shape_of(weight)));
+  const Tensor w = unit_last_stride(weight);
+  p.n = weight.size(0);
+  p.k = weight.size(1);
+  p.w = w.data_ptr();
+  p.w_stride = w.stride(0);
+  const Shape shape = {kernels(p.dtype).packed_weight_words(p.dtype, p.n, p.k)};
+  const Tensor packed = empty_like_device(weight, shape, accumulator_type(weight.scalar_type()));
+  run_kernel(op, [&] { kernels(p.dtype).pack_weight(p, packed.data_ptr(), parallel()); });
+  return packed;
 }
 
 // f(input gate_weight^T + gate_bias) o (input weight^T + bias), and what the backward multiplies
@@ -342,6 +371,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("linear_relu_backward", TORCH_BOX(&fastattn::cpu::linear_relu_backward));
   m.impl("linear_relu_jvp", TORCH_BOX(&fastattn::cpu::linear_relu_jvp));
   m.impl("linear_forward", TORCH_BOX(&fastattn::cpu::linear_forward));
+  m.impl("pack_weight", TORCH_BOX(&fastattn::cpu::pack_weight));
   m.impl("gated_linear_forward", TORCH_BOX(&fastattn::cpu::gated_linear_forward));
   m.impl("linear_backward", TORCH_BOX(&fastattn::cpu::linear_backward));
   m.impl("mlp_forward", TORCH_BOX(&fastattn::cpu::mlp_forward));

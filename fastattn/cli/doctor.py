@@ -12,6 +12,7 @@ from rich.table import Table
 import fastattn
 from fastattn import _extension, backends
 from fastattn.cli.check import check as check_kernels
+from fastattn.functional import packed_bytes, packing
 from fastattn.ops import triton
 from fastattn.verification import families, first_use
 
@@ -115,6 +116,11 @@ def doctor(
         table.add_row(_GOOD, "CPU kernels", known)
     else:
         table.add_row(_BAD, "native library", failure)
+    if packing.enabled():
+        kept = f"on: {packed_bytes() / 2**20:.1f} MiB of panels (fastattn.pack_weights)"
+    else:
+        kept = "off (fastattn.pack_weights)"
+    table.add_row(_NOTE, "packed weights", kept)
     for what, facts in _kept():
         table.add_row(_NOTE, what, facts)
     cuda = _extension.cuda_load_failure() or "loaded"

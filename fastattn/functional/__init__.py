@@ -16,6 +16,7 @@ from fastattn.functional.layer_functions import (
 )
 from fastattn.functional.layers import activation_dropout, gated_mlp, linear, mlp, multi_linear
 from fastattn.functional.norm import DropoutAddNormFunction, dropout_add_norm
+from fastattn.functional.packing import pack_weights, packed_bytes
 from fastattn.functional.relu_layers import LinearReLUFunction, MLPFunction, linear_relu
 from fastattn.functional.varlen import varlen_attn
 
@@ -34,6 +35,8 @@ __all__ = [
     "linear_relu",
     "mlp",
     "multi_linear",
+    "pack_weights",
+    "packed_bytes",
     "scaled_dot_product_attention",
     "varlen_attn",
 ]

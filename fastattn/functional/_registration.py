@@ -90,7 +90,9 @@ def _activation_backward(backend: str, grad_out, input, activation, dropout_p, s
     return _Undifferentiable.apply("activation_backward", op, function, grad_out, input)[0]
 
 
-def _linear_forward(backend: str, input, weights, biases, activation, dropout_p, seed, save):
+def _linear_forward(
+    backend: str, input, weights, biases, packed, activation, dropout_p, seed, save
+):
     biases = _optional(weights, biases)
     options = (ops.ACTIVATIONS[activation], dropout_p, seed, save)
     return list(LinearFunction.apply(input, *options, len(weights), *weights, *biases))

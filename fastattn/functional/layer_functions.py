@@ -16,6 +16,7 @@ from fastattn.functional._autograd import (
     may_be_differentiated,
     without_autocast,
 )
+from fastattn.functional.packing import panels_of
 
 
 class ActivationFunction(torch.autograd.Function):
@@ -117,6 +118,7 @@ class LinearFunction(torch.autograd.Function):
             kernel(
                 ops.linear_forward,
                 input, list(weights), list(biases), activation, dropout_p, seed, save,
+                panels_of(list(weights)),
             )
         )  # fmt: skip
 

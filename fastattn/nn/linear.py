@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from fastattn.functional._served import (
     serves_layers,
     unobserved,
 )
+from fastattn.functional.packing import packing
 from fastattn.nn._plain import (
     as_written,
     is_plain,
@@ -60,6 +63,8 @@ class Linear(nn.Linear):
         weight, bias = self.weight, self.bias
         if not product_wins(input, weight) or not serves_layers(input, [weight], [bias]):
             return super().forward(input)
+        if packing():
+            return functional.linear(input, weight, bias)
         return functional.mlp(input, [weight], [bias])
 
 
@@ -109,6 +114,10 @@ class LinearReLU(nn.Linear):
 class _PlainLinearActivation(nn.Linear):
     """What TorchScript compiles for LinearActivation."""
 
+    if TYPE_CHECKING:  # TorchScript knows no annotation of its own attributes
+        activation: str
+        p: float
+
     def forward(self, input: Tensor) -> Tensor:
         z = F.linear(input, self.weight, self.bias)
         if self.activation == "relu":
@@ -123,7 +132,7 @@ class _PlainLinearActivation(nn.Linear):
             z = torch.relu(z).square()
         elif self.activation == "quick_gelu":
             z = z * torch.sigmoid(1.702 * z)
-        return F.dropout(z, self.p, self.training)  # type: ignore[arg-type]  # set by the layer
+        return F.dropout(z, self.p, self.training)
 
 
 class LinearActivation(nn.Linear):

@@ -31,6 +31,7 @@ from fastattn.ops.linear import (
     mlp_backward,
     mlp_forward,
     mlp_inference,
+    pack_weight,
 )
 from fastattn.ops.norm import dropout_add_norm_backward, dropout_add_norm_forward
 from fastattn.ops.triton import library
@@ -65,5 +66,6 @@ __all__ = [
     "mlp_backward",
     "mlp_forward",
     "mlp_inference",
+    "pack_weight",
     "split",
 ]

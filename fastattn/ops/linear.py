@@ -53,16 +53,24 @@ def linear_forward(
     dropout_p: float,
     seed: Tensor | None,
     save: bool,
+    packed: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """dropout(f(x Wᵀ + b)) for L weights on one input: [out_1, ..., out_L, saved_1, ..., saved_L].
 
     An absent bias has shape ``[0]``. With dropout L is 1. ``saved``, of shape ``[0]`` where the
     backward needs none or ``save`` is False, is what the gradient is multiplied by: without an
     activation and for a ReLU bits, uint8 ``[M, ceil(N / 8)]``; for the others f' and dropout's
-    factor in input's dtype, ``[*, N]``.
+    factor in input's dtype, ``[*, N]``. ``packed`` is ``pack_weight`` of each weight, or empty.
     """
     number = ACTIVATIONS.index(activation)
-    return torch.ops.fastattn.linear_forward(input, weights, biases, number, dropout_p, seed, save)
+    return torch.ops.fastattn.linear_forward(
+        input, weights, biases, packed, number, dropout_p, seed, save
+    )
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """The weight as the kernels of this processor read it, 1-D, of the accumulator's dtype."""
+    return torch.ops.fastattn.pack_weight(weight)
 
 
 def gated_linear_forward(
@@ -176,11 +184,17 @@ def _fake_activation_backward(grad_out, input, activation, dropout_p, seed):
     return input.new_empty(input.shape)
 
 
-def _fake_linear_forward(input, weights, biases, activation, dropout_p, seed, save):
+def _fake_linear_forward(input, weights, biases, packed, activation, dropout_p, seed, save):
     outs = [_out(input, w) for w in weights]
     if not save or (activation == 0 and dropout_p == 0.0):
         return outs + [input.new_empty((0,)) for _ in weights]
     return outs + [(_bits if activation <= 1 else _out)(input, w) for w in weights]
+
+
+def _fake_pack_weight(weight):
+    size = torch.library.get_ctx().new_dynamic_size()  # it depends on the processor
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return weight.new_empty((size,), dtype=wide)
 
 
 def _fake_gated_linear_forward(input, gate_weight, weight, gate_bias, bias, activation, save):
@@ -227,6 +241,7 @@ for _ns in schemas.NAMESPACES:
     torch.library.register_fake(f"{_ns}::linear_relu_forward", _fake_forward)
     torch.library.register_fake(f"{_ns}::linear_relu_backward", _fake_backward)
     torch.library.register_fake(f"{_ns}::linear_relu_jvp", _fake_jvp)
+torch.library.register_fake("fastattn::pack_weight", _fake_pack_weight)
 torch.library.register_fake("fastattn::linear_forward", _fake_linear_forward)
 torch.library.register_fake("fastattn::gated_linear_forward", _fake_gated_linear_forward)
 torch.library.register_fake("fastattn::linear_backward", _fake_linear_backward)

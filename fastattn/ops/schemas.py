@@ -61,9 +61,10 @@ SHARED = {
 }
 NATIVE = SHARED | {
     "linear_forward": (
-        "(Tensor input, Tensor[] weights, Tensor[] biases, int activation, float dropout_p, "
-        "Tensor? seed, bool save) -> Tensor[]"
+        "(Tensor input, Tensor[] weights, Tensor[] biases, Tensor[] packed, int activation, "
+        "float dropout_p, Tensor? seed, bool save) -> Tensor[]"
     ),
+    "pack_weight": "(Tensor weight) -> Tensor",
     "gated_linear_forward": (
         "(Tensor input, Tensor gate_weight, Tensor weight, Tensor? gate_bias, Tensor? bias, "
         "int activation, bool save) -> (Tensor out, Tensor of_gate, Tensor of_up)"

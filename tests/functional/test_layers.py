@@ -230,13 +230,13 @@ def test_opcheck(requires_grad, number, p):
     x, w = (torch.randn(*s, requires_grad=requires_grad) for s in ((4, 16), (12, 16)))
     b, absent, seed = torch.randn(12), torch.empty(0), torch.tensor([7])
     forward = torch.ops.fastattn.linear_forward
-    torch.library.opcheck(forward, (x, [w], [b], number, p, seed, True))
+    torch.library.opcheck(forward, (x, [w], [b], [], number, p, seed, True))
     if p == 0.0:
-        torch.library.opcheck(forward, (x, [w, w[:5]], [absent, b[:5]], number, p, None, True))
+        torch.library.opcheck(forward, (x, [w, w[:5]], [absent, b[:5]], [], number, p, None, True))
         torch.library.opcheck(
             torch.ops.fastattn.gated_linear_forward, (x, w, w, None, b, number, True)
         )
-    out, saved = forward(x.detach(), [w.detach()], [b], number, p, seed, True)
+    out, saved = forward(x.detach(), [w.detach()], [b], [], number, p, seed, True)
     torch.library.opcheck(
         torch.ops.fastattn.linear_backward,
         ([out], x.detach(), [w.detach()], [saved], p, [True] * 3),
@@ -248,7 +248,8 @@ def test_the_ops_differentiate():
     x, w = draw(3, 5).requires_grad_(), draw(4, 5).requires_grad_()
     gelu = ACTIVATIONS.index("gelu")
     for save in (True, False):
-        out = torch.ops.fastattn.linear_forward(x, [w], [x.new_empty(0)], gelu, 0.0, None, save)[0]
+        absent = x.new_empty(0)
+        out = torch.ops.fastattn.linear_forward(x, [w], [absent], [], gelu, 0.0, None, save)[0]
         found, expected = (
             torch.autograd.grad(o.sum(), (x, w)) for o in (out, F.gelu(F.linear(x, w)))
         )

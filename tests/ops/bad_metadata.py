@@ -138,6 +138,7 @@ def layer_call(rng: random.Random, op: str) -> dict[str, object]:
         "input": x,
         "weights": weights,
         "biases": [rng.choice((b, new(0))) for b in biases],
+        "packed": rng.choice(([], [torch.ops.fastattn.pack_weight(w) for w in weights])),
         "gate_weight": weights[0],
         "weight": weights[0].clone(),
         "gate_bias": rng.choice((None, biases[0])),
@@ -254,6 +255,8 @@ def bad(rng: random.Random, value: object, kind: str) -> object:
 def calls(op: str, seed: int):
     """The calls of ``op`` without an end: ``(text, arguments)``."""
     schema = getattr(torch.ops.fastattn, op).default._schema
+    if op == "pack_weight":
+        op = "linear_forward"  # whose call has a weight
     families = {
         "attention": attention_call, "dropout": norm_call, "activation": layer_call,
         "gated": layer_call,

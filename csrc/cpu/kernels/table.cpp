@@ -12,16 +12,10 @@ int64_t fma_probe(Dtype dtype, int64_t iterations) {
 }
 
 const KernelTable kTable = {
-    attention_forward,
-    attention_backward,
-    attention_double_backward,
-    activation,
-    linear_forward,
-    gated_linear_forward,
-    linear_backward,
-    linear_jvp,
-    dropout_add_norm_forward,
-    dropout_add_norm_backward,
+    attention_forward, attention_backward,       attention_double_backward,
+    activation,        linear_forward,           packed_weight_words,
+    pack_weight,       gated_linear_forward,     linear_backward,
+    linear_jvp,        dropout_add_norm_forward, dropout_add_norm_backward,
     fma_probe,
 };
 
