@@ -65,6 +65,14 @@ def test_the_first_use_is_checked_once_and_remembered(gpu, monkeypatch):
     assert backends.select(training) == "triton"
 
 
+@pytest.mark.parametrize("op", backends.OPS)
+def test_the_kernels_of_every_op_are_checked(gpu, op):
+    problem = PROBLEM._replace(op=op, gradient=True)
+    assert backends.select(problem) == "triton"
+    checked = {kernel.family for kernel in first_use.known(0)}
+    assert checked == set(backends.families(problem, "triton"))
+
+
 def test_another_process_knows_and_another_driver_does_not(gpu, monkeypatch, tmp_path):
     assert first_use.check(KERNEL, 0) == ""
     new_process(monkeypatch)

@@ -34,30 +34,48 @@ def test_right_kernels_pass(family):
     assert check(family, CPU, [SMALL], first_use=True).good
 
 
+# The ops of a family, with the number of results that are checked.
 OPS_OF = {
-    "attention_forward": ("attention_forward", 2),
-    "attention_backward": ("attention_backward", 3),
-    "attention_options": ("attention_forward", 1),
-    "mask_gradient": ("attention_backward", 4),
-    "varlen_attn": ("attention_backward", 3),
-    "attention_jvp": ("attention_jvp", 2),
-    "attention_double_backward": ("attention_double_backward", 6),
-    "linear_relu": ("linear_relu_backward", 3),
-    "linear_relu_jvp": ("linear_relu_jvp", 1),
-    "mlp": ("mlp_backward", 7),
-    "dropout_add_norm": ("dropout_add_norm_backward", 4),
+    "attention_forward": {"attention_forward": 2},
+    "attention_backward": {"attention_backward": 3},
+    "attention_options": {"attention_forward": 1},
+    "mask_gradient": {"attention_backward": 4},
+    "varlen_attn": {"attention_backward": 3},
+    "attention_jvp": {"attention_jvp": 2},
+    "attention_double_backward": {"attention_double_backward": 6},
+    "linear_relu": {"linear_relu_backward": 3},
+    "linear_relu_jvp": {"linear_relu_jvp": 1},
+    "mlp": {"mlp_backward": 7},
+    "linear_layers": {"linear_forward": 2, "gated_linear_forward": 3, "linear_backward": 5},
+    "activation_dropout": {"activation_forward": 1, "activation_backward": 1},
+    "dropout_add_norm": {"dropout_add_norm_backward": 4},
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_wrong_result_is_seen(family, monkeypatch):
-    op, results = OPS_OF[family]
-    for result in range(results):
-        with monkeypatch.context() as patch:
-            spoil(patch, op, result)
-            outcome = check(family, CPU, [SMALL])
-        assert not outcome.good, result
-        assert "relative error 2.0e-04" in str(outcome)
+    for op, results in OPS_OF[family].items():
+        for result in range(results):
+            with monkeypatch.context() as patch:
+                spoil(patch, op, result)
+                outcome = check(family, CPU, [SMALL])
+            assert not outcome.good, (op, result)
+            assert "relative error 2.0e-04" in str(outcome)
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_each_wrong_activation_is_seen(activation, monkeypatch):
+    right = ops.activation_backward
+
+    def wrong(grad, x, name, *options):
+        found = right(grad, x, name, *options)
+        return found * 1.001 if name == activation else found
+
+    monkeypatch.setattr(ops, "activation_backward", wrong)
+    outcome = check("activation_dropout", CPU, [SMALL])
+    assert f"dx ({activation}, dropout" in str(outcome)
+    assert not outcome.good
+    assert check("activation_dropout", CPU, [SMALL], first_use=True).good == (activation != "gelu")
 
 
 def test_a_key_that_is_lost_at_the_edge_is_seen_in_bfloat16(monkeypatch):
@@ -123,8 +141,12 @@ def test_a_kernel_that_hangs_is_given_up(monkeypatch):
 def test_families_mirror_the_backends():
     assert families_of("cpu") == tuple(FAMILIES)
     assert families_of("cuda") == ("attention_forward", "attention_backward", "linear_relu", "mlp")
-    assert set(FAMILIES) - set(families_of("triton")) == {"mlp"}
-    for backend, op in (("cuda", "attention"), ("cuda", "mlp"), ("triton", "varlen_attn")):
+    assert set(FAMILIES) - set(families_of("triton")) == {"mlp", "linear_layers"}
+    for backend, op in (
+        ("cuda", "attention"),
+        ("cuda", "mlp"),
+        *(("triton", op) for op in backends.OPS),
+    ):
         problem = PROBLEM._replace(op=op, gradient=True)
         assert set(backends.families(problem, backend)) <= set(families.at_first_use(backend))
     assert all(c.dtype.itemsize == 2 for c in families.cases("cuda", torch.device("cuda")))

@@ -11,15 +11,19 @@ from dataclasses import dataclass
 import torch
 
 from fastattn.ops.triton.config import tf32_allowed
+from fastattn.verification.layer_problems import (
+    solve_activation,
+    solve_linear,
+    solve_linear_layers,
+    solve_mlp,
+    solve_norm,
+)
 from fastattn.verification.problems import (
     Case,
     Comparison,
     Device,
     KernelFault,
     solve_attention,
-    solve_linear,
-    solve_mlp,
-    solve_norm,
 )
 
 
@@ -44,6 +48,14 @@ def _linear(solve: Callable[[Device, Case], Iterator[Comparison]], **options) ->
     return Family(solve, solve, **options)
 
 
+def _activation(*calls: tuple[str | None, float], **options) -> Family:
+    return Family(
+        functools.partial(solve_activation, calls),
+        functools.partial(solve_activation, calls[:1]),
+        **options,
+    )
+
+
 _NOT_CUDA = ("cpu", "triton")
 FAMILIES: dict[str, Family] = {
     "attention_forward": _attention("forward", "", "padding and window"),
@@ -58,6 +70,17 @@ FAMILIES: dict[str, Family] = {
     "linear_relu": _linear(functools.partial(solve_linear, "gradients")),
     "linear_relu_jvp": _linear(functools.partial(solve_linear, "tangent"), backends=_NOT_CUDA),
     "mlp": _linear(solve_mlp, backends=("cpu", "cuda")),
+    "linear_layers": _linear(solve_linear_layers, backends=("cpu",)),
+    "activation_dropout": _activation(
+        ("gelu", 0.25),
+        ("gelu_tanh", 0.0),
+        ("silu", 0.0),
+        ("relu", 0.25),
+        ("relu2", 0.0),
+        ("quick_gelu", 0.0),
+        (None, 0.25),
+        backends=_NOT_CUDA,
+    ),
     "dropout_add_norm": _linear(solve_norm, backends=_NOT_CUDA),
 }
 
@@ -71,7 +94,7 @@ def at_first_use(backend: str) -> tuple[str, ...]:
     """Those that are checked when a GPU first runs them. The others are left to ``doctor --check``:
     the same kernels with more options, and the kernels of second derivatives."""
     first = ("attention_forward", "attention_backward", "varlen_attn", "linear_relu", "mlp",
-             "dropout_add_norm")  # fmt: skip
+             "activation_dropout", "dropout_add_norm")  # fmt: skip
     return tuple(name for name in families_of(backend) if name in first)
 
 

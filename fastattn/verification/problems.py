@@ -1,4 +1,5 @@
-"""Small problems for every family of kernels, solved by the kernels and by the float64 reference.
+"""Small problems of attention, solved by the kernels and by the float64 reference, and what the
+problems of every family of kernels have in common.
 
 The kernels are called as ops: no autograd, no random numbers of torch's, no state of the caller's.
 """
@@ -82,7 +83,7 @@ def _wait(device: torch.device) -> None:
         time.sleep(1e-4)
 
 
-class _Random:
+class Random:
     """Numbers that are the same everywhere and leave torch's generators as they are."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -213,7 +214,7 @@ class _Attention:
 def _attention(case: Case, variant: str) -> _Attention:
     """Two batch elements, two query heads for each key head, a ragged number of queries and of
     keys. ``variant`` names what the call has beside."""
-    random, rows, dim = _Random(case.dtype), case.rows, case.head_dim
+    random, rows, dim = Random(case.dtype), case.rows, case.head_dim
     batch, heads, keys = 2, case.heads, rows + 37
     lse = torch.float64 if case.dtype == torch.float64 else torch.float32
     packed = variant == "packed"
@@ -254,118 +255,3 @@ def solve_attention(
         expected = call.by_reference(wanted)
         for name, actual in call.by_kernels(at, wanted).items():
             yield Comparison(f"{name} ({variant})" if variant else name, actual, expected[name])
-
-
-def _passes(out: Tensor) -> Tensor:
-    return ~(out <= 0)
-
-
-def _unpacked(bits: Tensor, like: Tensor) -> Tensor:
-    """The ReLU's bits ``[M, ceil(N / 8)]`` as 0 and 1 in the shape of the output ``[M, N]``."""
-    places = torch.arange(8, dtype=torch.uint8, device="cpu")
-    return ((bits[..., None] >> places) & 1).flatten(-2)[:, : like.shape[-1]]
-
-
-def solve_linear(part: str, at: Device, case: Case) -> Iterator[Comparison]:
-    """One layer. Which outputs pass the ReLU is taken from the kernel: one that is 0 but for
-    rounding may be on either side of it."""
-    random, width = _Random(case.dtype), 2 * case.head_dim + 9
-    x, w, b = random(case.rows, 72), random(width, 72), random(width)
-    grad, tangents = random(case.rows, width), [random(*t.shape) for t in (x, w, b)]
-    on_x, on_w, on_b, on_grad = (t.to(at.device) for t in (x, w, b, grad))
-    on_t_x, on_t_w, on_t_b = (t.to(at.device) for t in tangents)
-
-    def kernels() -> dict[str, Tensor]:
-        out, bits = ops.linear_relu_forward(on_x, on_w, on_b, at.backend)
-        if part == "tangent":
-            t_out = ops.linear_relu_jvp(on_x, on_w, bits, on_t_x, on_t_w, on_t_b, at.backend)
-            return {"out": out, "bits": bits, "t_out": t_out}
-        grads = ops.linear_relu_backward(on_grad, on_x, on_w, bits, [True] * 3, at.backend)
-        return {"out": out, "bits": bits, **dict(zip(("dx", "dw", "db"), grads, strict=True))}
-
-    actual = at.run(kernels)
-    x, w, b, grad, *tangents = (t.double() for t in (x, w, b, grad, *tangents))
-    passes = _passes(actual["out"])
-    yield Comparison("out", actual["out"], reference.linear_relu(x, w, b))
-    yield Comparison("bits", _unpacked(actual["bits"], passes), passes.double())
-    if part == "tangent":
-        expected = {"t_out": reference.linear_relu_jvp(x, w, passes, *tangents)}
-    else:
-        grads = reference.linear_relu_backward(grad, x, w, passes)
-        expected = dict(zip(("dx", "dw", "db"), grads, strict=True))
-    for name, y in expected.items():
-        yield Comparison(name, actual[name], y)
-
-
-def solve_mlp(at: Device, case: Case) -> Iterator[Comparison]:
-    """Three layers; which hidden activations pass is taken from the kernel, as above."""
-    random, widths = _Random(case.dtype), (72, 2 * case.head_dim, 40, 10)
-    x, grad = random(case.rows, widths[0]), random(case.rows, widths[-1])
-    weights = [random(n, m) / m**0.5 for m, n in itertools.pairwise(widths)]
-    biases = [random(n) for n in widths[1:]]
-    on_x, on_grad = x.to(at.device), grad.to(at.device)
-    on_weights, on_biases = ([t.to(at.device) for t in ts] for ts in (weights, biases))
-    names = ("out", "h1", "h2", "dx", "dw1", "dw2", "dw3", "db1", "db2", "db3", "inference")
-
-    def kernels() -> dict[str, Tensor]:
-        out, *hidden = ops.mlp_forward(on_x, on_weights, on_biases)
-        grads = ops.mlp_backward(on_grad, on_x, on_weights, hidden, [True] * 7)
-        inference = ops.mlp_inference(on_x, on_weights, on_biases)
-        return dict(zip(names, (out, *hidden, *grads, inference), strict=True))
-
-    actual = at.run(kernels)
-    x, grad, *tensors = (t.double() for t in (x, grad, *weights, *biases))
-    weights, biases = tensors[:3], tensors[3:]
-    inputs = [x]
-    for n in range(2):
-        inputs.append(reference.linear_relu(inputs[-1], weights[n], biases[n]))
-    out = torch.nn.functional.linear(inputs[2], weights[2], biases[2])
-    expected = {"out": out, "inference": out, "h1": inputs[1], "h2": inputs[2]}
-    passes = [_passes(actual["h1"]), _passes(actual["h2"]), torch.ones_like(out, dtype=torch.bool)]
-    for n in (2, 1, 0):
-        grad, dw, db = reference.linear_relu_backward(grad, inputs[n], weights[n], passes[n])
-        expected |= {f"dw{n + 1}": dw, f"db{n + 1}": db}
-    expected["dx"] = grad
-    for name, y in expected.items():
-        yield Comparison(name, actual[name], y)
-
-
-def solve_norm(at: Device, case: Case) -> Iterator[Comparison]:
-    """LayerNorm with dropout by two seeds, and RMSNorm without, of a residual sum."""
-    random, rows, width = _Random(case.dtype), case.rows // 2 * 2, 2 * case.head_dim + 9
-    x, residual, weight, bias = (
-        random(rows, width), random(rows, width), random(width), random(width),
-    )  # fmt: skip
-    grad_out, grad_sum = random(rows, width), random(rows, width)
-    seeds = torch.tensor([5, 1234567890123], dtype=torch.int64, device="cpu")
-    on = [t.to(at.device) for t in (x, residual, weight, bias, grad_out, grad_sum, seeds)]
-
-    for rms, p in ((False, 0.25), (True, 0.0)):
-
-        def kernels(rms: bool = rms, p: float = p) -> dict[str, Tensor]:
-            on_x, on_residual, on_weight, on_bias, on_grad_out, on_grad_sum, on_seeds = on
-            out, total, mean, rstd = ops.dropout_add_norm_forward(
-                on_x, on_residual, on_weight, on_bias, on_seeds, p, 1e-5, rms, at.backend
-            )
-            grads = ops.dropout_add_norm_backward(
-                on_grad_out, on_grad_sum, total, on_weight, mean, rstd, on_seeds, p, rms,
-                [True] * 4, at.backend,
-            )  # fmt: skip
-            named = dict(zip(("dx", "dr", "dw", "db"), grads, strict=True))
-            return {"out": out, "sum": total, **named}
-
-        actual = at.run(kernels)
-        wide, b = weight.double(), bias.double()
-        out, total = reference.dropout_add_norm(
-            x.double(), residual.double(), wide, b, seeds, dropout_p=p, rms=rms
-        )
-        grads = reference.dropout_add_norm_backward(
-            grad_out.double(), grad_sum.double(), total, wide, seeds, dropout_p=p, rms=rms
-        )
-        expected = {
-            "out": out,
-            "sum": total,
-            **dict(zip(("dx", "dr", "dw", "db"), grads, strict=True)),
-        }
-        for name, y in expected.items():
-            yield Comparison(f"{name} ({'RMSNorm' if rms else 'LayerNorm'})", actual[name], y)

@@ -110,7 +110,7 @@ def test_doctor_tells_the_state_of_the_self_check(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "verified: float16" in text
     assert "failed: attention_forward (float16 head dim 64): out: off" in text
-    assert text.count("not yet") == 3
+    assert text.count("not yet") == len(families.at_first_use("triton")) - 2
     assert "cuda" not in text
     monkeypatch.setattr(backends, "self_check", False)
     assert "FASTATTN_SELF_CHECK=0" in doctor._self_check("triton", "linear_relu")

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +63,7 @@ class State:
         self.failures += line["failures"]
 
 
-def run_here(seed: int, numbers: range, isa: str, at: Path | None = None) -> dict:
+def run_here(seed: int, numbers: Sequence[int], isa: str, at: Path | None = None) -> dict:
     """The problems in this process. ``at``: a file that holds the number of the present one."""
     classes, worst, failures = Counter(), {}, []
     for number in numbers:

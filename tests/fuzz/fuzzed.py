@@ -1,105 +1,19 @@
 """Random problems for every public operation: shapes, layouts, dtypes, options, magnitudes, special
-values and orders of derivatives, each from a seed and a number alone."""
+values and orders of derivatives, each from a seed and a number alone. Here those of attention."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
+import fuzzed_layers
+import fuzzed_rows
 import torch
+from drawn import MAGNITUDES, MASKS, VALUES, Draw, Problem, shared
+from terms import terms_of_attention
 from torch import Tensor
 
 import fastattn
-
-DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LAYOUTS = ("contiguous", "rows first", "in wider rows", "every other row", "expanded")
-# Of queries, keys and inputs. A score is a product of two of them.
-MAGNITUDES = {"1": 1.0, "30": 5.5, "300": 17.0, "4000": 63.0, "tiny": 1e-5, "subnormal": 1e-39}
-MASKS = ("none", "bool", "float", "learned", "finite lowest", "infinite")
-VALUES = {"1": 1.0, "large": 1e4, "small": 1e-4, "0": 0.0}
-
-
-@dataclass
-class Problem:
-    """``run`` gives results for the leaves in any dtype: those of the kernels, of the reference in
-    the same dtype, and of the reference in float64 are compared."""
-
-    op: str
-    run: Callable[[Sequence[Tensor], str], Sequence[Tensor]]
-    leaves: list[Tensor]
-    order: int
-    magnitude: str
-    threads: int
-    score: float = 0.0  # a bound of |score|
-    scale: float = 1.0  # of scores
-    dropped: float = 1.0  # 1 / (1 - dropout_p)
-    layers: int = 0
-    classes: list[str] = field(default_factory=list)
-    whole: bool = True  # False: results may be NaN or infinite, and only where is compared
-
-
-class Draw:
-    """Choices by a name, which are counted by their classes."""
-
-    def __init__(self, seed: int, number: int) -> None:
-        self.rng = random.Random(f"{seed}/{number}")
-        self.classes: list[str] = []
-        self.tensors = torch.Generator().manual_seed(self.rng.randrange(2**62))
-
-    def one(self, what: str, choices: Sequence, weights: Sequence[float] | None = None) -> object:
-        chosen = self.rng.choices(list(choices), weights)[0]
-        self.classes.append(f"{what}: {str(chosen).removeprefix('torch.')}")
-        return chosen
-
-    def size(self, what: str, largest: int) -> int:
-        """Often small, at times 0 or 1, rarely the largest."""
-        kind = self.rng.random()
-        n = 0 if kind < 0.01 else 1 if kind < 0.12 else self.rng.randint(2, largest)
-        if n > 40 and self.rng.random() < 0.85:
-            n = self.rng.randint(2, 40)
-        if n == 0:
-            self.classes.append(f"no {what}")
-        return n
-
-    def normal(self, *shape: int, dtype: torch.dtype, by: float = 1.0) -> Tensor:
-        x = torch.randn(shape, generator=self.tensors, dtype=torch.float64) * by
-        return x.clamp(-3e38, 3e38).to(dtype)
-
-    def laid_out(self, x: Tensor) -> Tensor:
-        """The same values in another order of memory."""
-        layout = self.one("layout", LAYOUTS, (6, 2, 1, 1, 1))
-        if layout == "rows first" and x.dim() > 2:
-            return x.transpose(-3, -2).contiguous().transpose(-3, -2)
-        if layout == "in wider rows":
-            wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), math.nan)
-            wide[..., 1 : 1 + x.shape[-1]] = x
-            return wide[..., 1 : 1 + x.shape[-1]]
-        if layout == "every other row" and x.dim() > 1:
-            wide = x.new_full((*x.shape[:-2], 2 * x.shape[-2], x.shape[-1]), math.nan)
-            wide[..., ::2, :] = x
-            return wide[..., ::2, :]
-        if layout == "expanded" and x.dim() > 2:
-            return x[..., :1, :].expand(x.shape) if x.shape[-2] else x
-        return x
-
-
-def draw(seed: int, number: int) -> Problem:
-    made = Draw(seed, number)
-    kind = made.one("op", OPS, (6, 1, 2, 2))
-    problem = OPS[kind](made)
-    problem.classes = made.classes
-    return problem
-
-
-def _shared(made: Draw) -> tuple[torch.dtype, str, int, int]:
-    dtype = made.one("dtype", DTYPES)
-    magnitude = made.one("magnitude", MAGNITUDES, (6, 1, 1, 1, 1, 1))
-    if dtype.itemsize == 2 and magnitude == "subnormal":
-        magnitude = "tiny"  # float16 has no such numbers; vdpbf16ps takes those of bfloat16 as 0
-    order = made.one("order", (0, 1, 2), (3, 3, 2))
-    return dtype, magnitude, order, made.one("threads", (1, 2), (3, 1))
 
 
 def _options(made: Draw, length: int, heads: int, batch: int | None) -> dict[str, object]:
@@ -139,7 +53,7 @@ def _mask(
 
 
 def _attention(made: Draw) -> Problem:
-    dtype, magnitude, order, threads = _shared(made)
+    dtype, magnitude, order, threads = shared(made)
     batch, heads_k = made.size("batch", 3), made.size("heads", 3)
     heads = heads_k * made.one("queries' heads for one of keys", (1, 2, 3), (4, 1, 1))
     rows, keys = made.size("queries", 300), made.size("keys", 300)
@@ -194,11 +108,12 @@ def _with_sizes(problem: Problem, options: dict[str, object], mask: Tensor | Non
         problem.score += float(shown.abs().max()) if shown.numel() else 0.0
     kept = 1.0 - float(options.get("dropout_p", 0.0))
     problem.dropped = 1.0 / kept if kept else 1.0
+    problem.terms = terms_of_attention
     return problem
 
 
 def _packed_attention(made: Draw) -> Problem:
-    dtype, magnitude, order, threads = _shared(made)
+    dtype, magnitude, order, threads = shared(made)
     heads_k = made.size("heads", 3)
     heads = heads_k * made.one("queries' heads for one of keys", (1, 2), (3, 1))
     dim, dim_v = made.size("head_dim", 70), made.size("head_dim of values", 70)
@@ -222,58 +137,26 @@ def _packed_attention(made: Draw) -> Problem:
     return _with_sizes(problem, options, None)
 
 
-def _layers(made: Draw, rows: int, widths: list[int], biased: list[bool]) -> Problem:
-    """Leaves x, weights, biases. Where derivatives are wanted, no sum is near 0, where rounding
-    would decide on which side of the ReLU it is: inputs are positive, a unit's weights and bias
-    have one sign."""
-    dtype, magnitude, order, threads = _shared(made)
-    if order and magnitude == "subnormal":
-        magnitude = "tiny"
-    x = made.normal(rows, widths[0], dtype=dtype, by=MAGNITUDES[magnitude])
-    weights, biases = [], []
-    for n_in, n_out, bias in zip(widths, widths[1:], biased, strict=False):
-        w, b = (made.normal(*n, dtype=dtype) for n in ((n_out, n_in), (n_out,)))
-        w = w / max(1, n_in) ** 0.5
-        if order:
-            signs = 1 - 2 * torch.randint(2, (n_out,), generator=made.tensors)
-            w, b = w.abs() * signs[:, None], b.abs() * signs
-        weights.append(made.laid_out(w.to(dtype)))
-        biases += [b.to(dtype)] if bias else []
-    x = made.laid_out(x.abs() if order else x)
-    problem = Problem(
-        "", lambda leaves, backend: [], [x, *weights, *biases], order, magnitude, threads
-    )
-    problem.layers = len(weights)
-    return problem
-
-
-def _linear_relu(made: Draw) -> Problem:
-    widths = [made.size("inputs", 300), made.size("outputs", 300)]
-    biased = made.one("bias", (True, False))
-    problem = _layers(made, made.size("rows", 300), widths, [biased])
-    problem.op = "linear_relu"
-    problem.run = lambda leaves, backend: [fastattn.linear_relu(*leaves, backend=backend)]
-    return problem
-
-
-def _mlp(made: Draw) -> Problem:
-    layers = made.one("layers", (1, 2, 3))
-    widths = [made.size("outputs", 150) for _ in range(layers + 1)]
-    biased = [made.rng.random() < 0.7 for _ in range(layers)]
-    problem = _layers(made, made.size("rows", 200), widths, biased)
-
-    def run(leaves: Sequence[Tensor], backend: str) -> Sequence[Tensor]:
-        rest = iter(leaves[1 + layers :])
-        shifts = [next(rest) if b else None for b in biased]
-        return [fastattn.mlp(leaves[0], list(leaves[1 : 1 + layers]), shifts, backend=backend)]
-
-    problem.op, problem.run = "mlp", run
-    return problem
-
-
 OPS: dict[object, Callable[[Draw], Problem]] = {
     "attention": _attention,
     "packed attention": _packed_attention,
-    "linear_relu": _linear_relu,
-    "mlp": _mlp,
+    "linear_relu": fuzzed_layers.linear_relu,
+    "mlp": fuzzed_layers.mlp,
+    "layers": fuzzed_layers.layers,
+    "gated": fuzzed_layers.gated,
+    "activation": fuzzed_rows.activation,
+    "norm": fuzzed_rows.norm,
 }
+_WEIGHTS = (6, 1, 2, 2, 2, 1, 1, 2)
+
+
+def draw(seed: int, number: int) -> Problem:
+    made = Draw(seed, number)
+    problem = OPS[made.one("op", OPS, _WEIGHTS)](made)
+    problem.classes = made.classes
+    return problem
+
+
+def op_of(seed: int, number: int) -> object:
+    """The op of a problem, which is its first choice; the rest is not drawn."""
+    return Draw(seed, number).one("op", OPS, _WEIGHTS)

@@ -1,105 +1,20 @@
 // Every kernel on several threads, without torch: `kernels all` is the program for
 // ThreadSanitizer. `kernels past_the_end`, `misaligned` and `race` each hold a fault
 // that a sanitizer must report inside a kernel.
-#include <atomic>
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <random>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "cpu/cpu_features.h"
 #include "cpu/kernel_table.h"
+#include "linear_calls.h"
+#include "numbers.h"
+#include "row_calls.h"
 
 namespace {
 
 using namespace fastattn;
-
-constexpr int kThreads = 3;
-
-// As torch's pool: tasks are handed out one by one, and the calling thread takes part.
-void run_tasks(int64_t tasks, Parallel::Body body, const void* context) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t task = next++; task < tasks; task = next++) body(context, task);
-  };
-  std::vector<std::thread> others;
-  for (int t = 1; t < kThreads; ++t) others.emplace_back(work);
-  work();
-  for (std::thread& other : others) other.join();
-}
-
-const Parallel kParallel{kThreads, run_tasks};
-
-int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-Dtype accumulator(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-}
-
-void put(Dtype dtype, char* p, double x) {
-  const auto f = static_cast<float>(x);
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  int exponent;
-  const double mantissa = std::frexp(std::fabs(x), &exponent);
-  const auto high = static_cast<uint16_t>(bits >> 16);
-  const auto half =
-      static_cast<uint16_t>((bits >> 16 & 0x8000) | static_cast<unsigned>(exponent + 14) << 10 |
-                            static_cast<unsigned>((2 * mantissa - 1) * 1024));
-  if (dtype == Dtype::kFloat64) std::memcpy(p, &x, 8);
-  if (dtype == Dtype::kFloat32) std::memcpy(p, &f, 4);
-  if (dtype == Dtype::kBFloat16) std::memcpy(p, &high, 2);
-  if (dtype == Dtype::kFloat16) std::memcpy(p, &half, 2);
-}
-
-// Numbers in memory of their exact size: what is read or written past them is the sanitizer's.
-class Numbers {
- public:
-  // A result: NaN until it is written.
-  Numbers(Dtype dtype, int64_t count)
-      : dtype_(dtype),
-        bytes_(count * size_of(dtype)),
-        data_(static_cast<char*>(std::malloc(static_cast<size_t>(bytes_)))) {
-    std::memset(data_, 0xff, static_cast<size_t>(bytes_));
-  }
-  Numbers(Numbers&& x) noexcept
-      : dtype_(x.dtype_), bytes_(x.bytes_), data_(std::exchange(x.data_, nullptr)) {}
-  ~Numbers() { std::free(data_); }
-
-  static Numbers random(Dtype dtype, int64_t count) {
-    static std::mt19937 generator(17);
-    std::uniform_real_distribution<double> magnitudes(0.01, 1.0);
-    Numbers x(dtype, count);
-    for (int64_t i = 0; i < count; ++i) {
-      const double sign = generator() % 2 == 0 ? 1.0 : -1.0;
-      put(dtype, x.data_ + i * size_of(dtype), sign * magnitudes(generator));
-    }
-    return x;
-  }
-
-  char* data() const { return data_; }
-
-  void expect_written(const char* what) const {
-    const int64_t size = size_of(dtype_);
-    const char unwritten[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
-    for (int64_t i = 0; i < bytes_; i += size) {
-      if (std::memcmp(data_ + i, unwritten, static_cast<size_t>(size)) != 0) continue;
-      std::printf("%s: element %ld was not written\n", what, static_cast<long>(i / size));
-      std::exit(1);
-    }
-  }
-
- private:
-  Dtype dtype_;
-  int64_t bytes_;
-  char* data_;
-};
 
 struct AttentionShape {
   int64_t batch, heads_q, heads_k, seq_q, seq_k, dim, dim_v;
@@ -227,67 +142,74 @@ void call_attention(Dtype dtype, const AttentionShape& s) {
   });
 }
 
-void call_linear(Dtype dtype, int64_t m, int64_t k, int64_t n) {
-  const auto random = [&](int64_t count) { return Numbers::random(dtype, count); };
-  const cpu::KernelTable& kernels = cpu::kernels(dtype);
-  const Numbers x = random(m * k), w = random(n * k), bias = random(n), y(dtype, m * n);
-  std::vector<uint8_t> relu_mask(static_cast<size_t>(m * ((n + 7) / 8)));
-  LinearProblem p{dtype,    m, n,           k,    x.data(), k,
-                  w.data(), k, bias.data(), true, y.data(), relu_mask.data()};
-  kernels.linear_forward(p, kParallel);
-  y.expect_written("linear_forward");
-
-  const Numbers grad_y = random(m * n);
-  for (const bool by_output : {false, true}) {
-    const Numbers grad_x(dtype, m * k), grad_w(dtype, n * k), grad_bias(dtype, n);
-    LinearBackwardProblem b = backward_of(p);
-    b.grad_y = grad_y.data();
-    b.grad_y_stride = n;
-    if (by_output) {
-      b.relu_output = y.data();
-    } else {
-      b.relu_mask = relu_mask.data();
-    }
-    b.grad_x = grad_x.data();
-    b.grad_w = grad_w.data();
-    b.grad_bias = grad_bias.data();
-    kernels.linear_backward(b, kParallel);
-    for (const Numbers* grad : {&grad_x, &grad_w, &grad_bias})
-      grad->expect_written("linear_backward");
+int call_attentions(Dtype dtype) {
+  int calls = 0;
+  for (const AttentionShape& shape : {
+           AttentionShape{4, 4, 2, 30, 50, 16, 16},  // a task owns a unit
+           AttentionShape{2, 2, 2, 130, 220, 40, 24, MaskKind::kFloat},
+           AttentionShape{2, 2, 1, 130, 220, 40, 24, MaskKind::kFloat, true},
+           AttentionShape{2, 2, 2, 130, 220, 24, 40, MaskKind::kBool, true, 0.3},
+           AttentionShape{1, 1, 1, 300, 430, 17, 9, MaskKind::kNone, true},  // a block of rows
+           AttentionShape{1, 4, 2, 2, 700, 40, 24},                          // few queries
+           // with large scores, whose forward pass the others repeat
+           AttentionShape{2, 4, 2, 2, 700, 40, 24, MaskKind::kNone, false, 0.0, 30.0},
+       }) {
+    call_attention(dtype, shape);
+    ++calls;
   }
+  return calls;
+}
 
-  const Numbers t_x = random(m * k), t_w = random(n * k), t_bias = random(n), t_y(dtype, m * n);
-  kernels.linear_jvp({dtype, m, n, k, x.data(), k, w.data(), k, t_x.data(), k, t_w.data(), k,
-                      t_bias.data(), relu_mask.data(), t_y.data()},
-                     kParallel);
-  t_y.expect_written("linear_jvp");
+int call_layers(Dtype dtype) {
+  int calls = 0;
+  // A product by blocks, one of much depth, one whose result is written past the caches, and few
+  // rows.
+  const int64_t shapes[][3] = {
+      {200, 64, 300}, {50, 900, 77}, {600, 16, 1024}, {1, 1100, 1500}, {4, 900, 1037}};
+  for (const auto& [m, k, n] : shapes) {
+    call_relu(dtype, m, k, n);
+    ++calls;
+  }
+  for (int number = 0; number < kActivations; ++number) {
+    const auto activation = static_cast<Activation>(number);
+    // By blocks, and with few rows, whose weights are not packed.
+    const int64_t layers[][3] = {{130, 41, 77}, {2, 700, 301}};
+    for (const auto& [m, k, n] : layers) {
+      for (const double dropout_p : {0.0, 0.3}) call_layer(dtype, activation, dropout_p, m, k, n);
+      call_gated(dtype, activation, m, k, n);
+      calls += 3;
+    }
+    const int64_t rows[][2] = {{3, 700}, {61, 535}};  // one task and several
+    for (const auto& [m, n] : rows) {
+      for (const double dropout_p : {0.0, 0.3}) call_activation(dtype, activation, dropout_p, m, n);
+      calls += 2;
+    }
+  }
+  for (const int64_t m : {2, 17, 150}) {
+    call_several(dtype, m, 57, {5, 130, 16});
+    call_several(dtype, m, 64, {77, 301});
+    calls += 2;
+  }
+  return calls;
+}
+
+int call_norms(Dtype dtype) {
+  int calls = 0;
+  const int64_t rows[][2] = {{3, 17}, {130, 33}, {41, 1029}};
+  for (const auto& [m, n] : rows) {
+    for (const bool rms : {false, true}) {
+      call_norm(dtype, rms, 0.0, rms, m, n);
+      call_norm(dtype, rms, 0.3, !rms, m, n);
+      calls += 2;
+    }
+  }
+  return calls;
 }
 
 void call_everything() {
   int calls = 0;
-  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
-    for (const AttentionShape& shape : {
-             AttentionShape{4, 4, 2, 30, 50, 16, 16},  // a task owns a unit
-             AttentionShape{2, 2, 2, 130, 220, 40, 24, MaskKind::kFloat},
-             AttentionShape{2, 2, 1, 130, 220, 40, 24, MaskKind::kFloat, true},
-             AttentionShape{2, 2, 2, 130, 220, 24, 40, MaskKind::kBool, true, 0.3},
-             AttentionShape{1, 1, 1, 300, 430, 17, 9, MaskKind::kNone, true},  // a block of rows
-             AttentionShape{1, 4, 2, 2, 700, 40, 24},                          // few queries
-             // with large scores, whose forward pass the others repeat
-             AttentionShape{2, 4, 2, 2, 700, 40, 24, MaskKind::kNone, false, 0.0, 30.0},
-         }) {
-      call_attention(dtype, shape);
-      ++calls;
-    }
-    // A product by blocks, one of much depth, one whose result is written past the caches, and few
-    // rows.
-    const int64_t shapes[][3] = {
-        {200, 64, 300}, {50, 900, 77}, {600, 16, 1024}, {1, 1100, 1500}, {4, 900, 1037}};
-    for (const auto& [m, k, n] : shapes) {
-      call_linear(dtype, m, k, n);
-      ++calls;
-    }
-  }
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16})
+    calls += call_attentions(dtype) + call_layers(dtype) + call_norms(dtype);
   std::printf("%d problems on %d threads, kernels of %s\n", calls, kThreads, cpu::selected_isa());
 }
 
@@ -298,8 +220,15 @@ int fault(const std::string& name) {
   const Numbers x = Numbers::random(Dtype::kFloat32, m * k - short_by_one);
   const Numbers w = Numbers::random(Dtype::kFloat32, n * k);
   const Numbers bias = Numbers::random(Dtype::kFloat32, n + 1), y(Dtype::kFloat32, m * n);
-  LinearProblem p{Dtype::kFloat32,          m,     n,        k,      x.data(), k, w.data(), k,
-                  bias.data() + 2 * beside, false, y.data(), nullptr};
+  LinearProblem p;
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  p.x = x.data();
+  p.w = w.data();
+  p.x_stride = p.w_stride = k;
+  p.bias = bias.data() + 2 * beside;
+  p.y = y.data();
   const auto call = [&p] { cpu::kernels(p.dtype).linear_forward(p, {1, run_tasks}); };
   if (name == "race") {  // both write y
     std::thread other(call);

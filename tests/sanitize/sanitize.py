@@ -57,6 +57,7 @@ TESTS = (
     "ops/test_attention_kernels.py",
     "ops/test_linear_kernels.py",
     "ops/test_linear_sizes_of_zero.py",
+    "ops/test_layer_kernels.py",
     "ops/test_norm_kernels.py",
     "ops/test_second_order_kernels.py",
     "ops/test_extreme_scores.py",
