@@ -48,7 +48,8 @@ def _activation(
     block = config.ACTIVATION
     launch(
         activation_kernel,
-        (cdiv(m, block.rows), cdiv(n, block.columns)),
+        # One dimension: a grid has at most 65535 programs along any other.
+        (cdiv(m, block.rows) * cdiv(n, block.columns),),
         x,
         dy,
         seeds[0],

@@ -36,9 +36,9 @@ def activate(z, KIND: tl.constexpr):
         value, slope = z * phi, phi + z * tl.exp2(z * z * (-0.5 * LOG2_E)) * 0.3989422804014327
     elif KIND == GELU_TANH:
         square = z * z
-        v = z * (1.5957691216057308 + 0.07135481627159225 * square)  # (1 + tanh u) / 2 = S(2 u)
+        v = z * (1.5957691216057308 + 0.07135481627260025 * square)  # (1 + tanh u) / 2 = S(2 u)
         # Where the square is infinite, the logistic function's slope is 0.
-        slope = 1.5957691216057308 + 0.21406444881477676 * tl.minimum(square, 1e30)
+        slope = 1.5957691216057308 + 0.21406444881780075 * tl.minimum(square, 1e30)
         value, slope = times_logistic(z, v, slope)
     elif KIND == SILU:
         value, slope = times_logistic(z, z, one)
@@ -67,8 +67,9 @@ def activation_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(1) * BLOCK_N
+    pid, tiles = tl.program_id(0), tl.cdiv(n, BLOCK_N)  # tiles side by side
+    o_m = (pid // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = pid % tiles * BLOCK_N
     o_n = first + tl.arange(0, BLOCK_N)
     x = load_tile(p_x, o_m, o_n, stride_x, 1, m, n).to(ACC)
     value, slope = activate(x, KIND)  # E21, E22

@@ -38,11 +38,11 @@ class Driver:
 
 def redirect(set_attribute: Callable, architecture: int, launch: Callable) -> None:
     """Launches become calls of ``launch``, the GPU one of ``architecture``."""
-    from fastattn.ops.triton import attention_parts, linear_relu, norm, problem
+    from fastattn.ops.triton import activation, attention_parts, linear_relu, norm, problem
 
     for module in (problem, linear_relu):
         set_attribute(module, "capability", lambda _: architecture)
-    for module in (attention_parts, linear_relu, norm):
+    for module in (activation, attention_parts, linear_relu, norm):
         set_attribute(module, "launch", launch)
 
 

@@ -4,7 +4,6 @@ within the limit, no spills in the tuned tiles, Hopper's matrix instructions."""
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import os
 import re
 import subprocess
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from compile_only import Driver, redirect
+from pairs import every_pair
 
 from fastattn import ops
 from fastattn.ops import triton
@@ -35,24 +35,6 @@ SPILLS = 0 if importlib.metadata.version("triton").startswith("3.6.") else 24
 TF32_SPILLS = {64: 80, 128: 700, 256: 800}
 HEAD_DIMS, MASKS = (64, 128, 256), ("none", "bool", "float")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-
-
-def every_pair(*axes) -> list[tuple]:
-    """Combinations of the axes' values such that any two values of different axes meet in one: a
-    compilation takes seconds. FASTATTN_TEST_EVERY=1 gives all combinations; run it after a change
-    to the kernels."""
-    combinations = list(itertools.product(*axes))
-    if os.environ.get("FASTATTN_TEST_EVERY") == "1":
-        return combinations
-
-    def pairs(values: tuple) -> set:
-        return set(itertools.combinations(enumerate(values), 2))
-
-    wanted, chosen = set().union(*map(pairs, combinations)), []
-    while wanted:
-        chosen.append(max(combinations, key=lambda values: len(pairs(values) & wanted)))
-        wanted -= pairs(chosen[-1])
-    return chosen
 
 
 class Compiled(NamedTuple):
@@ -391,3 +373,22 @@ def test_dropout_add_norm(architecture, dtype, columns, rms, compiler):
             assert kernel.stack <= SPILLS, kernel[:4]
         if columns % 16 == 0:  # rows that start at multiples of 16 bytes
             assert "ld.global.v4" in kernel.ptx or "ld.global.v2.b64" in kernel.ptx, kernel.kernel
+
+
+@pytest.mark.parametrize(
+    "architecture, dtype, activation, dropout_p, columns",
+    every_pair(ARCHITECTURES, DTYPES, ops.ACTIVATIONS, [0.0, 0.3], [4096, 1001]),
+)
+def test_activation(architecture, dtype, activation, dropout_p, columns, compiler):
+    from fastattn.ops.triton import activation as launches
+
+    compiled, number = compiler(architecture), ops.ACTIVATIONS.index(activation)
+    x, seed = torch.empty(64, columns, dtype=DTYPES[dtype]), torch.zeros(1, dtype=torch.int64)
+    launches.activation_forward(x, number, dropout_p, seed)
+    launches.activation_backward(x, x, number, dropout_p, seed)
+    assert [kernel.kernel for kernel in compiled] == ["activation_kernel"] * 2
+    for kernel in compiled:
+        assert kernel.shared <= SHARED_BYTES[architecture], kernel[:4]
+        assert kernel.stack == 0, kernel[:4]
+        if columns % 16 == 0:  # rows that start at multiples of 16 bytes
+            assert "ld.global.v4" in kernel.ptx or "ld.global.v2.b64" in kernel.ptx, kernel[:4]

@@ -3,6 +3,7 @@ every global that it compares."""
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from compile_only import redirect
 
 from fastattn import ops
 from fastattn.ops import triton
+from fastattn.ops.triton import config
 
 pytestmark = pytest.mark.skipif(
     triton.interpreting() or triton.load_failure() is not None, reason="needs Triton's compiler"
@@ -33,6 +35,8 @@ LIVE_OF_NORMS = {
     "norm_backward_kernel": 17,
     "norm_add_shares_kernel": 6,
 }
+# The forward and the backward of an activation, without dropout and with it.
+LIVE_OF_ACTIVATIONS = [6, 8, 9, 11]
 NAMED_GLOBALS = {"LOG2_E", "LN_2"}
 
 
@@ -47,6 +51,14 @@ def launches(monkeypatch) -> list:
 
     redirect(monkeypatch.setattr, 90, launch)
     return calls
+
+
+@pytest.fixture
+def grids(monkeypatch) -> list:
+    """The grid of every launch; nothing runs."""
+    found = []
+    redirect(monkeypatch.setattr, 90, lambda kernel, grid, *args, **options: found.append(grid))
+    return found
 
 
 def count(value: object) -> int:
@@ -113,6 +125,7 @@ def test_few_globals_are_compared(launches):
     attend()
     attend(q=torch.empty(2, 4, 256, 128, dtype=torch.bfloat16))
     normalise(0.1)
+    activate(0.1)
     for kernel, _ in launches:
         assert kernel.cache_key  # which looks the globals up
         named = {name for name, _ in kernel.used_global_vals}
@@ -165,6 +178,44 @@ def test_sizes_make_no_new_norm_kernels(launches):
         free = {p.name for p in kernel.params if p.do_not_specialize}
         assert sizes
         assert sizes <= free, kernel.__name__
+
+
+def activate(dropout_p: float = 0.0, *shape: int) -> None:
+    """A forward and a backward, of a GELU."""
+    from fastattn.ops.triton import activation
+
+    x = torch.empty(shape or (2, 256, 128), dtype=torch.bfloat16, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    activation.activation_forward(x, 2, dropout_p, seed)
+    activation.activation_backward(x, x, 2, dropout_p, seed)
+
+
+def test_an_activation_binds_few_arguments(launches):
+    activate()
+    activate(0.1)
+    counts = [live(kernel, arguments) for kernel, arguments in launches]
+    assert counts == LIVE_OF_ACTIVATIONS
+    for _, arguments in launches[:2]:
+        assert not any(count(arguments[name]) for name in ("p_seed", "seed_rows", "threshold"))
+
+
+def test_sizes_make_no_new_activation_kernels(launches):
+    activate(0.1)
+    for kernel, _ in launches:
+        free = {p.name for p in kernel.params if p.do_not_specialize}
+        assert {"m", "seed_rows", "threshold"} <= free
+
+
+@pytest.mark.parametrize("shape", [(40_000_000,), (2, 40_000_000), (3_000_000, 8)], ids=str)
+def test_an_activation_of_any_size_has_a_grid(grids, shape):
+    """A GPU starts at most 65535 programs along any dimension but the first."""
+    activate(0.1, *shape)
+    assert len(grids) == 2
+    tile = config.ACTIVATION.rows * config.ACTIVATION.columns
+    for grid in grids:
+        assert math.prod(grid) * tile >= math.prod(shape)
+        assert grid[0] < 2**31
+        assert all(extent < 2**16 for extent in grid[1:])
 
 
 def test_a_flag_keeps_its_number():
