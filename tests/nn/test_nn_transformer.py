@@ -265,7 +265,11 @@ class _Plain(nn.TransformerEncoderLayer):
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("activation", [F.relu, F.gelu, nn.GELU("tanh"), nn.SiLU()], ids=str)
+@pytest.mark.parametrize(
+    "activation",
+    [F.relu, F.gelu, nn.GELU("tanh"), nn.SiLU()],
+    ids=["relu", "gelu", "gelu_tanh", "silu"],
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dropout_norms_and_activations_of_a_training_step(norm_first, activation, dtype):
     """The dropout of the kernels is the reference's for the seeds that they draw."""
