@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from fastattn import _products, backends
 from fastattn import nn as fnn
 from fastattn.functional._served import small_below
-from fastattn.integrations import pretrained, transformers
+from fastattn.integrations import blocks, pretrained, transformers
 from fastattn.integrations.report import PatchReport
 from fastattn.integrations.sequential import FusedSequential
 from fastattn.nn._plain import FORMER_CLASS, SMALL_BELOW, has_hooks, is_plain, to_torch
@@ -176,6 +176,8 @@ def plan(model: nn.Module) -> Plan:
             _plan_attention(name, module, made)
         elif isinstance(module, nn.Sequential):
             _plan_sequential(name, module, made)
+        elif (block := blocks.planned(module)) is not None:
+            _plan_block(name, module, *block, made)
         elif type(module) is nn.Linear:
             _plan_linear(name, module, made)
     _report_own_forwards(model, scripted, made.left)
@@ -225,6 +227,14 @@ def _plan_sequential(name: str, module: nn.Sequential, made: Plan) -> None:
     if fused:
         why = f"Linear, ReLU as one kernel call where that is faster: {', '.join(fused)}"
         made.swaps.append(ClassSwap(name, module, nn.Sequential, FusedSequential, why))
+
+
+def _plan_block(name: str, module: nn.Module, after: type[nn.Module], why: str, made: Plan) -> None:
+    reason = _unsupported(module, "dropout_add_norm")
+    if reason is None:
+        made.swaps.append(ClassSwap(name, module, type(module), after, why))
+    else:
+        made.left.add(name, module, None, reason)
 
 
 def _plan_linear(name: str, linear: nn.Linear, made: Plan) -> None:

@@ -108,5 +108,7 @@ def _kind(x: object) -> str:
     if isinstance(x, str):
         return x
     kind = x if isinstance(x, type) else type(x)
+    if "_fastattn_name" in vars(kind):  # a class that goes by the name of the one it stands for
+        return str(vars(kind)["_fastattn_name"])
     ours = kind.__module__.startswith("fastattn.")
     return f"fastattn {kind.__qualname__}" if ours else kind.__name__

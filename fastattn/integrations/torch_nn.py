@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import nn
 
 from fastattn import nn as fnn
-from fastattn.integrations import pretrained
+from fastattn.integrations import blocks, pretrained
 from fastattn.integrations.plan import ATTENTION, Plan, check, plan
 from fastattn.integrations.report import Entry, PatchReport
 from fastattn.integrations.sequential import FusedSequential
@@ -37,6 +37,9 @@ def patch(model: nn.Module, *, dry_run: bool = False) -> PatchReport:
       for a float32 one, in a dtype of autocast that torch has no product in for this processor:
       ``fastattn.backends.explain("linear", input, weight)``. Notes of the report count the other
       Linears.
+    - Blocks known by the code of their forward (``fastattn.integrations.blocks``), which most
+      encoders of Hugging Face and the decoders of the Llama family have: a Linear and its
+      activation; a Linear, dropout and the norm of the sum with a residual; a gated MLP.
     - The attention of Hugging Face models that is set to sdpa, see
       ``fastattn.integrations.pretrained``.
 
@@ -96,7 +99,7 @@ def unpatch(model: nn.Module) -> PatchReport:
         if FORMER_CLASS not in vars(module):
             continue
         before = type(module)
-        if before in _SWAPPED:
+        if before in _SWAPPED or blocks.is_block(before):
             report.add(name, before, to_torch(module), "restored")
         else:
             report.add(name, module, None, "its class was changed after patch; undo that first")

@@ -49,7 +49,9 @@ def test_patch_and_unpatch(wrapped):
     expected = bert(**inputs).logits
     keys, parameters = list(model.state_dict()), list(model.parameters())
     report = fastattn.patch(model)
-    assert report.counts == {("sdpa attention", "fastattn attention"): 1}
+    blocks = {(name, f"fastattn {name}"): 2
+              for name in ("BertSelfOutput", "BertIntermediate", "BertOutput")}  # fmt: skip
+    assert report.counts == {("sdpa attention", "fastattn attention"): 1} | blocks
     assert not report.skipped
     assert bert.config._attn_implementation == "fastattn"
     torch.testing.assert_close(bert(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
@@ -67,7 +69,11 @@ def test_patch_keeps_eager_where_the_weights_are_wanted():
     config = tiny("bert", attn_implementation="eager", output_attentions=True)
     model = transformers.BertModel(config)
     report = fastattn.patch(model)
-    assert not report.swapped
+    assert {e.before for e in report.swapped} == {
+        "BertSelfOutput",
+        "BertIntermediate",
+        "BertOutput",
+    }
     assert "output_attentions" in report.skipped[0].reason
     assert model.config._attn_implementation == "eager"
 
@@ -96,7 +102,7 @@ def test_patch_of_a_composite_model():
     before = [m.config._attn_implementation for m in parts]
     report = fastattn.patch(model)
     assert [m.config._attn_implementation for m in parts] == ["sdpa", "fastattn", "eager"]
-    assert [e.name for e in report.swapped] == ["encoder"]
+    assert [e.name for e in report.swapped if e.before == "sdpa attention"] == ["encoder"]
     assert [e.name for e in report.skipped if "output_attentions" in e.reason] == ["decoder.bert"]
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
     fastattn.unpatch(model)
