@@ -255,10 +255,16 @@ def select_activation(input: Tensor, backend: str | None = None) -> str:
     """``select`` for an activation with dropout, and for linear layers with one: ``cpu``,
     ``triton``, or ``reference`` for torch's own operations. These serve without a warning where no
     kernel does: they are O(1) operations of torch's."""
+    plain = backend is None and _default is None and not torch.compiler.is_compiling()
+    if plain and input.is_cpu and ("activation_dropout", input.dtype) in _layers_on_cpu:
+        return "cpu"
     problem = rows_problem("activation_dropout", input)
     if named(backend):
         return select(problem, backend)
-    return select(problem) if serves(problem) else "reference"
+    chosen = select(problem) if serves(problem) else "reference"
+    if plain and chosen == "cpu":
+        _layers_on_cpu.add(("activation_dropout", input.dtype))
+    return chosen
 
 
 def _warn(message: str, stacklevel: int) -> None:

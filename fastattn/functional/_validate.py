@@ -211,6 +211,26 @@ def linear(
             _bad(ValueError, of_bias, f"shape ({weight.shape[0]},)", tuple(bias.shape))
 
 
+def usual_layers(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+    """Whether layers on one input pass all checks, asked in little time; where it says no, the
+    checks themselves say why."""
+    if not input.dim() or input.layout is not torch.strided:
+        return False
+    wide, dtype, device = input.shape[-1], input.dtype, input.device
+    for w, b in zip(weights, biases, strict=True):
+        if not isinstance(w, Tensor) or w.dtype != dtype or w.device != device:
+            return False
+        if w.dim() != 2 or w.shape[1] != wide or w.layout is not torch.strided:
+            return False
+        if b is None:
+            continue
+        if not isinstance(b, Tensor) or b.dtype != dtype or b.device != device:
+            return False
+        if b.shape != w.shape[:1] or b.layout is not torch.strided:
+            return False
+    return True
+
+
 def width(input: Tensor, weight: Tensor, suffix: str = "", prefix: str = "") -> None:
     """Whether a weight has as many columns as input."""
     if weight.shape[1] != input.shape[-1]:

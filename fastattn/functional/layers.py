@@ -101,7 +101,8 @@ def linear(
     if activation == "relu" and dropout_p == 0.0:
         return linear_relu(input, weight, bias, backend=backend)
     input, weight, bias = autocast(input, weight, bias)
-    _validate.layers(input, [weight], [bias])
+    if not _validate.usual_layers(input, [weight], [bias]):
+        _validate.layers(input, [weight], [bias])
     if dropout_p == 1.0:
         return linear(input, weight, bias, activation, backend=backend) * 0.0  # NaN stays
     plain = activation is None and dropout_p == 0.0
@@ -227,9 +228,10 @@ def multi_linear(
     count = len(weights)
     input, *parameters = autocast(input, *weights, *biases)
     weights, biases = parameters[:count], parameters[count:]
-    for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        _validate.linear(input, weight, bias, f" {number}")
-        _validate.width(input, weight, f" {number}")
+    if not _validate.usual_layers(input, weights, biases):
+        for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            _validate.linear(input, weight, bias, f" {number}")
+            _validate.width(input, weight, f" {number}")
     if _chosen(input, weights, backend, plain=True) is not _By.KERNELS:
         pairs = zip(weights, biases, strict=True)
         return tuple(reference.linear(input, weight, bias) for weight, bias in pairs)
@@ -354,9 +356,10 @@ def gated_mlp(
     input, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias = autocast(
         input, *given
     )
-    for name, weight, bias in (("gate", gate_weight, gate_bias), ("up", up_weight, up_bias)):
-        _validate.linear(input, weight, bias, prefix=f"{name}_")
-        _validate.width(input, weight, prefix=f"{name}_")
+    if not _validate.usual_layers(input, (gate_weight, up_weight), (gate_bias, up_bias)):
+        for name, weight, bias in (("gate", gate_weight, gate_bias), ("up", up_weight, up_bias)):
+            _validate.linear(input, weight, bias, prefix=f"{name}_")
+            _validate.width(input, weight, prefix=f"{name}_")
     if gate_weight.shape != up_weight.shape:
         raise ValueError(
             f"up_weight: expected gate_weight's shape {tuple(gate_weight.shape)}, got "

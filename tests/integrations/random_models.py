@@ -146,7 +146,10 @@ def stretch(draw: Draw, shared: nn.Linear) -> nn.Module:
         if draw.chance("a Sequential inside", 0.1):
             layers.append(nn.Sequential(nn.Linear(draw.width, draw.width), nn.ReLU()))
     linears = [m for m in layers if isinstance(m, nn.Linear)]
-    if len(linears) > 1 and draw.chance("tied weights", 0.15):
+    # A shared layer may be parametrized since an earlier stretch: it has no Parameter to tie.
+    ends = linears[:1] + linears[-1:]
+    free = len(linears) > 1 and not any(map(parametrize.is_parametrized, ends))
+    if free and draw.chance("tied weights", 0.15):
         linears[-1].weight = linears[0].weight
     if draw.chance("parametrized before patch", 0.05):
         parametrize.register_parametrization(linears[0], "weight", Symmetric())
