@@ -67,6 +67,20 @@ class _Block:
 
     __prepare_scriptable__ = to_torch
     _fastattn_children: tuple[str, ...]  # in the order of the template
+    _fastattn_arguments: tuple[str, ...]  # of forward, without self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        names = self._fastattn_arguments
+        given = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
+        if len(given) == len(names) == len(args) + len(kwargs):
+            out = self._fastattn_forward(*given)
+            if out is not None:
+                return out
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def _fastattn_forward(self, *given: Any) -> Tensor | None:
+        """The block by the kernels, or None where these may not stand in."""
+        raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle, and a copy, names the former class and makes the subclass anew."""
@@ -87,16 +101,16 @@ def _revived(former: type[nn.Module]) -> nn.Module:
 
 
 class _ActivatedBlock(_Block):
-    def forward(self, x: Tensor) -> Tensor:
+    def _fastattn_forward(self, x: Tensor) -> Tensor | None:
         linear, activation = self._fastattn_parts()
         name = activation_of(activation)
         if name is None or not _fuses(linear, x):
-            return super().forward(x)  # type: ignore[misc]
+            return None
         return functional.linear(x, linear.weight, linear.bias, name)
 
 
 class _NormedBlock(_Block):
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+    def _fastattn_forward(self, x: Tensor, residual: Tensor) -> Tensor | None:
         linear, dropout, norm = self._fastattn_parts()
         p = active_dropout(dropout)
         if (
@@ -104,11 +118,13 @@ class _NormedBlock(_Block):
             or not is_plain(norm, nn.LayerNorm)
             or not no_global_hooks()
             or not unobserved()
+            or x is None
+            or residual is None
             or not ordinary(x, residual)
             or norm.normalized_shape != residual.shape[-1:]
             or not serves_norm(residual, norm.weight, norm.bias)
         ):
-            return super().forward(x, residual)  # type: ignore[misc]
+            return None
         out = linear(x)
         if out.shape != residual.shape:  # torch's sum broadcasts, or refuses
             return norm(dropout(out) + residual)
@@ -116,7 +132,7 @@ class _NormedBlock(_Block):
 
 
 class _GatedBlock(_Block):
-    def forward(self, x: Tensor) -> Tensor:
+    def _fastattn_forward(self, x: Tensor) -> Tensor | None:
         down, activation, gate, up = self._fastattn_parts()
         name = activation_of(activation)
         if (
@@ -125,7 +141,7 @@ class _GatedBlock(_Block):
             or not _fuses(up, x)
             or gate.weight.shape != up.weight.shape
         ):
-            return super().forward(x)  # type: ignore[misc]
+            return None
         tensors = (gate.weight, up.weight, None, gate.bias, up.bias)
         return down(functional.gated_mlp(x, *tensors, activation=name))
 
@@ -207,6 +223,9 @@ def _make(kind: type[nn.Module]) -> type[nn.Module] | None:
         if _same_code(function.__code__, known.code):
             members = {
                 "_fastattn_children": function.__code__.co_names,
+                "_fastattn_arguments": function.__code__.co_varnames[
+                    1 : function.__code__.co_argcount
+                ],
                 "_fastattn_kind": known,
                 "_fastattn_name": f"fastattn {kind.__name__}",
                 "__module__": kind.__module__,

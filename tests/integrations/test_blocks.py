@@ -218,6 +218,33 @@ def test_copies_and_pickles(x):
     assert type(model.down) is not Down
 
 
+def test_arguments_by_name(x):
+    stock = Down(0.0).double()
+    model = copy.deepcopy(stock)
+    fastattn.patch(model)
+    model.drop.p = stock.drop.p = 1.0
+    hidden = torch.randn(2, 5, HIDDEN, dtype=torch.float64)
+    for call in (
+        lambda m: m(hidden, residual=x),
+        lambda m: m(residual=x, hidden=hidden),
+        lambda m: m(hidden=hidden, residual=x),
+    ):
+        close(call(model), call(stock))
+    for call in (
+        lambda m: m(hidden),
+        lambda m: m(hidden, x, x),
+        lambda m: m(hidden, other=x),
+        lambda m: m(hidden, hidden=hidden),
+        lambda m: m(hidden, None),
+    ):
+        errors = []
+        for m in (model, stock):
+            with pytest.raises(TypeError) as error:
+                call(m)
+            errors.append(str(error.value))
+        assert errors[0] == errors[1]
+
+
 def test_a_global_hook(x):
     model = Block(p=0.0).double()
     fastattn.patch(model)
