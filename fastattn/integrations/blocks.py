@@ -68,11 +68,13 @@ class _Block:
     __prepare_scriptable__ = to_torch
     _fastattn_children: tuple[str, ...]  # in the order of the template
     _fastattn_arguments: tuple[str, ...]  # of forward, without self
+    _fastattn_code: tuple[FunctionType]  # the class's forward that is known
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = self._fastattn_arguments
         given = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
-        if len(given) == len(names) == len(args) + len(kwargs):
+        known = super().forward.__func__ is self._fastattn_code[0]  # type: ignore[misc]
+        if known and len(given) == len(names) == len(args) + len(kwargs):
             out = self._fastattn_forward(*given)
             if out is not None:
                 return out
@@ -226,6 +228,7 @@ def _make(kind: type[nn.Module]) -> type[nn.Module] | None:
                 "_fastattn_arguments": function.__code__.co_varnames[
                     1 : function.__code__.co_argcount
                 ],
+                "_fastattn_code": (function,),
                 "_fastattn_kind": known,
                 "_fastattn_name": f"fastattn {kind.__name__}",
                 "__module__": kind.__module__,

@@ -245,6 +245,13 @@ def test_arguments_by_name(x):
         assert errors[0] == errors[1]
 
 
+def test_a_forward_that_is_replaced_later(x, monkeypatch):
+    model = Block(p=0.0).double()
+    fastattn.patch(model)
+    monkeypatch.setattr(Up, "forward", lambda self, x: self.act(self.lin(x)) * 2)
+    close(model.up(x), 2 * F.gelu(F.linear(x, model.up.lin.weight, model.up.lin.bias)))
+
+
 def test_a_global_hook(x):
     model = Block(p=0.0).double()
     fastattn.patch(model)
