@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.table import Table
 
@@ -56,7 +56,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [self.summary()]
-        lines += [f"  {e.name}: {e.before} -> {e.after}: {e.reason}" for e in self.swapped]
+        lines += [
+            f"  {e.name}: {e.before} -> {e.after}: {e.reason}" for e in _grouped(self.swapped)
+        ]
         lines += [f"  {e.name}: {e.before} left alone: {e.reason}" for e in self.skipped]
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
@@ -65,9 +67,27 @@ class Report:
         table = Table("module", "was", "is", "why", title=self.summary(), title_justify="left")
         table.caption = "\n".join(self.notes) or None
         table.caption_justify = "left"
-        for e in (*self.swapped, *self.skipped):
+        for e in (*_grouped(self.swapped), *self.skipped):
             table.add_row(e.name, e.before, e.after or "(left alone)", e.reason)
         return table
+
+
+_MOST_LINES = 3  # of parts that became the same for the same reason; more are one line
+
+
+def _grouped(entries: list[Entry]) -> list[Entry]:
+    """The entries to print: the layers of a stack, which are alike, by their first one."""
+    alike = Counter((e.before, e.after, e.reason) for e in entries)
+    printed, seen = [], set()
+    for e in entries:
+        kind = (e.before, e.after, e.reason)
+        count = alike[kind]
+        if count <= _MOST_LINES:
+            printed.append(e)
+        elif kind not in seen:
+            seen.add(kind)
+            printed.append(replace(e, name=f"{e.name} (and {count - 1} more)"))
+    return printed
 
 
 @dataclass

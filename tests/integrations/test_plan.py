@@ -256,6 +256,16 @@ def test_report():
     assert "MultiheadAttention" in shown
 
 
+@pytest.mark.parametrize("count", [3, 4, 30])
+def test_layers_that_are_alike_are_one_line_of_the_report(count):
+    model = nn.Sequential(*(nn.MultiheadAttention(6, 2) for _ in range(count)))
+    report = fastattn.patch(model)
+    assert len(report.swapped) == count
+    lines = [line for line in str(report).splitlines() if "->" in line and line[0] == " "]
+    assert len(lines) == (3 if count == 3 else 1)
+    assert lines[0].startswith("  0: " if count == 3 else f"  0 (and {count - 1} more): ")
+
+
 def test_a_compiled_model_is_patched_inside():
     model = torch.compile(digits(), backend="eager", fullgraph=True)
     x = torch.randn(3, 64)
