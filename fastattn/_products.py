@@ -8,9 +8,11 @@ It was measured in pairs, one thread, by ``benchmarks/linear_table.py``; the tab
   4, 2.2 to 39 with more;
 - on processors with avx512_bf16 and without AMX (Zen 4 and later) bfloat16, which torch has a
   product for: 1.2 to 1.9 with up to 4 rows, about 1 with more;
-- on Intel's processors with AVX-512, dtypes that torch has a product for (MKL's and oneDNN's, with
-  AMX tiles for bfloat16): float32 0.8 to 1.0, float16 0.7 to 1.0, bfloat16 0.1 to 0.2, of which
-  1.3 to 1.8 with one row of 16 bits. There torch's product is taken, whatever follows it;
+- on an Intel Xeon with AVX-512 and AMX, with a ReLU behind the product, 2 threads: float32 0.8 to
+  1.0, float16 0.7 to 1.0, bfloat16 0.1 to 0.2; with one row of 16 bits 1.3 to 1.8. Intel's
+  processors with AVX-512 therefore take torch's product in these dtypes, but for that one row,
+  whatever follows it. Those without AMX were not measured: float32 is MKL's there too, and the
+  16-bit dtypes that they have no product in stay with the kernels;
 - on Zen 4 float32, for which torch's product is MKL's: 1.1 to 1.9 with 2 to 16 rows from 2 million
   multiply-adds on, 1.05 to 1.7 with more rows from 67 million on. On AVX2 it is 0.7 to 1.4.
 """

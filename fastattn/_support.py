@@ -75,6 +75,8 @@ def _unsupported_triton(problem: Problem) -> list[str]:
         gpu, size = capability_of(problem.gpu), problem.dtype.itemsize
         against = config.unsupported(gpu, size, problem.head_dim)
         found += [against] if against is not None else []
+    if problem.op in ("multi_linear", "gated_mlp"):
+        found.append("it has no kernel for several weights on one input")
     if problem.dtype not in _DTYPES:
         found.append(f"{problem.dtype} is not one of float32, float64, bfloat16, float16")
     if problem.head_dim > triton.MAX_HEAD_DIM:

@@ -251,19 +251,21 @@ def torch_multiplies(input: Tensor, backend: str | None) -> bool:
     return not named(backend) and _products.torch_multiplies(input)
 
 
-def select_activation(input: Tensor, backend: str | None = None) -> str:
+def select_activation(
+    input: Tensor, backend: str | None = None, op: str = "activation_dropout"
+) -> str:
     """``select`` for an activation with dropout, and for linear layers with one: ``cpu``,
-    ``triton``, or ``reference`` for torch's own operations. These serve without a warning where no
-    kernel does: they are O(1) operations of torch's."""
+    ``triton``, or ``reference`` for torch's own operations. Where no kernel serves the call, these
+    are taken without a warning, because they need no more memory than a kernel."""
     plain = backend is None and _default is None and not torch.compiler.is_compiling()
-    if plain and input.is_cpu and ("activation_dropout", input.dtype) in _layers_on_cpu:
+    if plain and input.is_cpu and (op, input.dtype) in _layers_on_cpu:
         return "cpu"
-    problem = rows_problem("activation_dropout", input)
+    problem = rows_problem(op, input)
     if named(backend):
         return select(problem, backend)
     chosen = select(problem) if serves(problem) else "reference"
     if plain and chosen == "cpu":
-        _layers_on_cpu.add(("activation_dropout", input.dtype))
+        _layers_on_cpu.add((op, input.dtype))
     return chosen
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -115,6 +115,38 @@ def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return apply(_Add, a, b) if transforming() else a + b
+
+
+def shape_of(x: Tensor) -> Tensor:
+    """A stand-in of one element for a tensor whose values no derivative reads: the tensor itself
+    may then be freed, or changed in place, as with torch's Linear."""
+    return x.new_zeros(()).expand(x.shape)
+
+
+def gradients_again(
+    call: Callable[..., Sequence[Tensor]],
+    tensors: Sequence[Any],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of the tensors that are needed, with a graph of their own: ``call`` computes
+    the outputs once more, by operations that can be differentiated."""
+    with torch.enable_grad(), without_autocast(tensors[0]):
+        # An alias of each argument: a tensor that is given twice, or computed from another
+        # argument, gets a gradient for each place. A stand-in has no graph of its own.
+        aliases: list[Any] = [None if x is None else x.view_as(x) for x in tensors]
+        for alias, need in zip(aliases, needs, strict=True):
+            if need and not alias.requires_grad:
+                alias.requires_grad_()
+        outs = [(out, g) for out, g in zip(call(*aliases), grads, strict=True) if g is not None]
+        wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
+        found = iter(
+            torch.autograd.grad(
+                [out for out, _ in outs], wanted, [g for _, g in outs],
+                create_graph=True, allow_unused=True,
+            )
+        )  # fmt: skip
+    return [next(found) if need else None for need in needs]
 
 
 def may_be_differentiated() -> bool:

@@ -3,7 +3,6 @@ Functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor
 
 from fastattn import ops, reference
 from fastattn.functional._autograd import (
+    gradients_again,
     is_batched_gradient,
     kernel,
     may_be_differentiated,
-    without_autocast,
+    shape_of,
 )
 from fastattn.functional.packing import panels_of
 
@@ -54,7 +54,7 @@ class ActivationFunction(torch.autograd.Function):
         ctx.backend = backend[0] if backend else ops.NATIVE
         ctx.set_materialize_grads(False)
         if ctx.activation is None:
-            input = input.new_zeros(()).expand(input.shape)  # only its shape is read
+            input = shape_of(input)
         ctx.save_for_backward(input, seed)
 
     @staticmethod
@@ -68,7 +68,7 @@ class ActivationFunction(torch.autograd.Function):
             def call(x: Any) -> list[Tensor]:
                 return [reference.activation_dropout(x, **options)]
 
-            (grad,) = _gradients_again(call, [input], [grad_out], [True])
+            (grad,) = gradients_again(call, [input], [grad_out], [True])
         else:
             grad = kernel(
                 ops.activation_backward,
@@ -129,7 +129,7 @@ class LinearFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[layers:])
         ctx.set_materialize_grads(False)
         if ctx.activation is None and not any(ctx.needs_input_grad[6 : 6 + layers]):
-            input = input.new_zeros(()).expand(input.shape)  # only its shape is read
+            input = shape_of(input)
         ctx.save_for_backward(input, seed, *parameters, *output[layers:])
 
     @staticmethod
@@ -149,7 +149,7 @@ class LinearFunction(torch.autograd.Function):
                 pairs = zip(tensors[:layers], tensors[layers:], strict=True)
                 return [reference.linear(x, w, b, **options) for w, b in pairs]
 
-            found = _gradients_again(call, (input, *parameters), grads[:layers], needs)
+            found = gradients_again(call, (input, *parameters), grads[:layers], needs)
         else:
             # Only the layers that have a gradient take part.
             places = [0, *(1 + n for n in given), *(1 + layers + n for n in given)]
@@ -217,35 +217,9 @@ class GatedLinearFunction(torch.autograd.Function):
             def call(*tensors: Any) -> list[Tensor]:
                 return [reference.gated_linear(*tensors, activation=ctx.activation)]
 
-            return *_gradients_again(call, tensors, [grad_out], needs), None, None
+            return *gradients_again(call, tensors, [grad_out], needs), None, None
         found = kernel(
             ops.linear_backward,
             [grad_out, grad_out], tensors[0], tensors[1:3], [of_gate, of_up], 0.0, list(needs),
         )  # fmt: skip
         return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
-
-
-def _gradients_again(
-    call: Callable[..., Sequence[Tensor]],
-    tensors: Sequence[Any],
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients of the tensors that are needed, with a graph of their own: ``call`` computes
-    the outputs once more, by torch's operations."""
-    with torch.enable_grad(), without_autocast(tensors[0]):
-        # An alias of each argument: a tensor that is given twice gets a gradient for each place. A
-        # stand-in for an input of which the outputs are linear has no graph of its own.
-        aliases: list[Any] = [None if x is None else x.view_as(x) for x in tensors]
-        for alias, need in zip(aliases, needs, strict=True):
-            if need and not alias.requires_grad:
-                alias.requires_grad_()
-        outs = [(out, g) for out, g in zip(call(*aliases), grads, strict=True) if g is not None]
-        wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [out for out, _ in outs], wanted, [g for _, g in outs],
-                create_graph=True, allow_unused=True,
-            )
-        )  # fmt: skip
-    return [next(found) if need else None for need in needs]

@@ -29,12 +29,16 @@ class _By(enum.Enum):
 
 
 def _chosen(
-    input: Tensor, weights: Sequence[Tensor], backend: str | None, plain: bool = False
+    input: Tensor,
+    weights: Sequence[Tensor],
+    backend: str | None,
+    plain: bool = False,
+    op: str = "activation_dropout",
 ) -> _By:
     """Torch, where the caller names the reference, under forward mode and torch.func, and on
     devices without kernels; torch's product on a GPU, and where the caller names nothing and it is
     faster: for ``plain`` products than the kernels', else than theirs with what follows."""
-    kernels = backends.select_activation(input, backend)
+    kernels = backends.select_activation(input, backend, op)
     if kernels == "reference" or transforming():
         return _By.TORCH
     if kernels == "triton":
@@ -165,9 +169,10 @@ def activation_dropout(
 
 
 def _pass_pays(activation: str | None, dropout_p: float, backend: str | None) -> bool:
-    """Whether one pass of the kernels is faster than torch's operations. Forward and backward,
-    float32 and bfloat16, 2 threads with AVX-512: dropout 12 to 17, ``gelu_tanh`` 2.6 to 3.6;
-    ``silu`` 1.0 to 1.1, ``gelu`` 0.6 and 1.2."""
+    """Whether one pass of the kernels is faster than torch's operations. Torch's time over ours for
+    1024 x 768 and more, 2 threads of a Xeon with AVX-512, forward and backward: dropout 11 to 17
+    and 0.7 (about 5 together), ``gelu_tanh`` 2.4 to 3.6 and 2.0 to 3.4, ``silu`` 1.0 to 1.1 and
+    1.0 to 1.2, ``gelu`` 0.6 and 1.2."""
     if backends.named(backend):
         return activation is not None or dropout_p > 0.0
     return dropout_p > 0.0 or activation in ("gelu_tanh", "relu2", "quick_gelu")
@@ -207,8 +212,8 @@ def multi_linear(
         weights: L >= 1 tensors ``[out_features_l, in_features]``, of input's dtype and device;
             under autocast the dtypes may differ, and all are cast.
         biases: L tensors ``[out_features_l]`` or Nones, or None for no bias at all.
-        backend: ``cpu``, ``triton`` (behind torch's product), ``reference``, or None for the
-            kernels, or for torch's own product where that is faster.
+        backend: ``cpu``, ``reference``, or None for the kernels, or for torch's own product where
+            that is faster.
 
     Returns:
         L tensors ``[..., out_features_l]`` in input's dtype.
@@ -232,7 +237,7 @@ def multi_linear(
         for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             _validate.linear(input, weight, bias, f" {number}")
             _validate.width(input, weight, f" {number}")
-    if _chosen(input, weights, backend, plain=True) is not _By.KERNELS:
+    if _chosen(input, weights, backend, True, "multi_linear") is not _By.KERNELS:
         pairs = zip(weights, biases, strict=True)
         return tuple(reference.linear(input, weight, bias) for weight, bias in pairs)
     save = _save(input, *parameters)
@@ -333,8 +338,8 @@ def gated_mlp(
         up_bias: ``[hidden_features]`` or None.
         down_bias: ``[out_features]`` or None.
         activation: as in ``fastattn.linear``; None is the bilinear layer.
-        backend: ``cpu``, ``triton`` (behind torch's product), ``reference``, or None for the
-            kernels, or for torch's own product where that is faster.
+        backend: ``cpu``, ``reference``, or None for the kernels, or for torch's own product where
+            that is faster.
 
     Returns:
         ``[..., out_features]``, or ``[..., hidden_features]`` without ``down_weight``, in input's
@@ -366,7 +371,7 @@ def gated_mlp(
             f"{tuple(up_weight.shape)}"
         )
     tensors = (input, gate_weight, up_weight, gate_bias, up_bias)
-    if _chosen(input, [gate_weight, up_weight], backend) is not _By.KERNELS:
+    if _chosen(input, [gate_weight, up_weight], backend, op="gated_mlp") is not _By.KERNELS:
         hidden = reference.gated_linear(*tensors, activation=activation)
     else:
         hidden = apply(GatedLinearFunction, *tensors, activation, _save(*tensors))[0]

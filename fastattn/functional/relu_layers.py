@@ -13,10 +13,12 @@ from fastattn.functional import _validate
 from fastattn.functional._autograd import (
     apply,
     autocast,
+    gradients_again,
     is_batched_gradient,
     kernel,
     may_be_differentiated,
     save_for_forward,
+    shape_of,
     transforming,
     without_autocast,
 )
@@ -66,7 +68,7 @@ class LinearReLUFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         if not transforming() and not ctx.needs_input_grad[1]:
-            input = _shape_of(input)
+            input = shape_of(input)
         ctx.save_for_backward(input, weight, output[1])
         save_for_forward(ctx, input, weight, output[1])
 
@@ -134,7 +136,7 @@ class MLPFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.frozen = not any(ctx.needs_input_grad[2 : 2 + ctx.layers])
         if ctx.frozen:
-            input = _shape_of(input)
+            input = shape_of(input)
         ctx.save_for_backward(input, *parameters, *output[1:])
 
     @staticmethod
@@ -149,30 +151,15 @@ class MLPFunction(torch.autograd.Function):
             if ctx.frozen:
                 grads = _gradients_of_frozen(grad_out, parameters[:layers], hidden, needs)
             else:
-                grads = _gradients_by_layer(grad_out, input, layers, parameters, needs)
+
+                def call(x: Any, *tensors: Any) -> list[Tensor]:
+                    return [layer_by_layer(x, tensors[:layers], tensors[layers:], ops.NATIVE)]
+
+                grads = gradients_again(call, (input, *parameters), [grad_out], needs)
         else:
             grads = kernel(ops.mlp_backward, grad_out, input, parameters[:layers], hidden, needs)
         grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         return (grads[0], None, *grads[1:])
-
-
-def _gradients_by_layer(
-    grad_out: Tensor,
-    input: Tensor,
-    layers: int,
-    parameters: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """MLPFunction's gradients with a graph of their own."""
-    with torch.enable_grad(), without_autocast(input):
-        # An alias of each argument: a tensor that is given twice, or computed from another
-        # argument, gets a gradient for each place.
-        tensors: list[Any] = [None if x is None else x.view_as(x) for x in (input, *parameters)]
-        weights, biases = tensors[1 : layers + 1], tensors[layers + 1 :]
-        out = layer_by_layer(tensors[0], weights, biases, ops.NATIVE)
-        wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
-        grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
-    return [next(grads) if need else None for need in needs]
 
 
 def _gradients_of_frozen(
@@ -190,12 +177,6 @@ def _gradients_of_frozen(
             if i > 0:
                 grad_out = torch.where(hidden[i - 1] <= 0, 0.0, grad_out)
     return [grad_out, *grads[1:]]
-
-
-def _shape_of(x: Tensor) -> Tensor:
-    """A stand-in of one element for a tensor whose values no derivative reads: the tensor itself
-    may then be freed, or changed in place, as with torch's Linear."""
-    return x.new_zeros(()).expand(x.shape)
 
 
 def layer_by_layer(

@@ -31,6 +31,8 @@ from fastattn.nn._plain import (
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.linear import is_plain_linear
 
+_SA_BLOCK = nn.TransformerEncoderLayer._sa_block
+
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """``torch.nn.TransformerEncoderLayer`` on the fused kernels, in training with dropout too.
@@ -164,15 +166,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     def _dropout_is_fused(self, x: Tensor) -> bool:
         """Whether a kernel may drop the elements of both blocks, add the residual and normalise,
-        and is faster: where something is dropped. A subclass may have blocks of its own."""
-        kind, norms, drops = (
-            type(self),
-            (self.norm1, self.norm2),
-            (self.dropout1, self.dropout2),
-        )
+        and is faster: where something is dropped. A subclass, or a layer, may have blocks of its
+        own."""
+        norms, drops = (self.norm1, self.norm2), (self.dropout1, self.dropout2)
         return (
-            kind._sa_block is nn.TransformerEncoderLayer._sa_block
-            and kind._ff_block is TransformerEncoderLayer._ff_block
+            getattr(self._sa_block, "__func__", None) is _SA_BLOCK
+            and getattr(self._ff_block, "__func__", None) is TransformerEncoderLayer._ff_block
             and all(active_dropout(drop) for drop in drops)
             and all(is_plain(norm, nn.LayerNorm) for norm in norms)
             and all(norm.normalized_shape == x.shape[-1:] for norm in norms)

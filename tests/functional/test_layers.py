@@ -313,6 +313,12 @@ def test_bad_input(change, error, message):
         (lambda x, w: fastattn.multi_linear(x, [w, w.T]), ValueError, "weight 1: expected in_feat"),
         (lambda x, w: fastattn.gated_mlp(x, w, w[:2], w), ValueError, "up_weight: expected gate_w"),
         (lambda x, w: fastattn.gated_mlp(x, w.T, w, w), ValueError, "gate_weight: expected in_fea"),
+        (
+            lambda x, w: fastattn.gated_mlp(x, w, w, None, backend="triton"),
+            RuntimeError,
+            "'triton'",
+        ),
+        (lambda x, w: fastattn.multi_linear(x, [w], backend="triton"), RuntimeError, "'triton'"),
         (lambda x, w: fastattn.gated_mlp(x, w, w, w), ValueError, "down_weight: expected in_feat"),
         (
             lambda x, w: fastattn.gated_mlp(x, w, w, None, w),

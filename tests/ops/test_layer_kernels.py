@@ -74,7 +74,6 @@ def test_the_mask_is_the_references(dtype, activation, rows):
     out, expected = linear(*leaves, activation, 0.4), reference.linear(*wide, **options)
     peer = reference.linear(*leaves, **options)
     check("out", out, expected, peer)
-    assert abs((reference.keep_factor(x, options["seed"], 0.4) == 0).float().mean() - 0.4) < 0.2
     t = draw(rows, 77).to(dtype)
     found = torch.autograd.grad(out, leaves, t)
     peers = torch.autograd.grad(peer, leaves, t)
