@@ -63,8 +63,8 @@ _verdicts: dict[tuple[str, Problem], list[str]] = {}  # of the self-check, where
 
 
 class FastAttnWarning(UserWarning):
-    """The O(S²) reference backend was taken because no kernel serves the call, or a kernel failed
-    its self-check."""
+    """The O(S²) reference backend was taken because no kernel serves the call, a kernel failed its
+    self-check, or a model that was to skip its padding could not."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _failures(problem: Problem, backend: str, run: bool = True) -> list[str]:
         _verdicts[backend, problem] = against
     if run:
         for reason in against:
-            _warn(
+            warn_once(
                 f"{backend}: {reason}. It is used only where backend={backend!r} is given. Please "
                 "send the output of `fastattn doctor --check` to the project's issue tracker; "
                 "FASTATTN_SELF_CHECK=0 turns the self-check off",
@@ -213,7 +213,7 @@ def select(problem: Problem, backend: str | None = None, *, run_self_check: bool
     if not compiling:
         if problem.device == "cuda" and not unsupported(problem, "cuda"):
             against = [*against, *(f"cuda: {reason}" for reason in _unproven(problem, "cuda"))]
-        _warn(
+        warn_once(
             f"{problem.op} runs on the reference backend, without kernels: {'; '.join(against)}", 4
         )
     return "reference"
@@ -269,7 +269,7 @@ def select_activation(
     return chosen
 
 
-def _warn(message: str, stacklevel: int) -> None:
+def warn_once(message: str, stacklevel: int) -> None:
     """Warns once for each message, at the line of the user's code that made the call."""
     if message not in _warned:
         _warned.add(message)

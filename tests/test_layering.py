@@ -36,7 +36,7 @@ ALLOWED = {
     "backends": {"_extension", "_problem", "_products", "_support", "ops", "verification"},
     "ops": {"_call", "_extension", "ops"},
     "functional": {"_problem", "_products", "ops", "reference", "backends", "functional"},
-    "nn": {"functional", "nn"},
+    "nn": {"backends", "functional", "nn"},
     "integrations": {"_products", "nn", "functional", "backends", "integrations"},
     "cli": {
         "integrations",

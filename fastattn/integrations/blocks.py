@@ -35,6 +35,7 @@ from fastattn.nn._plain import (
     is_plain,
     no_global_hooks,
     to_torch,
+    unpickled,
 )
 from fastattn.nn.linear import is_plain_linear
 
@@ -89,17 +90,10 @@ class _Block:
         former = vars(self).get(FORMER_CLASS)
         if former is None or not is_block(type(self)):  # another library changed the class
             return super().__reduce_ex__(protocol)
-        return _revived, (former,), dict(vars(self))
+        return unpickled, (block_class, former), dict(vars(self))
 
     def _fastattn_parts(self) -> list[Any]:
         return [getattr(self, name) for name in self._fastattn_children]
-
-
-def _revived(former: type[nn.Module]) -> nn.Module:
-    kind = block_class(former)
-    if kind is None:  # another version of the model's library: the state has what it needs
-        return former.__new__(former)
-    return kind.__new__(kind)
 
 
 class _ActivatedBlock(_Block):

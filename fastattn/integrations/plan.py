@@ -15,9 +15,10 @@ from fastattn import _products, backends
 from fastattn import nn as fnn
 from fastattn.functional._served import small_below
 from fastattn.integrations import blocks, pretrained, transformers
+from fastattn.integrations import unpad as unpadding
 from fastattn.integrations.report import PatchReport
 from fastattn.integrations.sequential import FusedSequential
-from fastattn.nn._plain import FORMER_CLASS, SMALL_BELOW, has_hooks, is_plain, to_torch
+from fastattn.nn._plain import FORMER_CLASS, SMALL_BELOW, UNPAD, has_hooks, is_plain, to_torch
 from fastattn.nn.linear import is_plain_linear
 
 ATTENTION = {
@@ -36,6 +37,7 @@ class ClassSwap:
     before: type[nn.Module]
     after: type[nn.Module]
     reason: str
+    unpad: bool = False
 
     def do(self) -> None:
         if type(self.module) is not self.before:
@@ -48,6 +50,8 @@ class ClassSwap:
             vars(self.module)[SMALL_BELOW] = small_below(
                 m for m in self.module._modules.values() if m is not None
             )
+        if self.unpad:
+            vars(self.module)[UNPAD] = True
         self.module.__class__ = self.after
 
     def undo(self) -> None:
@@ -137,11 +141,12 @@ class Plan:
         return self.report.__rich__()
 
 
-def plan(model: nn.Module) -> Plan:
+def plan(model: nn.Module, *, unpad: bool = False) -> Plan:
     """What ``patch(model)`` would do. The model is looked at; it is not run and not changed.
 
     Args:
         model: any module.
+        unpad: as in ``patch``.
 
     Returns:
         The Plan, whose ``apply`` makes the swaps.
@@ -162,6 +167,8 @@ def plan(model: nn.Module) -> Plan:
             made.swaps.append(AttentionSwap(part))
         else:
             made.left.add(part.name, part.before, None, part.reason)
+    if unpad:
+        _plan_unpadded(model, made)
     scripted: set[nn.Module] = set()
     attention: tuple[type[nn.Module], ...] = tuple(ATTENTION)
     for name, module in model.named_modules():
@@ -173,7 +180,7 @@ def plan(model: nn.Module) -> Plan:
         elif FORMER_CLASS in vars(module):
             made.left.add(name, module, None, "already patched")
         elif isinstance(module, attention):
-            _plan_attention(name, module, made)
+            _plan_attention(name, module, made, unpad)
         elif isinstance(module, nn.Sequential):
             _plan_sequential(name, module, made)
         elif (block := blocks.planned(module)) is not None:
@@ -190,7 +197,33 @@ def check(model: object) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
-def _plan_attention(name: str, module: nn.Module, made: Plan) -> None:
+def _plan_unpadded(model: nn.Module, made: Plan) -> None:
+    """Plans that the encoders of known classes skip padding, and notes why others do not."""
+    parts = [swap.part for swap in made.swaps if isinstance(swap, AttentionSwap)]
+    ours = {id(c) for part in parts for c in part.configs}
+    found = False
+    for name, module in model.named_modules():
+        found = found or isinstance(module, nn.TransformerEncoder)
+        after = unpadding.unpadded(type(module))
+        if after is None or FORMER_CLASS in vars(module):
+            continue
+        found = True
+        configs = list(unpadding.configs(module))
+        if "forward" in vars(module):
+            made.left.add(name, module, None, "its forward was replaced on the instance")
+        elif not configs or not all(id(c) in ours for c in configs):
+            made.left.add(name, module, None, "padding stays: its attention is not fastattn's")
+        else:
+            why = "tokens alone, packed one sequence behind the other; 0 at padding"
+            made.swaps.append(ClassSwap(name, module, type(module), after, why))
+    if not found:
+        made.left.notes.append(
+            "unpad: no encoder in which each token is known to be computed by itself: the model "
+            "runs padded"
+        )
+
+
+def _plan_attention(name: str, module: nn.Module, made: Plan, unpad: bool) -> None:
     if isinstance(module, tuple(ATTENTION.values())):
         return  # fastattn's own
     former = next(c for c in ATTENTION if isinstance(module, c))
@@ -202,7 +235,9 @@ def _plan_attention(name: str, module: nn.Module, made: Plan) -> None:
         reason = f"a subclass of {former.__name__} may do something else"
     if reason is None:
         after, why = ATTENTION[former], "the same layer on fused kernels"
-        made.swaps.append(ClassSwap(name, module, former, after, why))
+        skips = unpad and former is nn.TransformerEncoder
+        why += ", without padding: 0 there" if skips else ""
+        made.swaps.append(ClassSwap(name, module, former, after, why, skips))
     else:
         made.left.add(name, module, None, reason)
 

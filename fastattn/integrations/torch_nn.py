@@ -16,6 +16,7 @@ from fastattn.integrations import blocks, pretrained
 from fastattn.integrations.plan import ATTENTION, Plan, check, plan
 from fastattn.integrations.report import Entry, PatchReport
 from fastattn.integrations.sequential import FusedSequential
+from fastattn.integrations.unpad import is_unpadded
 from fastattn.nn._plain import FORMER_CLASS, to_torch
 
 __all__ = ["Entry", "PatchReport", "Plan", "patch", "plan", "unpatch"]
@@ -23,7 +24,7 @@ __all__ = ["Entry", "PatchReport", "Plan", "patch", "plan", "unpatch"]
 _SWAPPED = (*ATTENTION.values(), FusedSequential, fnn.Linear)
 
 
-def patch(model: nn.Module, *, dry_run: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, dry_run: bool = False, unpad: bool = False) -> PatchReport:
     """Swaps the layers that fastattn has a kernel for, in place.
 
     An exception leaves the model as it was.
@@ -50,6 +51,12 @@ def patch(model: nn.Module, *, dry_run: bool = False) -> PatchReport:
     Args:
         model: any module.
         dry_run: change nothing; the report says what would be swapped.
+        unpad: skip the padding, in training and at inference: ``nn.TransformerEncoder``, and the
+            encoders of BERT and its relatives in Hugging Face (``fastattn.integrations.unpad``),
+            run on the tokens alone. Their outputs at padded places are then 0, where they are
+            values without a meaning otherwise; losses that ignore padding, and outputs pooled over
+            tokens, stay. Where an encoder cannot, at a call, the padded batch runs, and a
+            FastAttnWarning says why. Under ``torch.compile`` the padded batch runs.
 
     Returns:
         What was swapped, what was not, and why.
@@ -64,7 +71,7 @@ def patch(model: nn.Module, *, dry_run: bool = False) -> PatchReport:
     >>> type(model)
     <class 'fastattn.nn.transformer.TransformerEncoderLayer'>
     """
-    made = plan(model)
+    made = plan(model, unpad=unpad)
     return made.report if dry_run else made.apply()
 
 
@@ -99,7 +106,7 @@ def unpatch(model: nn.Module) -> PatchReport:
         if FORMER_CLASS not in vars(module):
             continue
         before = type(module)
-        if before in _SWAPPED or blocks.is_block(before):
+        if before in _SWAPPED or blocks.is_block(before) or is_unpadded(before):
             report.add(name, before, to_torch(module), "restored")
         else:
             report.add(name, module, None, "its class was changed after patch; undo that first")

@@ -21,7 +21,7 @@ __all__ = ["NAME", "attention_forward", "attention_mask", "register"]
 _HARMLESS = frozenset(
     {
         "cache_position",
-        "cu_seq_lens_q",  # _check_packed looks at it
+        "cu_seq_lens_q",  # read where no mask is given
         "cu_seq_lens_k",
         "deterministic",
         "ignore_index",
@@ -171,16 +171,19 @@ def attention_forward(
             nothing to attend to is the mean of all values, as in sdpa and eager attention.
         softcap: of the scores (Gemma 2, arXiv 2408.00118).
         s_aux: attention sinks: refused.
-        kwargs: whatever else the model passes on. What is known not to change the result is
-            ignored.
+        kwargs: whatever else the model passes on. Without a mask, ``cu_seq_lens_q`` (int32, where
+            each sequence of query starts, and Sq), ``cu_seq_lens_k``, ``max_length_q`` and
+            ``max_length_k`` keep sequences apart that are packed into one row. What is known not to
+            change the result is ignored.
 
     Returns:
         ``[B, Sq, Hq, Dv]`` contiguous, and None: no weights are ever made.
 
     Raises:
-        ValueError: a mask of another rank, attention sinks, a keyword that is not None and not
-            known to be without effect (``indices`` and ``block_indices`` of sparse attention), and
-            what ``fastattn.scaled_dot_product_attention`` refuses.
+        ValueError: a mask of another rank, attention sinks, packed sequences in more than one row
+            or with a bias, a keyword that is not None and not known to be without effect
+            (``indices`` and ``block_indices`` of sparse attention), and what
+            ``fastattn.scaled_dot_product_attention`` refuses.
         TypeError: a mask of another type, and likewise.
 
     >>> import torch
@@ -206,8 +209,10 @@ def attention_forward(
         _check_mask(attention_mask)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = query.shape[2] > 1 and attention_mask is None and bool(causal)
-    if attention_mask is None:
-        _check_packed(kwargs.get("cu_seq_lens_q"))
+    starts = kwargs.get("cu_seq_lens_q")
+    if attention_mask is None and starts is not None and starts.shape[0] > 2:
+        _check_packed(query, position_bias, kwargs)
+        return _packed_attention(query, key, value, dropout, scaling, causal, softcap, kwargs), None
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias, key)
     call = (query, key, value, attention_mask, dropout, causal, scaling, True)
@@ -232,14 +237,56 @@ def _with_bias(mask: Tensor | None, bias: Tensor, key: Tensor) -> Tensor:
     return torch.where(mask, bias, lowest)
 
 
-def _check_packed(starts: Tensor | None) -> None:
-    """starts: cu_seq_lens_q of a call without a mask, which has nothing to keep several sequences
-    apart."""
-    if starts is not None and starts.shape[0] > 2:
+def _packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    scaling: float | None,
+    causal: bool,
+    softcap: float | None,
+    given: dict[str, Any],
+) -> Tensor:
+    """Attention of sequences packed into one row, ``[1, Sq, Hq, Dv]``."""
+    starts_q = given["cu_seq_lens_q"]
+    starts_k = given.get("cu_seq_lens_k")
+    starts_k = starts_q if starts_k is None else starts_k
+    longest_q, longest_k = (
+        int(starts.diff().max()) if given.get(name) is None else int(given[name])
+        for name, starts in (("max_length_q", starts_q), ("max_length_k", starts_k))
+    )
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return functional.varlen_attn(
+        query,
+        key,
+        value,
+        starts_q,
+        starts_k,
+        longest_q,
+        longest_k,
+        causal,
+        scaling,
+        dropout_p=dropout,
+        softcap=softcap,
+    )[None]
+
+
+def _check_packed(query: Tensor, position_bias: Tensor | None, given: dict[str, Any]) -> None:
+    """Packed sequences of a call without a mask, which has nothing else to keep them apart."""
+    if query.shape[0] != 1:
         raise ValueError(
-            "cu_seq_lens_q: sequences packed into one row are kept apart by the mask, "
-            "which transformers makes of position_ids: pass these"
+            "cu_seq_lens_q: expected sequences packed into one row, "
+            f"got a query of {query.shape[0]} rows"
         )
+    for name, x in (
+        ("position_bias", position_bias),
+        ("sliding_window", given.get("sliding_window")),
+    ):
+        if x is not None:
+            raise ValueError(
+                f"{name}: expected None beside cu_seq_lens_q and no mask: packed sequences are "
+                "kept apart by the mask, which transformers makes of position_ids, pass these"
+            )
 
 
 def _check_mask(mask: object) -> None:

@@ -6,10 +6,11 @@ symbolic traces.
 """
 
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.encoder import TransformerEncoder
 from fastattn.nn.linear import Linear, LinearActivation, LinearReLU
 from fastattn.nn.mlp import MLP, GatedMLP
 from fastattn.nn.norm import DropoutAddNorm
-from fastattn.nn.transformer import TransformerEncoder, TransformerEncoderLayer
+from fastattn.nn.transformer import TransformerEncoderLayer
 
 __all__ = [
     "MLP",

@@ -19,6 +19,8 @@ R = TypeVar("R")
 FORMER_CLASS = "_fastattn_former_class"
 # Where it keeps the number of elements below which an input of a Sequential runs torch's code.
 SMALL_BELOW = "_fastattn_small_below"
+# Where it keeps whether an encoder skips its padding.
+UNPAD = "_fastattn_unpad"
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -76,8 +78,18 @@ def to_torch(module: M) -> M:
     """Gives a swapped module its former class again."""
     if was_swapped(module):
         module.__class__ = module.__dict__.pop(FORMER_CLASS)
-        module.__dict__.pop(SMALL_BELOW, None)
+        for fact in (SMALL_BELOW, UNPAD):
+            module.__dict__.pop(fact, None)
     return module
+
+
+def unpickled(
+    made: Callable[[type[nn.Module]], type[nn.Module] | None], former: type[nn.Module]
+) -> nn.Module:
+    """An empty module of the class that ``made`` derives from the former one; of the former class
+    where another version of the model's library has nothing to derive it from."""
+    kind = made(former) or former
+    return kind.__new__(kind)
 
 
 def scripted_as(torchs: type[nn.Module]) -> Callable[[nn.Module], nn.Module]:

@@ -9,9 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn import functional
+from fastattn.functional import drop_in
 from fastattn.functional._autograd import autocast_dtype
-from fastattn.functional._served import ordinary, serves_attention, unobserved
+from fastattn.functional._served import (
+    ordinary,
+    serves_attention,
+    serves_layers,
+    unobserved,
+)
 from fastattn.functional.drop_in import attention_by_size
+from fastattn.nn._packed import Packing
 from fastattn.nn._plain import as_written, run_torchs, scripted_as, was_swapped
 
 
@@ -115,7 +123,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         inference = not (self.training or out.requires_grad or learned)
         lies_batch_first = batch_first and (inference or not batched)
         out = out.transpose(1, 2) if lies_batch_first else out.permute(2, 0, 1, 3)
-        out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out = _product(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         if batch_first and not lies_batch_first:
             out = out.transpose(0, 1)
         if not need_weights:
@@ -125,6 +133,22 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not batched:
             out, weights = out[0], None if weights is None else weights[0]
         return out, weights
+
+    def _takes_packed(self, x: Tensor) -> bool:
+        """Whether ``_of_packed`` gives the module's result."""
+        plain = type(self) is MultiheadAttention and self._usual(x, x, x, None, None)
+        return plain and self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn
+
+    def _of_packed(self, x: Tensor, packing: Packing, is_causal: bool) -> Tensor:
+        """Self-attention of each sequence of packed tokens ``[T, E]``."""
+        heads = _product(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = heads.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)
+        starts, longest = packing.starts, packing.longest
+        p = self.dropout if self.training else 0.0
+        out = functional.varlen_attn(
+            q, k, v, starts, starts, longest, longest, is_causal, dropout_p=p
+        )
+        return _product(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
 
     def _usual(
         self,
@@ -165,14 +189,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             value = own_query if value is query else own_key if value is key else value.clone()
             query, key = own_query, own_key
         if self._qkv_same_embed_dim and query is key and key is value:
-            projected = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+            projected = _product(query, self.in_proj_weight, bias).chunk(3, dim=-1)
         else:
             if self._qkv_same_embed_dim:
                 weights = self.in_proj_weight.chunk(3)
             else:
                 weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            projected = tuple(map(F.linear, (query, key, value), weights, biases))
+            projected = tuple(map(_product, (query, key, value), weights, biases))
 
         def heads(x: Tensor) -> Tensor:
             x = x.unflatten(-1, (self.num_heads, self.head_dim))
@@ -214,6 +238,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             for m in masks
         ]
         return F.pad(masks[0] if len(masks) == 1 else masks[0] + masks[1], (0, added))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, by the kernels where they are faster."""
+    if torch.compiler.is_compiling() or not serves_layers(x, [weight], [bias]):
+        return F.linear(x, weight, bias)
+    return drop_in.linear(x, weight, bias)
 
 
 def _softmax_scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

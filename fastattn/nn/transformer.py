@@ -1,9 +1,9 @@
-"""Transformer encoder with torch.nn's interface."""
+"""A layer of a Transformer encoder with torch.nn's interface."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,11 @@ from fastattn.functional._served import (
     serves_norm,
     unobserved,
 )
+from fastattn.nn._packed import Packing
 from fastattn.nn._plain import (
     active_dropout,
     as_written,
     fused_activation,
-    has_hooks,
     is_plain,
     no_global_hooks,
     run_torchs,
@@ -114,13 +114,40 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         usual = unobserved() and ordinary(*given, exported=not was_swapped(self))
         if not usual or (was_swapped(self) and not self._as_torch_does(*given, is_causal)):
             return run_torchs(self, super().forward, src, src_mask, src_key_padding_mask, is_causal)
-        x = src
+
+        def attended(x: Tensor) -> Tensor:
+            options = {"need_weights": False, "is_causal": is_causal}
+            return self.self_attn(x, x, x, src_key_padding_mask, attn_mask=src_mask, **options)[0]
+
+        def sa_block(x: Tensor) -> Tensor:
+            return self._sa_block(x, src_mask, src_key_padding_mask, is_causal)
+
+        return self._joined(src, attended, sa_block)
+
+    def _of_packed(self, x: Tensor, packing: Packing, is_causal: bool) -> Tensor:
+        """The layer of packed tokens ``[T, E]``."""
+        attention: Any = self.self_attn
+
+        def attended(x: Tensor) -> Tensor:
+            return attention._of_packed(x, packing, is_causal)
+
+        return self._joined(x, attended, lambda x: self.dropout1(attended(x)))
+
+    def _takes_packed(self, x: Tensor) -> bool:
+        """Whether packed tokens ``[T, E]`` give what the padded batch gives at its tokens."""
+        attention: Any = self.self_attn
+        return attention._takes_packed(x) and self._as_torch_does(x, None, None, False)
+
+    def _joined(
+        self, x: Tensor, attended: Callable[[Tensor], Tensor], sa_block: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The layer, given attention without the dropout behind it and with it."""
         if self._dropout_is_fused(x):
-            return self._with_fused_dropout(x, src_mask, src_key_padding_mask, is_causal)
+            return self._with_fused_dropout(x, attended)
         if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
+            x = x + sa_block(self.norm1(x))
             return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
+        x = self.norm1(x + sa_block(x))
         return self.norm2(x + self._ff_block(x))
 
     def _as_torch_does(
@@ -180,13 +207,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             and serves_norm(x, self.norm2.weight, self.norm2.bias)
         )
 
-    def _with_fused_dropout(
-        self, x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
-    ) -> Tensor:
-        def attended(x: Tensor) -> Tensor:
-            options = {"need_weights": False, "is_causal": is_causal}
-            return self.self_attn(x, x, x, padding, attn_mask=mask, **options)[0]
-
+    def _with_fused_dropout(self, x: Tensor, attended: Callable[[Tensor], Tensor]) -> Tensor:
         norm1, norm2 = self.norm1, self.norm2
         p1, p2 = self.dropout1.p, self.dropout2.p
         if self.norm_first:
@@ -224,108 +245,5 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return down(hidden if p is not None else drop(hidden))
 
 
-class TransformerEncoder(nn.TransformerEncoder):
-    """A stack of encoder layers: ``torch.nn.TransformerEncoder``'s arguments and state_dict.
-
-    No nested tensor is made, and outputs at padded positions are ordinary values. (In a model that
-    ``fastattn.patch`` swapped they are torch's: where torch makes a nested tensor at inference, its
-    own forward runs.)
-
-    Args:
-        encoder_layer: the layer to copy: fastattn's, or torch's own, which runs torch's code until
-            ``fastattn.patch`` swaps it.
-        num_layers: how many copies.
-        norm: a module for the end, or None.
-        enable_nested_tensor: without effect.
-        mask_check: without effect.
-
-    >>> import torch, fastattn
-    >>> layer = fastattn.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
-    >>> fastattn.nn.TransformerEncoder(layer, 2)(torch.randn(2, 16, 64)).shape
-    torch.Size([2, 16, 64])
-    """
-
-    __prepare_scriptable__ = scripted_as(nn.TransformerEncoder)
-
-    def __init__(
-        self,
-        encoder_layer: nn.TransformerEncoderLayer,
-        num_layers: int,
-        norm: nn.Module | None = None,
-        enable_nested_tensor: bool = True,
-        mask_check: bool = True,
-    ) -> None:
-        super().__init__(encoder_layer, num_layers, norm, False, mask_check)
-        self.enable_nested_tensor = enable_nested_tensor
-
-    def forward(
-        self,
-        src: Tensor,
-        mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool | None = None,
-    ) -> Tensor:
-        """The layers, one after the other, then the norm.
-
-        Args:
-            src: as in the layers.
-            mask: src_mask of the layers. A layer of another class than fastattn's gets the masks
-                that torch gives it: float, 0 and -inf.
-            src_key_padding_mask: as in the layers.
-            is_causal: a promise that mask is the causal mask; None looks whether it is.
-
-        Returns:
-            A tensor of src's shape.
-        """
-        if (
-            not len(self.layers)
-            or not as_written(nn.TransformerEncoder)
-            or not unobserved()
-            or not ordinary(src, mask, src_key_padding_mask, exported=not was_swapped(self))
-            or not all(m is None or _is_mask(m) for m in (mask, src_key_padding_mask))
-            or self._may_be_nested(src_key_padding_mask)
-        ):
-            return run_torchs(self, super().forward, src, mask, src_key_padding_mask, is_causal)
-        if is_causal is None:
-            is_causal = _is_causal(mask)
-        given = {"src_mask": mask, "src_key_padding_mask": src_key_padding_mask}
-        added = {name: _added(m, src.dtype) for name, m in given.items()}
-        x = src
-        for layer in self.layers:
-            own = type(layer) is TransformerEncoderLayer and not has_hooks(layer)
-            x = layer(x, is_causal=is_causal, **(given if own and no_global_hooks() else added))
-        return x if self.norm is None else self.norm(x)
-
-    def _may_be_nested(self, padding: Tensor | None) -> bool:
-        """Whether torch's forward may make a nested tensor, after which padded positions are 0."""
-        wanted = getattr(self, "use_nested_tensor", False)
-        return bool(wanted and padding is not None and not self.layers[0].training)
-
-
-def _is_mask(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool or mask.is_floating_point()
-
-
 def _bool_or_none(*masks: Tensor | None) -> bool:
     return all(m is None or m.dtype == torch.bool for m in masks)
-
-
-def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask as it is added to the scores."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
-
-
-def _is_causal(mask: Tensor | None) -> bool:
-    """Whether the mask, True or -inf where masked out, is exactly the causal one."""
-    if mask is None or mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
-        return False
-    if torch.compiler.is_compiling() or mask.device.type == "meta":
-        return False  # reading values would break the graph; the mask itself gives the same result
-    if mask.dtype != torch.bool and mask.requires_grad:
-        return False  # a learned bias: only the mask itself gets the gradient
-    above = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
-    if mask.dtype == torch.bool:
-        return torch.equal(mask, above)
-    return torch.equal(mask, torch.zeros_like(mask).masked_fill(above, -math.inf))

@@ -174,10 +174,9 @@ def test_keywords_without_effect():
     harmless = {"position_ids": torch.arange(8)[None], "sliding_window": 4, "use_cache": True}
     out = attention_forward(torch.nn.Module(), q, q, q, None, cu_seq_lens_q=one, **harmless)[0]
     assert torch.equal(out, expected)
-    with pytest.raises(ValueError, match="cu_seq_lens_q: .* position_ids"):
-        attention_forward(torch.nn.Module(), q, q, q, None, cu_seq_lens_q=two)
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-    attention_forward(torch.nn.Module(), q, q, q, mask, cu_seq_lens_q=two)
+    out = attention_forward(torch.nn.Module(), q, q, q, mask, cu_seq_lens_q=two)[0]
+    assert torch.equal(out, attention_forward(torch.nn.Module(), q, q, q, mask)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
