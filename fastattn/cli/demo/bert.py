@@ -1,15 +1,12 @@
-"""BERT fine-tuned by the Hugging Face Trainer: SDPA beside fastattn, patched and as the compiler
-backend, from the same start on the same batches."""
+"""BERT fine-tuned by the Hugging Face Trainer: SDPA beside fastattn, patched, as the compiler
+backend and in 16 bits, from the same start on the same batches."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-import statistics
 import tempfile
-import time
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,66 +14,24 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from sklearn.metrics import accuracy_score, f1_score, recall_score
 
 import fastattn
+from fastattn.cli.demo.compare import METRICS, Run, Task, metrics_of, side_by_side, tolerance
 from fastattn.cli.demo.corpus import Corpus, Sentence, load_corpus
+from fastattn.cli.demo.profile import seconds_by_kind
+from fastattn.cli.memory import peak_bytes
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-RUNS = ("torch sdpa", "fastattn.patch", 'torch.compile, backend "fastattn"')
-ACCURACY_TOLERANCE = 0.02
+PATCHED = "fastattn.patch(unpad=True)"
+COMPILED = 'torch.compile, backend "fastattn"'
+PATCHED_BF16 = f"{PATCHED}, bfloat16 autocast"
+RUNS = ("torch sdpa", PATCHED, COMPILED, PATCHED_BF16)
 ABOVE_MAJORITY = 0.2
 MAX_TOKENS = 64
-
-
-@dataclass
-class Run:
-    """One fine-tuning: metrics on held-out data, losses, what fastattn reports of the model, and
-    how many times faster than stock torch's a step is."""
-
-    implementation: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    report: str = ""
-    speedup: float = 1.0
-
-
-@dataclass
-class BertResult:
-    """The runs, stock first, and the share of the most frequent class in the held-out data."""
-
-    runs: list[Run]
-    majority: float
-    classes: int
-    sizes: tuple[int, int]
-
-    def good(self, run: Run) -> bool:
-        """Whether the run learned as much as stock torch's, and something."""
-        accuracy, stock = run.metrics["accuracy"], self.runs[0].metrics["accuracy"]
-        learned = min(accuracy, stock) >= self.majority + ABOVE_MAJORITY
-        return learned and abs(accuracy - stock) <= ACCURACY_TOLERANCE
-
-    @property
-    def all_good(self) -> bool:
-        return all(map(self.good, self.runs))
-
-    def rows(self) -> list[tuple[str, ...]]:
-        rows = []
-        for run in self.runs:
-            first = run is self.runs[0]
-            check = "" if first else f"majority class {self.majority:.3f}"
-            rows.append(
-                (
-                    f"BERT, {self.classes} packages" if first else "",
-                    run.implementation,
-                    *(f"{run.metrics[k]:.3f}" for k in ("accuracy", "recall", "f1")),
-                    f"{run.speedup:.2f}x{'' if first else ' a step'}",
-                    check if self.good(run) else f"{check}: FAILED",
-                )
-            )
-        return rows
+LOGGED = 5  # steps between two entries of the loss curves
+TIMED_STEPS = 24
 
 
 def model_path(name: str | None) -> str:
@@ -91,6 +46,12 @@ def model_path(name: str | None) -> str:
     return str(Path(spec.origin).parent / "model")
 
 
+def corpus_of(options: argparse.Namespace) -> Corpus:
+    """The sentences of 8 packages."""
+    train_cap, test_cap = (16, 10) if options.quick else (100, 80)
+    return load_corpus(options.seed, packages=8, train_cap=train_cap, test_cap=test_cap)
+
+
 def _dataset(part: list[Sentence], tokenizer) -> list[dict]:
     tokens = tokenizer([s.text for s in part], truncation=True, max_length=MAX_TOKENS)
     return [
@@ -102,26 +63,15 @@ def _dataset(part: list[Sentence], tokenizer) -> list[dict]:
 
 
 def _metrics(prediction) -> dict[str, float]:
-    predicted = np.argmax(prediction.predictions, axis=-1)
-    truth = prediction.label_ids
-    return {
-        "accuracy": accuracy_score(truth, predicted),
-        "recall": recall_score(truth, predicted, average="macro", zero_division=0),
-        "f1": f1_score(truth, predicted, average="macro", zero_division=0),
-    }
+    return metrics_of(prediction.label_ids, np.argmax(prediction.predictions, axis=-1))
 
 
-def run_bert(options: argparse.Namespace, console: Console) -> BertResult:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def run_bert(options: argparse.Namespace, console: Console) -> Task:
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()  # a new classification head is no surprise here
-    logging.disable_progress_bar()
     path = model_path(options.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    train_cap, test_cap = (16, 10) if options.quick else (160, 100)
-    corpus = load_corpus(options.seed, packages=8, train_cap=train_cap, test_cap=test_cap)
+    corpus = corpus_of(options)
     sizes = (len(corpus.train), len(corpus.test))
     console.print(
         f"BERT from {path}: which of {len(corpus.packages)} packages does a docstring sentence "
@@ -133,38 +83,49 @@ def run_bert(options: argparse.Namespace, console: Console) -> BertResult:
         run, trainer = _fine_tune(name, path, tokenizer, corpus, data, options, console)
         runs.append(run)
         trainers.append(trainer)
-    batches = list(trainers[0].get_train_dataloader())
-    for run, speedup in zip(runs, step_speedups(trainers, batches, console), strict=True):
-        run.speedup = speedup
-    return BertResult(runs, corpus.majority, len(corpus.packages), sizes)
+    _compare_steps(runs, trainers, options, console)
+    for run in runs:
+        _judge(run, runs[0], corpus)
+    filled = sum(sum(row["attention_mask"]) for row in data[0])
+    about = (
+        f"{sizes[0]} sentences to learn from, {sizes[1]} from other modules to be judged by; the "
+        f"most frequent class is {corpus.majority:.1%} of them. A sentence has "
+        f"{filled / sizes[0]:.0f} tokens on average, and a batch is padded to its longest."
+    )
+    return Task(f"BERT, {len(corpus.packages)} packages", runs, about, LOGGED)
 
 
-def step_speedups(trainers: list[Trainer], batches: list[dict], console: Console) -> list[float]:
-    """How many times faster than the first Trainer's a training step of each is: the median over
-    the batches. The Trainers take turns on every batch and each begins as often as another, so
-    that a machine that slows down slows all of them."""
-    ratios: list[list[float]] = [[] for _ in trainers]
+def _compare_steps(
+    runs: list[Run], trainers: list[Trainer], options: argparse.Namespace, console: Console
+) -> None:
+    """Speed, memory and where the time goes, of a training step of each."""
+    batches = list(trainers[0].get_train_dataloader())[: 4 if options.quick else TIMED_STEPS]
+    steps = [partial(_step, trainer) for trainer in trainers]
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("BERT: steps side by side", total=len(batches))
-        for number, batch in enumerate(batches):
-            seconds = [0.0] * len(trainers)
-            for turn in range(len(trainers)):
-                which = (number + turn) % len(trainers)
-                seconds[which] = _seconds_of_a_step(trainers[which], batch)
-            for found, ours in zip(ratios, seconds, strict=True):
-                found.append(seconds[0] / ours)
-            progress.advance(task)
-    return [statistics.median(found) for found in ratios]
+        bar = progress.add_task("BERT: steps side by side", total=len(batches))
+        speeds = side_by_side(steps, progress.track(batches, task_id=bar))
+    for run, step, speed in zip(runs, steps, speeds, strict=True):
+        run.speed = speed
+        run.memory = peak_bytes(partial(step, batches[0]))
+        run.seconds = seconds_by_kind(partial(step, batches[0]))
 
 
-def _seconds_of_a_step(trainer: Trainer, batch: dict) -> float:
-    start = time.perf_counter()
+def _judge(run: Run, stock: Run, corpus: Corpus) -> None:
+    """Whether the run learned as much as stock torch's, and something."""
+    accuracy, expected = run.metrics["accuracy"], stock.metrics["accuracy"]
+    within = tolerance(expected, len(corpus.test))
+    learned = accuracy >= corpus.majority + ABOVE_MAJORITY
+    run.good = learned and abs(accuracy - expected) <= within
+    if run is not stock:
+        run.check = f"accuracy within {within:.3f} (two standard errors)"
+
+
+def _step(trainer: Trainer, batch: dict) -> None:
     trainer.training_step(trainer.model_wrapped, dict(batch))
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _fine_tune(
@@ -196,12 +157,12 @@ def _fine_tune(
         hidden_dropout_prob=0.1,
         attention_probs_dropout_prob=0.1,
     )
-    _, patched, compiled = RUNS
-    run = Run(implementation)
-    if implementation == patched:
-        run.report = str(fastattn.patch(model))
-        console.print(run.report)
-    if implementation == compiled:
+    run, compiled = Run(implementation), implementation == COMPILED
+    if implementation in (PATCHED, PATCHED_BF16):
+        run.report = str(fastattn.patch(model, unpad=True))
+        if implementation == PATCHED:
+            console.print(run.report)
+    if compiled:
         register()  # the Trainer asks accelerate for the backend
     epochs = options.epochs or (1.0 if options.quick else 2.0)
     steps = epochs * len(data[0]) / options.batch_size
@@ -216,15 +177,16 @@ def _fine_tune(
                 learning_rate=options.learning_rate,
                 warmup_steps=int(options.warmup_ratio * steps),
                 weight_decay=options.weight_decay,
-                logging_steps=5,
+                logging_steps=LOGGED,
                 save_strategy="no",
                 report_to=[],
                 seed=options.seed,
                 data_seed=options.seed,
                 use_cpu=not torch.cuda.is_available(),
+                bf16=implementation == PATCHED_BF16,
                 dataloader_pin_memory=False,
                 disable_tqdm=True,
-                torch_compile_backend="fastattn" if implementation == compiled else None,
+                torch_compile_backend="fastattn" if compiled else None,
             ),
             train_dataset=data[0],
             eval_dataset=data[1],
@@ -235,9 +197,9 @@ def _fine_tune(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         evaluated = trainer.evaluate()
-    if implementation == compiled:
+    if compiled:
         run.report = str(fastattn.compile_report())
         console.print(run.report)
-    run.metrics = {name: evaluated[f"eval_{name}"] for name in ("accuracy", "recall", "f1")}
+    run.metrics = {name: evaluated[f"eval_{name}"] for name in METRICS}
     run.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return run, trainer

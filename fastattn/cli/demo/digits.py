@@ -1,28 +1,27 @@
-"""The digit classifier with three optimizers: stock torch and its patched copy on the same
-batches."""
+"""The digit classifier with three optimizers: stock torch, its patched copy, and the whole step in
+one call, on the same batches."""
 
 from __future__ import annotations
 
 import argparse
-import copy
 import gzip
-import statistics
 import struct
-import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from sklearn.datasets import load_digits
-from sklearn.metrics import accuracy_score, f1_score, recall_score
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import fastattn
+from fastattn.cli.demo.compare import Run, Task, metrics_of, side_by_side
+from fastattn.training import TrainingStep
 
+RUNS = ("torch", "fastattn.patch", "fastattn.training.TrainingStep")
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "Adam": lambda p: torch.optim.Adam(p, lr=1e-3),
@@ -31,37 +30,6 @@ OPTIMIZERS = {
 COMPARED_STEPS = 20
 LOSS_TOLERANCE = 1e-3  # over the first steps, in float32: later the trajectories may drift apart
 WANTED_ACCURACY = 0.95
-
-
-@dataclass
-class DigitsResult:
-    """One optimizer: metrics of [stock, fastattn] on held-out data, loss curves, speed."""
-
-    data: str
-    optimizer: str
-    metrics: list[dict[str, float]]
-    losses: list[list[float]]
-    speedup: float
-    good_accuracy: bool
-
-    @property
-    def loss_difference(self) -> float:
-        pairs = zip(*(curve[:COMPARED_STEPS] for curve in self.losses), strict=True)
-        return max(abs(a - b) for a, b in pairs)
-
-    @property
-    def good(self) -> bool:
-        return self.good_accuracy and self.loss_difference <= LOSS_TOLERANCE
-
-    def rows(self) -> list[tuple[str, ...]]:
-        task = f"{self.data}, {self.optimizer}"
-        check = f"first {COMPARED_STEPS} losses within {self.loss_difference:.0e}"
-        check += "" if self.good else ": FAILED"
-        stock, ours = ([f"{m[k]:.3f}" for k in ("accuracy", "recall", "f1")] for m in self.metrics)
-        return [
-            (task, "torch", *stock, "1.00x", ""),
-            ("", "fastattn", *ours, f"{self.speedup:.2f}x a step", check),
-        ]
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -111,53 +79,79 @@ def load_data(mnist: Path | None, seed: int) -> tuple[str, tuple[Tensor, ...]]:
     return "digits 64-128-10", tuple(map(torch.from_numpy, split))
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
-    optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(model(x), y)
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+Step = Callable[[tuple[Tensor, Tensor]], Tensor]
 
 
-def _metrics(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-    with torch.no_grad():
-        predicted = model(x).argmax(1).numpy()
-    return {
-        "accuracy": accuracy_score(y, predicted),
-        "recall": recall_score(y, predicted, average="macro", zero_division=0),
-        "f1": f1_score(y, predicted, average="macro", zero_division=0),
-    }
+def _plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """The loop that everybody writes."""
+
+    def step(batch: tuple[Tensor, Tensor]) -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
 
 
-def run_digits(options: argparse.Namespace, console: Console) -> list[DigitsResult]:
+def _native(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    step = TrainingStep(model, nn.CrossEntropyLoss(), optimizer)
+    return lambda batch: step(*batch)
+
+
+def _network(inputs: int, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def run_digits(options: argparse.Namespace, console: Console) -> list[Task]:
     name, (train_x, test_x, train_y, test_y) = load_data(options.mnist, options.seed)
     steps = 400 if options.quick else 1000
-    results = []
+    tasks = []
     with Progress(console=console, transient=True) as progress:
         for kind, build in OPTIMIZERS.items():
-            torch.manual_seed(options.seed)
-            stock = nn.Sequential(
-                nn.Flatten(), nn.Linear(train_x[0].numel(), 128), nn.ReLU(), nn.Linear(128, 10)
-            )
-            models = [stock, copy.deepcopy(stock)]
+            models = [_network(train_x[0].numel(), options.seed) for _ in RUNS]
             fastattn.patch(models[1])
             optimizers = [build(m.parameters()) for m in models]
-            losses: list[list[float]] = [[], []]
-            ratios = []
-            batches = torch.Generator().manual_seed(options.seed)
-            task = progress.add_task(f"{name}, {kind}", total=steps)
-            for step in range(steps):
-                rows = torch.randint(len(train_x), (64,), generator=batches)
-                x, y = train_x[rows], train_y[rows]
-                seconds = [0.0, 0.0]
-                for which in (0, 1) if step % 2 == 0 else (1, 0):
-                    start = time.perf_counter()
-                    losses[which].append(_step(models[which], optimizers[which], x, y))
-                    seconds[which] = time.perf_counter() - start
-                ratios.append(seconds[0] / seconds[1])
-                progress.advance(task)
-            metrics = [_metrics(m, test_x, test_y) for m in models]
-            reached = all(m["accuracy"] >= WANTED_ACCURACY for m in metrics)
-            speedup = statistics.median(ratios[len(ratios) // 10 :])
-            results.append(DigitsResult(name, kind, metrics, losses, speedup, reached))
-    return results
+            runs = [Run(implementation) for implementation in RUNS]
+            functions = [
+                make(model, optimizer)
+                for make, model, optimizer in zip(
+                    (_plain, _plain, _native), models, optimizers, strict=True
+                )
+            ]
+            bar = progress.add_task(f"{name}, {kind}", total=steps)
+
+            def recorded(step: Step, run: Run) -> Step:
+                def call(batch: tuple[Tensor, Tensor]) -> Tensor:
+                    loss = step(batch)
+                    run.losses.append(loss.item())
+                    return loss
+
+                return call
+
+            def batches(bar: TaskID = bar) -> Iterator[tuple[Tensor, Tensor]]:
+                generator = torch.Generator().manual_seed(options.seed)
+                for _ in range(steps):
+                    rows = torch.randint(len(train_x), (64,), generator=generator)
+                    yield train_x[rows], train_y[rows]
+                    progress.advance(bar)
+
+            pairs = zip(functions, runs, strict=True)
+            speeds = side_by_side([recorded(*pair) for pair in pairs], batches(), steps // 10)
+            for run, model, speed in zip(runs, models, speeds, strict=True):
+                run.speed = speed
+                with torch.no_grad():
+                    run.metrics = metrics_of(test_y, model(test_x).argmax(1))
+                _judge(run, runs[0])
+            tasks.append(Task(f"{name}, {kind}", runs))
+    return tasks
+
+
+def _judge(run: Run, stock: Run) -> None:
+    pairs = zip(run.losses[:COMPARED_STEPS], stock.losses[:COMPARED_STEPS], strict=True)
+    difference = max(abs(a - b) for a, b in pairs)
+    run.good = run.metrics["accuracy"] >= WANTED_ACCURACY and difference <= LOSS_TOLERANCE
+    if run is not stock:
+        run.check = f"first {COMPARED_STEPS} losses within {difference:.0e}"
