@@ -17,7 +17,14 @@ from fastattn.functional._served import small_below
 from fastattn.integrations import blocks, pretrained, transformers
 from fastattn.integrations.report import PatchReport
 from fastattn.integrations.sequential import FusedSequential
-from fastattn.nn._plain import FORMER_CLASS, SMALL_BELOW, has_hooks, is_plain, to_torch
+from fastattn.nn._plain import (
+    FORMER_CLASS,
+    SMALL_BELOW,
+    TORCHS_DRAWS,
+    has_hooks,
+    is_plain,
+    to_torch,
+)
 from fastattn.nn.linear import is_plain_linear
 
 ATTENTION = {
@@ -36,6 +43,7 @@ class ClassSwap:
     before: type[nn.Module]
     after: type[nn.Module]
     reason: str
+    dropout: bool = True  # its dropout may draw other numbers than torch's
 
     def do(self) -> None:
         if type(self.module) is not self.before:
@@ -44,6 +52,8 @@ class ClassSwap:
                 f"{type(self.module).__name__}: plan again"
             )
         vars(self.module)[FORMER_CLASS] = self.before
+        if not self.dropout:
+            vars(self.module)[TORCHS_DRAWS] = True
         if self.after is FusedSequential:
             vars(self.module)[SMALL_BELOW] = small_below(
                 m for m in self.module._modules.values() if m is not None
@@ -59,6 +69,7 @@ class AttentionSwap:
     """One Hugging Face model whose attention will become fastattn's."""
 
     part: pretrained.Part
+    dropout: bool = True  # as in ClassSwap
 
     @property
     def name(self) -> str:
@@ -74,11 +85,13 @@ class AttentionSwap:
 
     @property
     def reason(self) -> str:
-        return f"{self.part.attentions} modules take their attention from the AttentionInterface"
+        return (
+            f"{len(self.part.attentions)} modules take their attention from the AttentionInterface"
+        )
 
     def do(self) -> None:
         transformers.register()
-        self.part.apply()
+        self.part.apply(self.dropout)
 
     def undo(self) -> None:
         pretrained.undo(self.part.model)
@@ -99,6 +112,11 @@ class Plan:
     model: nn.Module
     swaps: list[ClassSwap | AttentionSwap] = field(default_factory=list)
     left: PatchReport = field(default_factory=PatchReport)
+    dropout: bool = True
+
+    def swap(self, name: str, module: nn.Module, after: type[nn.Module], reason: str) -> None:
+        """Adds the swap of a module's class."""
+        self.swaps.append(ClassSwap(name, module, type(module), after, reason, self.dropout))
 
     @property
     def report(self) -> PatchReport:
@@ -137,17 +155,18 @@ class Plan:
         return self.report.__rich__()
 
 
-def plan(model: nn.Module) -> Plan:
+def plan(model: nn.Module, *, dropout: bool = True) -> Plan:
     """What ``patch(model)`` would do. The model is looked at; it is not run and not changed.
 
     Args:
         model: any module.
+        dropout: as in ``patch``.
 
     Returns:
         The Plan, whose ``apply`` makes the swaps.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``, or ``dropout`` is no bool.
 
     >>> import fastattn
     >>> from torch import nn
@@ -156,10 +175,12 @@ def plan(model: nn.Module) -> Plan:
     <class 'fastattn.nn.transformer.TransformerEncoderLayer'>
     """
     check(model)
-    made = Plan(model)
+    if not isinstance(dropout, bool):
+        raise TypeError(f"dropout: expected a bool, got {type(dropout).__name__}")
+    made = Plan(model, dropout=dropout)
     for part in pretrained.plan(model):
         if part.reason is None:
-            made.swaps.append(AttentionSwap(part))
+            made.swaps.append(AttentionSwap(part, dropout))
         else:
             made.left.add(part.name, part.before, None, part.reason)
     scripted: set[nn.Module] = set()
@@ -180,6 +201,8 @@ def plan(model: nn.Module) -> Plan:
             _plan_block(name, module, *block, made)
         elif type(module) is nn.Linear:
             _plan_linear(name, module, made)
+        elif type(module) is nn.Dropout and dropout:
+            _plan_dropout(name, module, made)
     _report_own_forwards(model, scripted, made.left)
     _note_linears(model, scripted, made)
     return made
@@ -202,7 +225,7 @@ def _plan_attention(name: str, module: nn.Module, made: Plan) -> None:
         reason = f"a subclass of {former.__name__} may do something else"
     if reason is None:
         after, why = ATTENTION[former], "the same layer on fused kernels"
-        made.swaps.append(ClassSwap(name, module, former, after, why))
+        made.swap(name, module, after, why)
     else:
         made.left.add(name, module, None, reason)
 
@@ -226,13 +249,13 @@ def _plan_sequential(name: str, module: nn.Sequential, made: Plan) -> None:
             made.left.add(f"{name}.{key}" if name else key, layer, None, reason)
     if fused:
         why = f"Linear, ReLU as one kernel call where that is faster: {', '.join(fused)}"
-        made.swaps.append(ClassSwap(name, module, nn.Sequential, FusedSequential, why))
+        made.swap(name, module, FusedSequential, why)
 
 
 def _plan_block(name: str, module: nn.Module, after: type[nn.Module], why: str, made: Plan) -> None:
     reason = _unsupported(module, "dropout_add_norm")
     if reason is None:
-        made.swaps.append(ClassSwap(name, module, type(module), after, why))
+        made.swap(name, module, after, why)
     else:
         made.left.add(name, module, None, reason)
 
@@ -244,7 +267,18 @@ def _plan_linear(name: str, linear: nn.Linear, made: Plan) -> None:
         return
     why = _why_swap(weight)
     if why is not None:
-        made.swaps.append(ClassSwap(name, linear, nn.Linear, fnn.Linear, why))
+        made.swap(name, linear, fnn.Linear, why)
+
+
+def _plan_dropout(name: str, module: nn.Dropout, made: Plan) -> None:
+    """Plans to swap a dropout that drops something, in a model on a CPU."""
+    device = next((p.device.type for p in made.model.parameters()), "cpu")
+    if device in ("cpu", "meta") and 0.0 < module.p < 1.0 and not module.inplace:
+        reason = _unsupported(module, "activation_dropout")
+        if reason is None:
+            made.swap(name, module, fnn.Dropout, "no mask is stored; faster where it is large")
+        else:
+            made.left.add(name, module, None, reason)
 
 
 def _why_swap(weight: Tensor) -> str | None:

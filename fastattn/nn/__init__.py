@@ -6,6 +6,7 @@ symbolic traces.
 """
 
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.dropout import Dropout
 from fastattn.nn.linear import Linear, LinearActivation, LinearReLU
 from fastattn.nn.mlp import MLP, GatedMLP
 from fastattn.nn.norm import DropoutAddNorm
@@ -13,6 +14,7 @@ from fastattn.nn.transformer import TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
     "MLP",
+    "Dropout",
     "DropoutAddNorm",
     "GatedMLP",
     "Linear",

@@ -1,0 +1,384 @@
+"""What the kernels compute of each kind of block (``blocks``), and where they may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn import _products, functional
+from fastattn._problem import computed_dtype
+from fastattn.functional._served import (
+    is_small_product,
+    ordinary,
+    product_wins,
+    serves_layers,
+    serves_norm,
+    serves_rms_norm,
+    unobserved,
+)
+from fastattn.integrations import forwards
+from fastattn.integrations.forwards import Match
+from fastattn.nn._plain import (
+    fused_activation,
+    has_hooks,
+    is_plain,
+    no_global_hooks,
+)
+from fastattn.nn.dropout import fused_dropout, is_dropout, is_plain_dropout
+from fastattn.nn.linear import is_plain_linear
+
+
+class Kind(NamedTuple):
+    """Both functions take the module and the match of its class's forward."""
+
+    compute: Callable[..., Tensor | None]  # its arguments too; None where kernels may not stand in
+    fits: Callable[[nn.Module, Match], bool]  # whether the children are such as can be fused
+    reason: str
+
+
+# --- linear layers and what follows them ----------------------------------------------------------
+
+
+class _Layer(NamedTuple):
+    weight: Tensor  # [out_features, in_features]
+    bias: Tensor | None
+
+
+def _layer(module: Any, x: Any) -> _Layer | None:
+    """The linear layer that calling ``module`` with ``x`` is, where kernels may compute it with
+    what follows, and are faster."""
+    if is_plain_linear(module):
+        layer = _Layer(module.weight, module.bias)
+    else:
+        found = None if has_hooks(module) else _conv1d_layer(module, x)
+        if found is None:
+            return None
+        layer = found
+    if not ordinary(x) or not serves_layers(x, [layer.weight], [layer.bias]):
+        return None
+    return None if is_small_product(x, layer.weight.numel()) else layer
+
+
+def _may_fuse(x: Any) -> bool:
+    """Whether a block's children may be left uncalled."""
+    return type(x) is Tensor and no_global_hooks() and unobserved()
+
+
+def _chain(module: nn.Module, match: Match, x: Any) -> Tensor | None:
+    if not _may_fuse(x) or (torch.compiler.is_compiling() and _calls_a_global(match)):
+        return None
+    return _run(module, [match.value(module, item) for item in match.known.items], x)
+
+
+def _calls_a_global(match: Match) -> bool:
+    """Dynamo cannot look it up as we do."""
+    return not all(item.islower() for item in match.known.items)
+
+
+def _run(module: nn.Module, parts: Sequence[Any], x: Any) -> Tensor:
+    """Calls the parts one after the other, a linear layer with the activation behind it, and with
+    dropout behind that, as one."""
+    i = 0
+    while i < len(parts):
+        name = activation_of(parts[i + 1]) if i + 1 < len(parts) else None
+        layer = None if name is None else _layer(parts[i], x)
+        if layer is None:
+            x = parts[i](x)
+            i += 1
+            continue
+        p = fused_dropout(module, parts[i + 2]) if i + 2 < len(parts) else None
+        x = functional.linear(x, layer.weight, layer.bias, name, p or 0.0)
+        i += 2 if p is None else 3
+    return x
+
+
+def _fits_chain(module: nn.Module, match: Match) -> bool:
+    parts = [match.value(module, item) for item in match.known.items]
+    return any(
+        (type(a) is nn.Linear or is_conv1d(type(a))) and activation_of(b) is not None
+        for a, b in pairwise(parts)
+    )
+
+
+def _chain_to_dtype(module: nn.Module, match: Match, x: Any) -> Tensor | None:
+    if not _may_fuse(x) or not _keeps_dtype(module, match, x):
+        return None
+    return _run(module, [match.value(module, item) for item in "gapo"], x)
+
+
+def _fits_chain_to_dtype(module: nn.Module, match: Match) -> bool:
+    linear, activation, out = (match.value(module, item) for item in "gao")
+    return type(linear) is type(out) is nn.Linear and activation_of(activation) is not None
+
+
+def _keeps_dtype(module: nn.Module, match: Match, x: Tensor) -> bool:
+    """Whether what lies between x and the last Linear has that layer's dtype: it is then not
+    converted."""
+    inner, dropout, out = (match.value(module, item) for item in "gpo")
+    return (
+        is_plain_linear(out)
+        and is_plain_linear(inner)
+        and is_plain_dropout(dropout)
+        and activation_of(match.value(module, "a")) is not None
+        and match.means_the_same()
+        and not torch.is_autocast_enabled(x.device.type)
+        and out.weight.dtype == inner.weight.dtype == x.dtype
+    )
+
+
+def _normed(module: nn.Module, match: Match, x: Any, residual: Any) -> Tensor | None:
+    linear, dropout, norm = (match.value(module, item) for item in "lpn")
+    p = fused_dropout(module, dropout)
+    if (
+        not p  # without dropout torch's sum and norm are as fast
+        or not is_plain(norm, nn.LayerNorm)
+        or not no_global_hooks()
+        or not unobserved()
+        or x is None
+        or residual is None
+        or not ordinary(x, residual)
+        or norm.normalized_shape != residual.shape[-1:]
+        or not serves_norm(residual, norm.weight, norm.bias)
+    ):
+        return None
+    out = linear(x)
+    if out.shape != residual.shape:  # torch's sum broadcasts, or refuses
+        return norm(dropout(out) + residual)
+    return functional.dropout_add_norm(out, residual, norm.weight, norm.bias, p, norm.eps)
+
+
+def _fits_normed(module: nn.Module, match: Match) -> bool:
+    linear, dropout, norm = (match.value(module, item) for item in "lpn")
+    known = isinstance(linear, nn.Linear) or is_conv1d(type(linear))
+    return known and is_dropout(dropout) and type(norm) is nn.LayerNorm
+
+
+# --- Conv1D: a linear layer whose weight is [in_features, out_features] ---------------------------
+
+# Rows from which the kernels, which pack the weight crosswise, multiply in less time than
+# torch.addmm in float32. Its time over theirs, Zen 4, forward and backward: 0.3 with 16 rows, 0.8
+# with 32, 1.3 with 128, 1.9 and more from 512 on.
+LEAST_ROWS = 128
+
+
+def is_conv1d(kind: type) -> bool:
+    """Whether a class is GPT-2's Conv1D, or the one that ``patch`` makes of it."""
+    return _conv1d(kind) is not None
+
+
+def _conv1d(kind: type) -> Match | None:
+    stock: Any = vars(kind).get("_fastattn_stock", kind)
+    found = forwards.match(getattr(stock, "forward", None))
+    return found if found is not None and found.known.kind == "conv1d" else None
+
+
+def _conv1d_layer(module: nn.Module, x: Any) -> _Layer | None:
+    match = _conv1d(type(module))
+    if match is None or not ordinary(x) or x is None or not x.is_contiguous():
+        return None
+    weight, bias = match.value(module, "w"), match.value(module, "b")
+    if not ordinary(weight, bias) or weight is None or bias is None or weight.dim() != 2:
+        return None
+    n_in, n_out = weight.shape
+    if match.value(module, "f") != n_out or x.dim() < 1 or x.shape[-1] != n_in:
+        return None
+    dtype = computed_dtype(x)
+    many = dtype == torch.float32 and x.numel() >= LEAST_ROWS * n_in
+    if not many and dtype not in _products._LACKING:
+        return None
+    return _Layer(weight.t(), bias) if product_wins(x, weight.t()) else None
+
+
+def _conv1d_forward(module: nn.Module, match: Match, x: Any) -> Tensor | None:
+    if type(x) is not Tensor or torch.compiler.is_compiling() or not unobserved():
+        return None
+    layer = _conv1d_layer(module, x)
+    if layer is None or not serves_layers(x, [layer.weight], [layer.bias]):
+        return None
+    return functional.mlp(x, [layer.weight], [layer.bias])
+
+
+def _fits_conv1d(module: nn.Module, match: Match) -> bool:
+    weight = match.value(module, "w")
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+        return False
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    n_in, n_out = weight.shape
+    return _products.why_swap(n_out, n_in, weight.dtype, device) is not None
+
+
+# --- gated ----------------------------------------------------------------------------------------
+
+
+def _gated_product(name: str | None, gate: Any, up: Any, x: Any) -> Tensor | None:
+    """activation(gate(x)) · up(x), or None."""
+    if name is None or not _may_fuse(x):
+        return None
+    one, other = _layer(gate, x), _layer(up, x)
+    if one is None or other is None or one.weight.shape != other.weight.shape:
+        return None
+    weights = (one.weight, other.weight, None, one.bias, other.bias)
+    return functional.gated_mlp(x, *weights, activation=name)
+
+
+def _gated(module: nn.Module, match: Match, x: Any) -> Tensor | None:
+    if torch.compiler.is_compiling() and "G" in match.names:
+        return None
+    name = activation_of(_gate_activation(module, match))
+    gate, up = match.value(module, "g"), match.value(module, "u")
+    hidden = _gated_product(name, gate, up, x)
+    return None if hidden is None else match.value(module, "o")(hidden)
+
+
+def _gate_activation(module: nn.Module, match: Match) -> Any:
+    names = match.names
+    if "a" in names:
+        return match.value(module, "a")
+    return match.value(module, "G.H.I" if "I" in names else "G.H")
+
+
+def _fits_gated(module: nn.Module, match: Match) -> bool:
+    linears = all(type(match.value(module, item)) is nn.Linear for item in "gu")
+    known = activation_of(_gate_activation(module, match)) is not None
+    return linears and known and isinstance(match.value(module, "o"), nn.Module)
+
+
+def _gated_to_dtype(module: nn.Module, match: Match, x: Any) -> Tensor | None:
+    if not _may_fuse(x) or not _keeps_dtype(module, match, x):
+        return None
+    gate, up, dropout, out = (match.value(module, item) for item in "gupo")
+    hidden = _gated_product(activation_of(match.value(module, "a")), gate, up, x)
+    return None if hidden is None else out(dropout(hidden))
+
+
+# --- norms ----------------------------------------------------------------------------------------
+
+
+def _rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return functional.dropout_add_norm(x, None, weight, None, 0.0, eps, kind="rms")
+
+
+def _norm_parts(module: nn.Module, match: Match, x: Any) -> tuple[Tensor, float] | None:
+    """The weight and epsilon of an RMSNorm that a kernel may compute."""
+    if type(x) is not Tensor or not unobserved() or torch.compiler.is_compiling():
+        return None
+    weight, eps = match.value(module, "w"), match.value(module, "e")
+    served = serves_rms_norm(x, weight, eps) and match.means_the_same()
+    return (weight, eps) if served else None
+
+
+def _rms_norm(module: nn.Module, match: Match, x: Any) -> Tensor | None:
+    """The normalised row is rounded to its dtype before it is multiplied."""
+    found = _norm_parts(module, match, x)
+    if found is None:
+        return None
+    weight, eps = found
+    if x.dtype == weight.dtype == torch.float32:
+        return _rms(x, weight, eps)
+    return weight * _rms(x, None, eps)
+
+
+def _rms_norm_in_one_dtype(module: nn.Module, match: Match, x: Any) -> Tensor | None:
+    """With another dtype of the weight the rows may not be rounded at all."""
+    weight = match.value(module, "w")
+    same = isinstance(x, Tensor) and isinstance(weight, Tensor) and x.dtype == weight.dtype
+    return _rms_norm(module, match, x) if same else None
+
+
+def _rms_norm_then_rounded(module: nn.Module, match: Match, x: Any) -> Tensor | None:
+    """The product with the weight is rounded, once."""
+    found = _norm_parts(module, match, x)
+    if found is None or found[0].dtype not in (x.dtype, torch.float32):
+        return None
+    return _rms(x, *found)
+
+
+def _rms_norm_plus_one(module: nn.Module, match: Match, x: Any) -> Tensor | None:
+    """The weight is what is added to one."""
+    normalised = _normalised(type(module), match)
+    if type(x) is not Tensor or not unobserved() or torch.compiler.is_compiling():
+        return None
+    if normalised is None or not (match.means_the_same() and normalised.means_the_same()):
+        return None
+    if match.names["n"] in vars(module):
+        return None
+    weight, eps = match.value(module, "w"), normalised.value(module, "e")
+    if not serves_rms_norm(x, weight, eps) or weight.dtype == torch.float64:
+        return None
+    return _rms(x, 1.0 + weight.float(), eps)
+
+
+def _normalised(kind: type[nn.Module], match: Match) -> Match | None:
+    """The match of the method that normalises, or None."""
+    found = forwards.match(getattr(kind, match.names["n"], None))
+    return found if found is not None and found.known.kind == "normalised" else None
+
+
+def _fits_rms_norm(module: nn.Module, match: Match) -> bool:
+    weight = match.value(module, "w")
+    return isinstance(weight, nn.Parameter) and isinstance(match.value(module, "e"), float)
+
+
+def _fits_rms_norm_plus_one(module: nn.Module, match: Match) -> bool:
+    normalised = _normalised(type(module), match)
+    if normalised is None or not isinstance(match.value(module, "w"), nn.Parameter):
+        return False
+    return isinstance(normalised.value(module, "e"), float)
+
+
+_LAYER = "a Linear and its activation as one kernel call"
+_RMS = "the norm as one kernel call"
+KINDS: dict[str, Kind] = {
+    "chain": Kind(_chain, _fits_chain, _LAYER),
+    "chain to dtype": Kind(_chain_to_dtype, _fits_chain_to_dtype, _LAYER),
+    "normed": Kind(
+        _normed, _fits_normed, "dropout, residual sum and norm as one kernel call in training"
+    ),
+    "gated": Kind(_gated, _fits_gated, "both products of a gated MLP as one kernel call"),
+    "gated to dtype": Kind(
+        _gated_to_dtype, _fits_gated, "both products of a gated MLP as one kernel call"
+    ),
+    "conv1d": Kind(
+        _conv1d_forward, _fits_conv1d, "the product as one kernel call where that is faster"
+    ),
+    "rms norm": Kind(_rms_norm, _fits_rms_norm, _RMS),
+    "rms norm, then rounded": Kind(_rms_norm_then_rounded, _fits_rms_norm, _RMS),
+    "rms norm in one dtype": Kind(_rms_norm_in_one_dtype, _fits_rms_norm, _RMS),
+    "rms norm plus one": Kind(_rms_norm_plus_one, _fits_rms_norm_plus_one, _RMS),
+}
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+_TANH = {"approximate": "tanh"}
+
+
+def activation_of(activation: object) -> str | None:
+    """The activation's name in ``fastattn.linear``: torch's functions and modules, and those of
+    transformers that call nothing else."""
+    name = fused_activation(activation)
+    if name is not None or not isinstance(activation, nn.Module):
+        return name
+    kind = type(activation)
+    if kind.__module__ != "transformers.activations" or "forward" in vars(activation):
+        return None
+    if has_hooks(activation):
+        return None
+    act: Any = getattr(activation, "act", None)
+    if kind.__name__ == "GELUActivation":
+        return "gelu" if act is F.gelu else None
+    if kind.__name__ == "GELUTanh":
+        tanh = isinstance(act, partial) and act.func is F.gelu and act.keywords == _TANH
+        return "gelu_tanh" if tanh else None
+    return {
+        "NewGELUActivation": "gelu_tanh",
+        "QuickGELUActivation": "quick_gelu",
+        "SiLUActivation": "silu",
+        "ReLUSquaredActivation": "relu2",
+    }.get(kind.__name__)
