@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import _products, functional
-from fastattn._problem import computed_dtype
+from fastattn.functional import _served
 from fastattn.functional._served import (
+    crosswise_product_wins,
     is_small_product,
     ordinary,
-    product_wins,
     serves_layers,
     serves_norm,
     serves_rms_norm,
     unobserved,
 )
 from fastattn.integrations import forwards
+from fastattn.integrations.activations import activation_of
 from fastattn.integrations.forwards import Match
 from fastattn.nn._plain import (
-    fused_activation,
     has_hooks,
     is_plain,
     no_global_hooks,
@@ -39,6 +37,7 @@ class Kind(NamedTuple):
 
     compute: Callable[..., Tensor | None]  # its arguments too; None where kernels may not stand in
     fits: Callable[[nn.Module, Match], bool]  # whether the children are such as can be fused
+    small_below: Callable[[nn.Module, Match], int]  # elements of the last argument: torch's code
     reason: str
 
 
@@ -106,6 +105,19 @@ def _fits_chain(module: nn.Module, match: Match) -> bool:
     )
 
 
+def _small_layers(module: nn.Module, match: Match) -> int:
+    """The number of elements of an input below which the work of no layer repays a kernel call."""
+    items = match.known.items or tuple("gu" if "u" in match.names else "g")
+    weights = []
+    for part in (match.value(module, item) for item in items):
+        if isinstance(part, nn.Linear):
+            weights.append(part.weight.shape)
+        elif (conv1d := _conv1d(type(part))) is not None:
+            weights.append(conv1d.value(part, "w").shape[::-1])
+    largest = max(n_out * n_in for n_out, n_in in weights)
+    return _served.LEAST_WORK * weights[0][1] // max(1, largest)
+
+
 def _chain_to_dtype(module: nn.Module, match: Match, x: Any) -> Tensor | None:
     if not _may_fuse(x) or not _keeps_dtype(module, match, x):
         return None
@@ -134,6 +146,8 @@ def _keeps_dtype(module: nn.Module, match: Match, x: Tensor) -> bool:
 
 def _normed(module: nn.Module, match: Match, x: Any, residual: Any) -> Tensor | None:
     linear, dropout, norm = (match.value(module, item) for item in "lpn")
+    if not dropout.training:
+        return None
     p = fused_dropout(module, dropout)
     if (
         not p  # without dropout torch's sum and norm are as fast
@@ -153,6 +167,10 @@ def _normed(module: nn.Module, match: Match, x: Any, residual: Any) -> Tensor | 
     return functional.dropout_add_norm(out, residual, norm.weight, norm.bias, p, norm.eps)
 
 
+def _small_sum(module: nn.Module, match: Match) -> int:
+    return _served.LEAST_NORM
+
+
 def _fits_normed(module: nn.Module, match: Match) -> bool:
     linear, dropout, norm = (match.value(module, item) for item in "lpn")
     known = isinstance(linear, nn.Linear) or is_conv1d(type(linear))
@@ -160,11 +178,6 @@ def _fits_normed(module: nn.Module, match: Match) -> bool:
 
 
 # --- Conv1D: a linear layer whose weight is [in_features, out_features] ---------------------------
-
-# Rows from which the kernels, which pack the weight crosswise, multiply in less time than
-# torch.addmm in float32. Its time over theirs, Zen 4, forward and backward: 0.3 with 16 rows, 0.8
-# with 32, 1.3 with 128, 1.9 and more from 512 on.
-LEAST_ROWS = 128
 
 
 def is_conv1d(kind: type) -> bool:
@@ -188,11 +201,7 @@ def _conv1d_layer(module: nn.Module, x: Any) -> _Layer | None:
     n_in, n_out = weight.shape
     if match.value(module, "f") != n_out or x.dim() < 1 or x.shape[-1] != n_in:
         return None
-    dtype = computed_dtype(x)
-    many = dtype == torch.float32 and x.numel() >= LEAST_ROWS * n_in
-    if not many and dtype not in _products._LACKING:
-        return None
-    return _Layer(weight.t(), bias) if product_wins(x, weight.t()) else None
+    return _Layer(weight.t(), bias) if crosswise_product_wins(x, weight) else None
 
 
 def _conv1d_forward(module: nn.Module, match: Match, x: Any) -> Tensor | None:
@@ -211,6 +220,10 @@ def _fits_conv1d(module: nn.Module, match: Match) -> bool:
     device = torch.device("cpu") if weight.is_meta else weight.device
     n_in, n_out = weight.shape
     return _products.why_swap(n_out, n_in, weight.dtype, device) is not None
+
+
+def _small_conv1d(module: nn.Module, match: Match) -> int:
+    return _served.LEAST_ROWS * match.value(module, "w").shape[0]
 
 
 # --- gated ----------------------------------------------------------------------------------------
@@ -262,6 +275,10 @@ def _gated_to_dtype(module: nn.Module, match: Match, x: Any) -> Tensor | None:
 
 def _rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return functional.dropout_add_norm(x, None, weight, None, 0.0, eps, kind="rms")
+
+
+def _small_norm(module: nn.Module, match: Match) -> int:
+    return _served.LEAST_RMS_NORM
 
 
 def _norm_parts(module: nn.Module, match: Match, x: Any) -> tuple[Tensor, float] | None:
@@ -333,52 +350,19 @@ def _fits_rms_norm_plus_one(module: nn.Module, match: Match) -> bool:
 
 
 _LAYER = "a Linear and its activation as one kernel call"
+_GATED = "both products of a gated MLP as one kernel call"
+_NORMED = "dropout, residual sum and norm as one kernel call in training"
+_CONV1D = "the product as one kernel call where that is faster"
 _RMS = "the norm as one kernel call"
 KINDS: dict[str, Kind] = {
-    "chain": Kind(_chain, _fits_chain, _LAYER),
-    "chain to dtype": Kind(_chain_to_dtype, _fits_chain_to_dtype, _LAYER),
-    "normed": Kind(
-        _normed, _fits_normed, "dropout, residual sum and norm as one kernel call in training"
-    ),
-    "gated": Kind(_gated, _fits_gated, "both products of a gated MLP as one kernel call"),
-    "gated to dtype": Kind(
-        _gated_to_dtype, _fits_gated, "both products of a gated MLP as one kernel call"
-    ),
-    "conv1d": Kind(
-        _conv1d_forward, _fits_conv1d, "the product as one kernel call where that is faster"
-    ),
-    "rms norm": Kind(_rms_norm, _fits_rms_norm, _RMS),
-    "rms norm, then rounded": Kind(_rms_norm_then_rounded, _fits_rms_norm, _RMS),
-    "rms norm in one dtype": Kind(_rms_norm_in_one_dtype, _fits_rms_norm, _RMS),
-    "rms norm plus one": Kind(_rms_norm_plus_one, _fits_rms_norm_plus_one, _RMS),
+    "chain": Kind(_chain, _fits_chain, _small_layers, _LAYER),
+    "chain to dtype": Kind(_chain_to_dtype, _fits_chain_to_dtype, _small_layers, _LAYER),
+    "normed": Kind(_normed, _fits_normed, _small_sum, _NORMED),
+    "gated": Kind(_gated, _fits_gated, _small_layers, _GATED),
+    "gated to dtype": Kind(_gated_to_dtype, _fits_gated, _small_layers, _GATED),
+    "conv1d": Kind(_conv1d_forward, _fits_conv1d, _small_conv1d, _CONV1D),
+    "rms norm": Kind(_rms_norm, _fits_rms_norm, _small_norm, _RMS),
+    "rms norm, then rounded": Kind(_rms_norm_then_rounded, _fits_rms_norm, _small_norm, _RMS),
+    "rms norm in one dtype": Kind(_rms_norm_in_one_dtype, _fits_rms_norm, _small_norm, _RMS),
+    "rms norm plus one": Kind(_rms_norm_plus_one, _fits_rms_norm_plus_one, _small_norm, _RMS),
 }
-
-
-# --- activations ----------------------------------------------------------------------------------
-
-_TANH = {"approximate": "tanh"}
-
-
-def activation_of(activation: object) -> str | None:
-    """The activation's name in ``fastattn.linear``: torch's functions and modules, and those of
-    transformers that call nothing else."""
-    name = fused_activation(activation)
-    if name is not None or not isinstance(activation, nn.Module):
-        return name
-    kind = type(activation)
-    if kind.__module__ != "transformers.activations" or "forward" in vars(activation):
-        return None
-    if has_hooks(activation):
-        return None
-    act: Any = getattr(activation, "act", None)
-    if kind.__name__ == "GELUActivation":
-        return "gelu" if act is F.gelu else None
-    if kind.__name__ == "GELUTanh":
-        tanh = isinstance(act, partial) and act.func is F.gelu and act.keywords == _TANH
-        return "gelu_tanh" if tanh else None
-    return {
-        "NewGELUActivation": "gelu_tanh",
-        "QuickGELUActivation": "quick_gelu",
-        "SiLUActivation": "silu",
-        "ReLUSquaredActivation": "relu2",
-    }.get(kind.__name__)

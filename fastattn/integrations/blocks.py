@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastattn import _products
 from fastattn.integrations import block_kinds, forwards
-from fastattn.nn._plain import FORMER_CLASS, to_torch
+from fastattn.nn._plain import FORMER_CLASS, SMALL_BELOW, to_torch
 
 # DistilBERT's feed-forward hands its chunks to the second.
 _METHODS = ("forward", "ff_chunk")
@@ -91,7 +92,7 @@ def _method(kind: type[nn.Module], name: str, found: _Known) -> Callable[..., An
     @functools.wraps(known)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         stock = getattr(kind, name)
-        if stock is known:
+        if stock is known and not (args and _is_small(self, args[-1])):
             given = args
             if kwargs:
                 rest = arguments[len(args) :]
@@ -105,7 +106,25 @@ def _method(kind: type[nn.Module], name: str, found: _Known) -> Callable[..., An
     return method
 
 
-def planned(module: nn.Module) -> tuple[type[nn.Module], str] | None:
+def _is_small(module: nn.Module, x: object) -> bool:
+    """A quick test before each call: whether the kernels have too little to do."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.numel() < module.__dict__.get(SMALL_BELOW, 0)
+        and x.dtype not in _products._LACKING
+    )
+
+
+class Planned(NamedTuple):
+    """What ``patch`` would make of a block."""
+
+    after: type[nn.Module]
+    reason: str
+    small_below: int  # elements of its last argument below which torch's code runs
+
+
+def planned(module: nn.Module) -> Planned | None:
     """The class that ``patch`` gives to a block, and why; None for a module that is none."""
     made = block_class(type(module))
     if made is None:
@@ -114,7 +133,9 @@ def planned(module: nn.Module) -> tuple[type[nn.Module], str] | None:
     if any(name in vars(module) for name in _METHODS):
         return None
     try:
-        return (made, kind.reason) if kind.fits(module, match) else None
+        if not kind.fits(module, match):
+            return None
+        return Planned(made, kind.reason, kind.small_below(module, match))
     except AttributeError:  # a child that is not there
         return None
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 # No known forward has one of these names as that of an attribute.
-_GLOBALS: dict[str, Any] = {"torch": torch, "nn": nn, "isinstance": isinstance}
+_GLOBALS: dict[str, Any] = {"torch": torch, "isinstance": isinstance}
 
 
 class Known(NamedTuple):
@@ -128,29 +128,36 @@ def _literals(names: Iterable[str]) -> Iterator[str]:
 
 def _sources() -> Iterator[tuple[str, tuple[str, ...], str]]:
     for items in _CHAINS:
-        for body in _bodies(items):
-            yield "chain", items, _function("x", body)
+        for source in dict.fromkeys(s for body in _bodies(items) for s in _functions("x", body)):
+            yield "chain", items, source
     for kind, forwards in _FORWARDS.items():
         for text in forwards:
             arguments, *body = (line.strip() for line in text.split(";"))
-            yield kind, (), _function(arguments, body)
+            for source in _functions(arguments, body):
+                yield kind, (), source
 
 
-def _function(arguments: str, body: list[str]) -> str:
-    """A function in a module that imports its globals, which Python compiles in another way."""
-    head = f"import torch, nn, G\ndef forward(self, {arguments}):\n"
-    return head + "".join(f" {line}\n" for line in body)
+def _functions(arguments: str, body: list[str]) -> Iterator[str]:
+    """The function in a module that imports its globals, and in one that does not (a cell of a
+    notebook), where Python calls their functions by other instructions."""
+    source = f"def forward(self, {arguments}):\n" + "".join(f" {line}\n" for line in body)
+    yield source
+    if "torch." in source or "G.H(" in source:
+        yield f"import torch, G\n{source}"
 
 
 # Calls one after the other, each of the result before it: a Linear and an activation (BERT); with a
 # second Linear (ViT, CLIP, GPT-NeoX, OPT), and with a dropout behind it (GPT-2, DistilBERT) or
-# before it as well, another one (Wav2Vec2) or the same (PVT). The activation may be a function.
-_FUNCTIONS = ("G", "G.H", "G.H.I")
-_CHAINS = tuple(
-    ("a", second, *rest)
-    for second in ("b", *_FUNCTIONS)
-    for rest in ((), ("c",), ("c", "d"), ("c", "d", "e"), ("c", "d", "c"))
-    if rest or second == "b" or len(second) > 1
+# before it as well, another one (Wav2Vec2) or the same (PVT); three Linears with one activation.
+# The activation may be a function.
+_CHAINS = (
+    ("a", "b"),
+    ("a", "G.H"),
+    *(
+        ("a", second, *rest)
+        for second in ("b", "G", "G.H", "G.H.I")
+        for rest in (("c",), ("c", "d"), ("c", "d", "e"), ("c", "d", "c"), ("c", second, "d"))
+    ),
 )
 
 
@@ -163,7 +170,7 @@ def _bodies(items: tuple[str, ...]) -> Iterator[list[str]]:
             if cut:
                 steps.append([])
             steps[-1].append(item)
-        for variables in ("x" * 5, "y" * 5, "yzuvw"):
+        for variables in ("x" * 5, "y" * 5, *(["yzuv"] if len(items) < 5 else [])):
             for returned in (False, True):
                 yield _body(steps, variables, returned)
 

@@ -43,6 +43,7 @@ class ClassSwap:
     before: type[nn.Module]
     after: type[nn.Module]
     reason: str
+    small_below: int | None = None  # elements of an input below which torch's code runs unchecked
     dropout: bool = True  # its dropout may draw other numbers than torch's
 
     def do(self) -> None:
@@ -54,10 +55,8 @@ class ClassSwap:
         vars(self.module)[FORMER_CLASS] = self.before
         if not self.dropout:
             vars(self.module)[TORCHS_DRAWS] = True
-        if self.after is FusedSequential:
-            vars(self.module)[SMALL_BELOW] = small_below(
-                m for m in self.module._modules.values() if m is not None
-            )
+        if self.small_below is not None:
+            vars(self.module)[SMALL_BELOW] = self.small_below
         self.module.__class__ = self.after
 
     def undo(self) -> None:
@@ -114,9 +113,17 @@ class Plan:
     left: PatchReport = field(default_factory=PatchReport)
     dropout: bool = True
 
-    def swap(self, name: str, module: nn.Module, after: type[nn.Module], reason: str) -> None:
+    def swap(
+        self,
+        name: str,
+        module: nn.Module,
+        after: type[nn.Module],
+        reason: str,
+        small_below: int | None = None,
+    ) -> None:
         """Adds the swap of a module's class."""
-        self.swaps.append(ClassSwap(name, module, type(module), after, reason, self.dropout))
+        swap = ClassSwap(name, module, type(module), after, reason, small_below, self.dropout)
+        self.swaps.append(swap)
 
     @property
     def report(self) -> PatchReport:
@@ -198,7 +205,7 @@ def plan(model: nn.Module, *, dropout: bool = True) -> Plan:
         elif isinstance(module, nn.Sequential):
             _plan_sequential(name, module, made)
         elif (block := blocks.planned(module)) is not None:
-            _plan_block(name, module, *block, made)
+            _plan_block(name, module, block, made)
         elif type(module) is nn.Linear:
             _plan_linear(name, module, made)
         elif type(module) is nn.Dropout and dropout:
@@ -249,13 +256,13 @@ def _plan_sequential(name: str, module: nn.Sequential, made: Plan) -> None:
             made.left.add(f"{name}.{key}" if name else key, layer, None, reason)
     if fused:
         why = f"Linear, ReLU as one kernel call where that is faster: {', '.join(fused)}"
-        made.swap(name, module, FusedSequential, why)
+        made.swap(name, module, FusedSequential, why, small_below(layers))
 
 
-def _plan_block(name: str, module: nn.Module, after: type[nn.Module], why: str, made: Plan) -> None:
+def _plan_block(name: str, module: nn.Module, block: blocks.Planned, made: Plan) -> None:
     reason = _unsupported(module, "dropout_add_norm")
     if reason is None:
-        made.swap(name, module, after, why)
+        made.swap(name, module, *block)
     else:
         made.left.add(name, module, None, reason)
 

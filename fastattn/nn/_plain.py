@@ -17,7 +17,8 @@ R = TypeVar("R")
 
 # Where ``fastattn.patch`` keeps the class that a module had.
 FORMER_CLASS = "_fastattn_former_class"
-# Where it keeps the number of elements below which an input of a Sequential runs torch's code.
+# Where it keeps the number of elements below which an input of a Sequential, or of a block, runs
+# torch's code.
 SMALL_BELOW = "_fastattn_small_below"
 # Where ``patch(model, dropout=False)`` notes that a module's dropout must draw what torch draws.
 TORCHS_DRAWS = "_fastattn_torchs_draws"
