@@ -1,4 +1,4 @@
-"""Forwards that are known by their bytecode: what matches, what does not, the models they are in."""
+"""Forwards known by their bytecode: what matches, what does not, the models they are in."""
 
 from __future__ import annotations
 
