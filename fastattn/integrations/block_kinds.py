@@ -72,7 +72,8 @@ def _may_fuse(x: Any) -> bool:
 def _chain(module: nn.Module, match: Match, x: Any) -> Tensor | None:
     if not _may_fuse(x) or (torch.compiler.is_compiling() and _calls_a_global(match)):
         return None
-    return _run(module, [match.value(module, item) for item in match.known.items], x)
+    parts = match.values(module, match.known.items)
+    return None if parts is None else _run(module, parts, x)
 
 
 def _calls_a_global(match: Match) -> bool:
@@ -146,7 +147,7 @@ def _keeps_dtype(module: nn.Module, match: Match, x: Tensor) -> bool:
 
 def _normed(module: nn.Module, match: Match, x: Any, residual: Any) -> Tensor | None:
     linear, dropout, norm = (match.value(module, item) for item in "lpn")
-    if not dropout.training:
+    if not getattr(dropout, "training", False):
         return None
     p = fused_dropout(module, dropout)
     if (
@@ -243,22 +244,22 @@ def _gated_product(name: str | None, gate: Any, up: Any, x: Any) -> Tensor | Non
 def _gated(module: nn.Module, match: Match, x: Any) -> Tensor | None:
     if torch.compiler.is_compiling() and "G" in match.names:
         return None
-    name = activation_of(_gate_activation(module, match))
-    gate, up = match.value(module, "g"), match.value(module, "u")
-    hidden = _gated_product(name, gate, up, x)
-    return None if hidden is None else match.value(module, "o")(hidden)
+    parts = match.values(module, (_gate_activation(match), "g", "u", "o"))
+    if parts is None:
+        return None
+    activation, gate, up, out = parts
+    hidden = _gated_product(activation_of(activation), gate, up, x)
+    return None if hidden is None else out(hidden)
 
 
-def _gate_activation(module: nn.Module, match: Match) -> Any:
+def _gate_activation(match: Match) -> str:
     names = match.names
-    if "a" in names:
-        return match.value(module, "a")
-    return match.value(module, "G.H.I" if "I" in names else "G.H")
+    return "a" if "a" in names else "G.H.I" if "I" in names else "G.H"
 
 
 def _fits_gated(module: nn.Module, match: Match) -> bool:
     linears = all(type(match.value(module, item)) is nn.Linear for item in "gu")
-    known = activation_of(_gate_activation(module, match)) is not None
+    known = activation_of(match.value(module, _gate_activation(match))) is not None
     return linears and known and isinstance(match.value(module, "o"), nn.Module)
 
 

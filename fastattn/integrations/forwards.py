@@ -51,6 +51,13 @@ class Match(NamedTuple):
             found = getattr(found, self.names[letter])
         return found
 
+    def values(self, module: nn.Module, items: Iterable[str]) -> list[Any] | None:
+        """What the items are; None where one is not there: the module's code tells."""
+        try:
+            return [self.value(module, item) for item in items]
+        except AttributeError:
+            return None
+
     def means_the_same(self) -> bool:
         """Whether the global names of the known forward still mean what they mean here."""
         return all(_global(self.function, name) is _GLOBALS[name] for name in self.known.literals)

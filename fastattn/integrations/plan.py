@@ -210,7 +210,7 @@ def plan(model: nn.Module, *, dropout: bool = True) -> Plan:
             _plan_linear(name, module, made)
         elif type(module) is nn.Dropout and dropout:
             _plan_dropout(name, module, made)
-    _report_own_forwards(model, scripted, made.left)
+    _report_own_forwards(model, scripted, made)
     _note_linears(model, scripted, made)
     return made
 
@@ -345,18 +345,19 @@ def _unsupported(module: nn.Module, op: str) -> str | None:
     return None if first is None else backends.why_no_kernel(op, first.device, first.dtype)
 
 
-def _report_own_forwards(model: nn.Module, scripted: set[nn.Module], left: PatchReport) -> None:
-    """Reports each class with a forward of its own that may put a ReLU after a Linear, in one
-    entry."""
+def _report_own_forwards(model: nn.Module, scripted: set[nn.Module], made: Plan) -> None:
+    """Reports each class with a forward of its own that is not known and may put a ReLU after a
+    Linear, in one entry."""
+    known = scripted | {s.module for s in made.swaps if isinstance(s, ClassSwap)}
     found = [
         (name or "(root)", type(module))
         for name, module in model.named_modules()
-        if module not in scripted and _may_join(module)
+        if module not in known and FORMER_CLASS not in vars(module) and _may_join(module)
     ]
     for kind, count in Counter(kind for _, kind in found).items():
         first = next(name for name, k in found if k is kind)
         others = f" (and {count - 1} more)" if count > 1 else ""
-        left.add(
+        made.left.add(
             f"{first}{others}", kind, None,
             "its own forward joins Linear and ReLU, and only that code knows what else reads "
             "their results: they are left apart, on torch's own product; "

@@ -86,7 +86,9 @@ def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 
 def assert_same(stock: nn.Module, x: Tensor, rtol: float = 1e-9, atol: float = 1e-11) -> nn.Module:
     model = copy.deepcopy(stock)
-    assert fastattn.patch(model, dropout=False).swapped
+    report = fastattn.patch(model, dropout=False)
+    assert report.swapped
+    assert not report.skipped
     results = []
     for m in (model, stock):
         torch.manual_seed(3)
@@ -102,6 +104,7 @@ def test_chains(make, x, calls):
     for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert type(twin) is type(model)
         assert torch.equal(twin(x), model(x))
+    assert {e.reason for e in fastattn.patch(model).skipped} == {"already patched"}
     fastattn.unpatch(model)
     assert type(model) is make
 
@@ -158,6 +161,18 @@ def test_a_function_that_is_replaced_later(x, monkeypatch):
     monkeypatch.setattr(F, "gelu", torch.tanh)
     expected = model.fc2(torch.tanh(F.linear(x, model.fc1.weight, model.fc1.bias)))
     torch.testing.assert_close(model(x), expected)
+
+
+def test_a_name_that_is_missing_later(x, monkeypatch):
+    model = Functional().double()
+    fastattn.patch(model)
+    monkeypatch.delitem(Functional.forward.__globals__, "F")
+    with pytest.raises(NameError, match="name 'F' is not defined"):
+        model(x)
+    monkeypatch.undo()
+    del model.fc1
+    with pytest.raises(AttributeError, match="no attribute 'fc1'"):
+        model(x)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

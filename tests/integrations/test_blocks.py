@@ -137,7 +137,6 @@ OTHERS = {
     "returns a pair": ("x", "x = self.lin(x); x = self.act(x); return x, x"),
     "the input twice": ("x", "y = self.lin(x); y = self.act(x); return y"),
     "twice the same": ("x", "x = self.act(x); x = self.lin(x); x = self.act(x); return x"),
-    "another global": ("x", "return nowhere.relu(self.lin(x))"),
     "an option": ("x, option=None", "x = self.lin(x); x = self.act(x); return x"),
     "more arguments": ("x, *rest", "x = self.lin(x); x = self.act(x); return x"),
 }  # fmt: skip
