@@ -172,7 +172,9 @@ def serves_dropout(input: Any) -> bool:
     return backends.select_activation(input) == "cpu"
 
 
-# Elements from which the kernels' RMSNorm takes less time than its formula by torch's operations.
+# Elements from which the kernels' RMSNorm takes less time than its formula by torch's operations,
+# checks included. Torch's time over the kernels', Zen 4 with AVX-512, one thread, forward and with
+# backward: at 65 thousand elements 1.07 to 1.15 and 1.3, at 262 thousand 1.5 to 1.8 and 1.6 to 3.9.
 LEAST_RMS_NORM = 1 << 16
 
 
