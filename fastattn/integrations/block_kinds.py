@@ -29,7 +29,7 @@ from fastattn.nn._plain import (
     no_global_hooks,
 )
 from fastattn.nn.dropout import fused_dropout, is_dropout, is_plain_dropout
-from fastattn.nn.linear import is_plain_linear
+from fastattn.nn.linear import Linear, is_plain_linear
 
 
 class Kind(NamedTuple):
@@ -62,6 +62,11 @@ def _layer(module: Any, x: Any) -> _Layer | None:
     if not ordinary(x) or not serves_layers(x, [layer.weight], [layer.bias]):
         return None
     return None if is_small_product(x, layer.weight.numel()) else layer
+
+
+def _is_linear(module: object) -> bool:
+    """Whether the module's class is torch's Linear, or the one that ``patch`` gives it."""
+    return type(module) in (nn.Linear, Linear)
 
 
 def _may_fuse(x: Any) -> bool:
@@ -101,7 +106,7 @@ def _run(module: nn.Module, parts: Sequence[Any], x: Any) -> Tensor:
 def _fits_chain(module: nn.Module, match: Match) -> bool:
     parts = [match.value(module, item) for item in match.known.items]
     return any(
-        (type(a) is nn.Linear or is_conv1d(type(a))) and activation_of(b) is not None
+        (_is_linear(a) or is_conv1d(type(a))) and activation_of(b) is not None
         for a, b in pairwise(parts)
     )
 
@@ -127,7 +132,7 @@ def _chain_to_dtype(module: nn.Module, match: Match, x: Any) -> Tensor | None:
 
 def _fits_chain_to_dtype(module: nn.Module, match: Match) -> bool:
     linear, activation, out = (match.value(module, item) for item in "gao")
-    return type(linear) is type(out) is nn.Linear and activation_of(activation) is not None
+    return _is_linear(linear) and _is_linear(out) and activation_of(activation) is not None
 
 
 def _keeps_dtype(module: nn.Module, match: Match, x: Tensor) -> bool:
@@ -258,7 +263,7 @@ def _gate_activation(match: Match) -> str:
 
 
 def _fits_gated(module: nn.Module, match: Match) -> bool:
-    linears = all(type(match.value(module, item)) is nn.Linear for item in "gu")
+    linears = all(_is_linear(match.value(module, item)) for item in "gu")
     known = activation_of(match.value(module, _gate_activation(match))) is not None
     return linears and known and isinstance(match.value(module, "o"), nn.Module)
 
@@ -291,15 +296,16 @@ def _norm_parts(module: nn.Module, match: Match, x: Any) -> tuple[Tensor, float]
     return (weight, eps) if served else None
 
 
-def _rms_norm(module: nn.Module, match: Match, x: Any) -> Tensor | None:
+def _multiplied(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The normalised row is rounded to its dtype before it is multiplied."""
-    found = _norm_parts(module, match, x)
-    if found is None:
-        return None
-    weight, eps = found
     if x.dtype == weight.dtype == torch.float32:
         return _rms(x, weight, eps)
     return weight * _rms(x, None, eps)
+
+
+def _rms_norm(module: nn.Module, match: Match, x: Any) -> Tensor | None:
+    found = _norm_parts(module, match, x)
+    return None if found is None else _multiplied(x, *found)
 
 
 def _rms_norm_in_one_dtype(module: nn.Module, match: Match, x: Any) -> Tensor | None:
@@ -317,18 +323,28 @@ def _rms_norm_then_rounded(module: nn.Module, match: Match, x: Any) -> Tensor | 
     return _rms(x, *found)
 
 
-def _rms_norm_plus_one(module: nn.Module, match: Match, x: Any) -> Tensor | None:
-    """The weight is what is added to one."""
+def _method_parts(module: nn.Module, match: Match, x: Any) -> tuple[Tensor, float] | None:
+    """``_norm_parts`` of a norm whose method n normalises."""
     normalised = _normalised(type(module), match)
     if type(x) is not Tensor or not unobserved() or torch.compiler.is_compiling():
         return None
-    if normalised is None or not (match.means_the_same() and normalised.means_the_same()):
-        return None
-    if match.names["n"] in vars(module):
+    if normalised is None or match.names["n"] in vars(module):
         return None
     weight, eps = match.value(module, "w"), normalised.value(module, "e")
-    if not serves_rms_norm(x, weight, eps) or weight.dtype == torch.float64:
+    return (weight, eps) if serves_rms_norm(x, weight, eps) else None
+
+
+def _rms_norm_by_a_method(module: nn.Module, match: Match, x: Any) -> Tensor | None:
+    found = _method_parts(module, match, x)
+    return None if found is None else _multiplied(x, *found)
+
+
+def _rms_norm_plus_one(module: nn.Module, match: Match, x: Any) -> Tensor | None:
+    """The weight is what is added to one; the product with it is rounded, once."""
+    found = _method_parts(module, match, x)
+    if found is None or found[0].dtype == torch.float64:
         return None
+    weight, eps = found
     return _rms(x, 1.0 + weight.float(), eps)
 
 
@@ -343,7 +359,7 @@ def _fits_rms_norm(module: nn.Module, match: Match) -> bool:
     return isinstance(weight, nn.Parameter) and isinstance(match.value(module, "e"), float)
 
 
-def _fits_rms_norm_plus_one(module: nn.Module, match: Match) -> bool:
+def _fits_method_norm(module: nn.Module, match: Match) -> bool:
     normalised = _normalised(type(module), match)
     if normalised is None or not isinstance(match.value(module, "w"), nn.Parameter):
         return False
@@ -365,5 +381,6 @@ KINDS: dict[str, Kind] = {
     "rms norm": Kind(_rms_norm, _fits_rms_norm, _small_norm, _RMS),
     "rms norm, then rounded": Kind(_rms_norm_then_rounded, _fits_rms_norm, _small_norm, _RMS),
     "rms norm in one dtype": Kind(_rms_norm_in_one_dtype, _fits_rms_norm, _small_norm, _RMS),
-    "rms norm plus one": Kind(_rms_norm_plus_one, _fits_rms_norm_plus_one, _small_norm, _RMS),
+    "rms norm plus one": Kind(_rms_norm_plus_one, _fits_method_norm, _small_norm, _RMS),
+    "rms norm by a method": Kind(_rms_norm_by_a_method, _fits_method_norm, _small_norm, _RMS),
 }

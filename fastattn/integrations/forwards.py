@@ -155,8 +155,8 @@ def _functions(arguments: str, body: list[str]) -> Iterator[str]:
 
 # Calls one after the other, each of the result before it: a Linear and an activation (BERT); with a
 # second Linear (ViT, CLIP, GPT-NeoX, OPT), and with a dropout behind it (GPT-2, DistilBERT) or
-# before it as well, another one (Wav2Vec2) or the same (PVT); three Linears with one activation.
-# The activation may be a function.
+# before it as well, another one (Wav2Vec2) or the same (PVT), and a norm (timm); three Linears with
+# one activation. The activation may be a function.
 _CHAINS = (
     ("a", "b"),
     ("a", "G.H"),
@@ -165,19 +165,21 @@ _CHAINS = (
         for second in ("b", "G", "G.H", "G.H.I")
         for rest in (("c",), ("c", "d"), ("c", "d", "e"), ("c", "d", "c"), ("c", second, "d"))
     ),
+    ("a", "b", "c", "d", "e", "f"),
 )
 
 
 def _bodies(items: tuple[str, ...]) -> Iterator[list[str]]:
     """The ways to write the chain: its calls nested or not, their results in one variable or in
     several, the last result returned by its name or not."""
-    for cuts in itertools.product((False, True), repeat=len(items) - 1):
+    nested = (False, True) if len(items) < 6 else (True,)  # or a call a line
+    for cuts in itertools.product(nested, repeat=len(items) - 1):
         steps: list[list[str]] = [[items[0]]]
         for cut, item in zip(cuts, items[1:], strict=True):
             if cut:
                 steps.append([])
             steps[-1].append(item)
-        for variables in ("x" * 5, "y" * 5, *(["yzuv"] if len(items) < 5 else [])):
+        for variables in ("x" * 6, "y" * 6, *(["yzuv"] if len(items) < 5 else [])):
             for returned in (False, True):
                 yield _body(steps, variables, returned)
 
@@ -238,6 +240,9 @@ _FORWARDS = {
     ),
     "rms norm plus one": (
         "x; y = self.n(x.float()); y = y * (1.0 + self.w.float()); return y.type_as(x)",  # Gemma
+    ),
+    "rms norm by a method": (
+        "x; y = self.n(x.float()).type_as(x); return y * self.w",  # Meta's Llama
     ),
     "normalised": (
         "x; return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.e)",  # Gemma's method n

@@ -35,6 +35,8 @@ CHAINS = {
     "x = self.act(self.fc1(x)); x = self.fc2(x); return x": ["fc1", "act", "fc2"],
     "x = self.drop(self.act(self.fc1(x))); return self.drop(self.fc2(x))":
         ["fc1", "act", "drop", "fc2", "drop"],
+    "x = self.fc1(x); x = self.act(x); x = self.drop1(x); x = self.norm(x); x = self.fc2(x);"
+    "x = self.drop2(x); return x": ["fc1", "act", "drop1", "norm", "fc2", "drop2"],
     "return self.fc3(self.act(self.fc2(self.act(self.fc1(x)))))":
         ["fc1", "act", "fc2", "act", "fc3"],
 }  # fmt: skip
