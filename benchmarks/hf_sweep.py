@@ -171,7 +171,8 @@ def work(names: list[str], output: Path) -> None:
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    _served.LEAST_WORK = _served.LEAST_ATTENTION = 0  # small models would run torch's own code
+    # Small models would run torch's own code.
+    _served.LEAST_WORK = _served.LEAST_ATTENTION = _served.LEAST_RMS_NORM = _served.LEAST_ROWS = 0
     register()
     with output.open("a") as lines:
         for name in names:

@@ -61,6 +61,7 @@ def _small_problems_run_the_kernels(monkeypatch):
     monkeypatch.setattr(_served, "LEAST_WORK", 0)
     monkeypatch.setattr(_served, "LEAST_ATTENTION", 0)
     monkeypatch.setattr(_served, "LEAST_NORM", 0)
+    monkeypatch.setattr(_served, "LEAST_RMS_NORM", 0)
     monkeypatch.setattr(_products, "_INTEL", False)  # whose torch has the faster products
 
 

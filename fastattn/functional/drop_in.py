@@ -16,7 +16,7 @@ from torch import Tensor
 from fastattn import functional
 from fastattn.functional import _served
 
-_torchs_attention = F.scaled_dot_product_attention  # override_sdpa puts ours in its place
+torchs_attention = F.scaled_dot_product_attention  # override_sdpa puts ours in its place
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,7 +57,7 @@ def attention_by_size(
     problem is so small that torch's is faster."""
     small = _served.is_small_attention(query, key, value, dropout_p)
     if small and (attn_mask is None or not is_causal):  # torch takes only one of the two
-        attention = _torchs_attention
+        attention = torchs_attention
     else:
         attention = functional.scaled_dot_product_attention
     return attention(
@@ -82,7 +82,7 @@ def scaled_dot_product_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    otherwise: Callable[..., Tensor] = _torchs_attention,
+    otherwise: Callable[..., Tensor] = torchs_attention,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``, its signature and meaning. What no
     kernel serves (other devices and dtypes, nested tensors, tensor subclasses), and what fastattn

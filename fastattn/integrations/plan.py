@@ -18,7 +18,15 @@ from fastattn.integrations import blocks, pretrained, transformers
 from fastattn.integrations import unpad as unpadding
 from fastattn.integrations.report import PatchReport
 from fastattn.integrations.sequential import FusedSequential
-from fastattn.nn._plain import FORMER_CLASS, SMALL_BELOW, UNPAD, has_hooks, is_plain, to_torch
+from fastattn.nn._plain import (
+    FORMER_CLASS,
+    SMALL_BELOW,
+    TORCHS_DRAWS,
+    UNPAD,
+    has_hooks,
+    is_plain,
+    to_torch,
+)
 from fastattn.nn.linear import is_plain_linear
 
 ATTENTION = {
@@ -37,7 +45,9 @@ class ClassSwap:
     before: type[nn.Module]
     after: type[nn.Module]
     reason: str
-    unpad: bool = False
+    small_below: int | None = None  # elements of an input below which torch's code runs unchecked
+    dropout: bool = True  # its dropout may draw other numbers than torch's
+    unpad: bool = False  # it skips padding
 
     def do(self) -> None:
         if type(self.module) is not self.before:
@@ -46,10 +56,10 @@ class ClassSwap:
                 f"{type(self.module).__name__}: plan again"
             )
         vars(self.module)[FORMER_CLASS] = self.before
-        if self.after is FusedSequential:
-            vars(self.module)[SMALL_BELOW] = small_below(
-                m for m in self.module._modules.values() if m is not None
-            )
+        if not self.dropout:
+            vars(self.module)[TORCHS_DRAWS] = True
+        if self.small_below is not None:
+            vars(self.module)[SMALL_BELOW] = self.small_below
         if self.unpad:
             vars(self.module)[UNPAD] = True
         self.module.__class__ = self.after
@@ -63,6 +73,7 @@ class AttentionSwap:
     """One Hugging Face model whose attention will become fastattn's."""
 
     part: pretrained.Part
+    dropout: bool = True  # as in ClassSwap
 
     @property
     def name(self) -> str:
@@ -78,11 +89,13 @@ class AttentionSwap:
 
     @property
     def reason(self) -> str:
-        return f"{self.part.attentions} modules take their attention from the AttentionInterface"
+        return (
+            f"{len(self.part.attentions)} modules take their attention from the AttentionInterface"
+        )
 
     def do(self) -> None:
         transformers.register()
-        self.part.apply()
+        self.part.apply(self.dropout)
 
     def undo(self) -> None:
         pretrained.undo(self.part.model)
@@ -103,6 +116,21 @@ class Plan:
     model: nn.Module
     swaps: list[ClassSwap | AttentionSwap] = field(default_factory=list)
     left: PatchReport = field(default_factory=PatchReport)
+    dropout: bool = True
+
+    def swap(
+        self,
+        name: str,
+        module: nn.Module,
+        after: type[nn.Module],
+        reason: str,
+        small_below: int | None = None,
+        unpad: bool = False,
+    ) -> None:
+        """Adds the swap of a module's class."""
+        self.swaps.append(
+            ClassSwap(name, module, type(module), after, reason, small_below, self.dropout, unpad)
+        )
 
     @property
     def report(self) -> PatchReport:
@@ -141,18 +169,20 @@ class Plan:
         return self.report.__rich__()
 
 
-def plan(model: nn.Module, *, unpad: bool = False) -> Plan:
+def plan(model: nn.Module, *, dropout: bool = True, unpad: bool = False) -> Plan:
     """What ``patch(model)`` would do. The model is looked at; it is not run and not changed.
 
     Args:
         model: any module.
+        dropout: as in ``patch``.
         unpad: as in ``patch``.
 
     Returns:
         The Plan, whose ``apply`` makes the swaps.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``, or ``dropout`` or ``unpad`` is no bool.
+        ValueError: ``unpad`` beside ``dropout=False``.
 
     >>> import fastattn
     >>> from torch import nn
@@ -161,10 +191,18 @@ def plan(model: nn.Module, *, unpad: bool = False) -> Plan:
     <class 'fastattn.nn.transformer.TransformerEncoderLayer'>
     """
     check(model)
-    made = Plan(model)
+    for name, option in (("dropout", dropout), ("unpad", unpad)):
+        if not isinstance(option, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(option).__name__}")
+    if unpad and not dropout:
+        raise ValueError(
+            "unpad: expected False beside dropout=False, got True: fewer elements draw fewer "
+            "random numbers"
+        )
+    made = Plan(model, dropout=dropout)
     for part in pretrained.plan(model):
         if part.reason is None:
-            made.swaps.append(AttentionSwap(part))
+            made.swaps.append(AttentionSwap(part, dropout))
         else:
             made.left.add(part.name, part.before, None, part.reason)
     if unpad:
@@ -184,10 +222,12 @@ def plan(model: nn.Module, *, unpad: bool = False) -> Plan:
         elif isinstance(module, nn.Sequential):
             _plan_sequential(name, module, made)
         elif (block := blocks.planned(module)) is not None:
-            _plan_block(name, module, *block, made)
+            _plan_block(name, module, block, made)
         elif type(module) is nn.Linear:
             _plan_linear(name, module, made)
-    _report_own_forwards(model, scripted, made.left)
+        elif type(module) is nn.Dropout and dropout:
+            _plan_dropout(name, module, made)
+    _report_own_forwards(model, scripted, made)
     _note_linears(model, scripted, made)
     return made
 
@@ -215,7 +255,7 @@ def _plan_unpadded(model: nn.Module, made: Plan) -> None:
             made.left.add(name, module, None, "padding stays: its attention is not fastattn's")
         else:
             why = "tokens alone, packed one sequence behind the other; 0 at padding"
-            made.swaps.append(ClassSwap(name, module, type(module), after, why))
+            made.swap(name, module, after, why)
     if not found:
         made.left.notes.append(
             "unpad: no encoder in which each token is known to be computed by itself: the model "
@@ -237,7 +277,7 @@ def _plan_attention(name: str, module: nn.Module, made: Plan, unpad: bool) -> No
         after, why = ATTENTION[former], "the same layer on fused kernels"
         skips = unpad and former is nn.TransformerEncoder
         why += ", without padding: 0 there" if skips else ""
-        made.swaps.append(ClassSwap(name, module, former, after, why, skips))
+        made.swap(name, module, after, why, unpad=skips)
     else:
         made.left.add(name, module, None, reason)
 
@@ -261,13 +301,13 @@ def _plan_sequential(name: str, module: nn.Sequential, made: Plan) -> None:
             made.left.add(f"{name}.{key}" if name else key, layer, None, reason)
     if fused:
         why = f"Linear, ReLU as one kernel call where that is faster: {', '.join(fused)}"
-        made.swaps.append(ClassSwap(name, module, nn.Sequential, FusedSequential, why))
+        made.swap(name, module, FusedSequential, why, small_below(layers))
 
 
-def _plan_block(name: str, module: nn.Module, after: type[nn.Module], why: str, made: Plan) -> None:
+def _plan_block(name: str, module: nn.Module, block: blocks.Planned, made: Plan) -> None:
     reason = _unsupported(module, "dropout_add_norm")
     if reason is None:
-        made.swaps.append(ClassSwap(name, module, type(module), after, why))
+        made.swap(name, module, *block)
     else:
         made.left.add(name, module, None, reason)
 
@@ -279,7 +319,18 @@ def _plan_linear(name: str, linear: nn.Linear, made: Plan) -> None:
         return
     why = _why_swap(weight)
     if why is not None:
-        made.swaps.append(ClassSwap(name, linear, nn.Linear, fnn.Linear, why))
+        made.swap(name, linear, fnn.Linear, why)
+
+
+def _plan_dropout(name: str, module: nn.Dropout, made: Plan) -> None:
+    """Plans to swap a dropout that drops something, in a model on a CPU."""
+    device = next((p.device.type for p in made.model.parameters()), "cpu")
+    if device in ("cpu", "meta") and 0.0 < module.p < 1.0 and not module.inplace:
+        reason = _unsupported(module, "activation_dropout")
+        if reason is None:
+            made.swap(name, module, fnn.Dropout, "no mask is stored; faster where it is large")
+        else:
+            made.left.add(name, module, None, reason)
 
 
 def _why_swap(weight: Tensor) -> str | None:
@@ -339,18 +390,19 @@ def _unsupported(module: nn.Module, op: str) -> str | None:
     return None if first is None else backends.why_no_kernel(op, first.device, first.dtype)
 
 
-def _report_own_forwards(model: nn.Module, scripted: set[nn.Module], left: PatchReport) -> None:
-    """Reports each class with a forward of its own that may put a ReLU after a Linear, in one
-    entry."""
+def _report_own_forwards(model: nn.Module, scripted: set[nn.Module], made: Plan) -> None:
+    """Reports each class with a forward of its own that is not known and may put a ReLU after a
+    Linear, in one entry."""
+    known = scripted | {s.module for s in made.swaps if isinstance(s, ClassSwap)}
     found = [
         (name or "(root)", type(module))
         for name, module in model.named_modules()
-        if module not in scripted and _may_join(module)
+        if module not in known and FORMER_CLASS not in vars(module) and _may_join(module)
     ]
     for kind, count in Counter(kind for _, kind in found).items():
         first = next(name for name, k in found if k is kind)
         others = f" (and {count - 1} more)" if count > 1 else ""
-        left.add(
+        made.left.add(
             f"{first}{others}", kind, None,
             "its own forward joins Linear and ReLU, and only that code knows what else reads "
             "their results: they are left apart, on torch's own product; "

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastattn import backends
+from fastattn.nn._plain import TORCHS_DRAWS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -101,16 +102,20 @@ class Part:
     name: str
     model: nn.Module
     configs: list[PreTrainedConfig] = field(default_factory=list)  # that its modules hold
-    attentions: int = 0  # modules that ask the interface for their function
+    attentions: list[nn.Module] = field(default_factory=list)  # that ask the interface
     leaf: bool = True  # no other pretrained model inside
     reason: str | None = None  # why it stays; None: it will be swapped
     before: str = ""  # its attention, in the words of the report
 
-    def apply(self) -> None:
-        """Sets fastattn's attention and notes what ``undo`` needs. The name must be registered."""
+    def apply(self, dropout: bool = True) -> None:
+        """Sets fastattn's attention and notes what ``undo`` needs. The name must be registered.
+        Without ``dropout`` attention that drops weights is torch's own."""
         changed = [c for c in self.configs if c._attn_implementation == _TAKEN_OVER]
         _set(changed, NAME)
         vars(self.model)[_FORMER] = Former(changed)
+        if not dropout:
+            for module in self.attentions:
+                vars(module)[TORCHS_DRAWS] = True
 
 
 @dataclass
@@ -174,7 +179,8 @@ def _parts(model: nn.Module, pretrained: type[nn.Module]) -> Iterator[Part]:
         owners[name] = part
         if part is None:
             continue
-        part.attentions += _asks_the_interface(type(module))  # type: ignore[arg-type]
+        if _asks_the_interface(type(module)):  # type: ignore[arg-type]
+            part.attentions.append(module)
         for value in vars(module).values():
             if isinstance(value, config_class) and not any(c is value for c in part.configs):
                 part.configs.append(value)
@@ -190,7 +196,7 @@ def _unsupported_part(part: Part) -> str | None:
     reason = unsupported(type(model))
     if reason is not None:
         return reason
-    if part.attentions == 0:
+    if not part.attentions:
         return "no module of its own takes its attention from the AttentionInterface"
     names = {c._attn_implementation for c in part.configs}
     if _TAKEN_OVER not in names:
@@ -206,7 +212,7 @@ def _unsupported_shared(part: Part, parts: list[Part]) -> str | None:
     """A config cannot change while a part that must stay holds it."""
     for other in parts:
         shared = any(c is d for c in part.configs for d in other.configs)
-        must_stay = other.attentions > 0 or unsupported(type(other.model)) is not None
+        must_stay = bool(other.attentions) or unsupported(type(other.model)) is not None
         if shared and must_stay and other.reason is not None:
             return f"it shares its config with {other.name or '(root)'}: {other.reason}"
     return None
@@ -219,6 +225,8 @@ def undo(module: nn.Module) -> tuple[str, str | None, str] | None:
     former = vars(module).pop(_FORMER, None)
     if former is None:
         return None
+    for inner in module.modules():
+        vars(inner).pop(TORCHS_DRAWS, None)
     ours = [c for c in former.configs if c._attn_implementation == NAME]
     if former.configs and not ours:
         return _words(module.config), None, "its attention was set to another one after patch"

@@ -21,10 +21,12 @@ from fastattn.nn._plain import FORMER_CLASS, to_torch
 
 __all__ = ["Entry", "PatchReport", "Plan", "patch", "plan", "unpatch"]
 
-_SWAPPED = (*ATTENTION.values(), FusedSequential, fnn.Linear)
+_SWAPPED = (*ATTENTION.values(), FusedSequential, fnn.Linear, fnn.Dropout)
 
 
-def patch(model: nn.Module, *, dry_run: bool = False, unpad: bool = False) -> PatchReport:
+def patch(
+    model: nn.Module, *, dry_run: bool = False, dropout: bool = True, unpad: bool = False
+) -> PatchReport:
     """Swaps the layers that fastattn has a kernel for, in place.
 
     An exception leaves the model as it was.
@@ -38,11 +40,19 @@ def patch(model: nn.Module, *, dry_run: bool = False, unpad: bool = False) -> Pa
       for a float32 one, in a dtype of autocast that torch has no product in for this processor:
       ``fastattn.backends.explain("linear", input, weight)``. Notes of the report count the other
       Linears.
+    - ``nn.Dropout``, exact type and not in place, unless ``dropout=False``.
     - Blocks known by the code of their forward (``fastattn.integrations.blocks``), which most
-      encoders of Hugging Face and the decoders of the Llama family have: a Linear and its
-      activation; a Linear, dropout and the norm of the sum with a residual; a gated MLP.
+      encoders and decoders of Hugging Face have, and much other code: a Linear and its activation,
+      with a second Linear and dropouts or not; a Linear, dropout and the norm of the sum with a
+      residual; a gated MLP; GPT-2's Conv1D; RMSNorm as Llama, Gemma, T5 and OLMo write it.
     - The attention of Hugging Face models that is set to sdpa, see
       ``fastattn.integrations.pretrained``.
+
+    The kernels' dropout drops other elements than torch's for the same state of torch's generator,
+    by as good random numbers: the same state gives the same result at every call, under activation
+    checkpoints too. With ``dropout=False`` every layer that is swapped drops the elements that
+    torch's would. Dropouts then are torch's own, and attention whose weights are dropped runs
+    torch's code, in training; everything else is as fast as with ``dropout=True``.
 
     A Linear and a ReLU that a forward of the model's own joins are left apart: only that code knows
     what else reads their results. Left alone is everything else, and a module whose device or dtype
@@ -51,18 +61,21 @@ def patch(model: nn.Module, *, dry_run: bool = False, unpad: bool = False) -> Pa
     Args:
         model: any module.
         dry_run: change nothing; the report says what would be swapped.
+        dropout: let the kernels draw dropout's random numbers.
         unpad: skip the padding, in training and at inference: ``nn.TransformerEncoder``, and the
             encoders of BERT and its relatives in Hugging Face (``fastattn.integrations.unpad``),
             run on the tokens alone. Their outputs at padded places are then 0, where they are
             values without a meaning otherwise; losses that ignore padding, and outputs pooled over
             tokens, stay. Where an encoder cannot, at a call, the padded batch runs, and a
-            FastAttnWarning says why. Under ``torch.compile`` the padded batch runs.
+            FastAttnWarning says why. Under ``torch.compile`` the padded batch runs. Fewer elements
+            draw fewer random numbers, so that ``dropout=False`` cannot be kept beside it.
 
     Returns:
         What was swapped, what was not, and why.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``, or ``dropout`` or ``unpad`` is no bool.
+        ValueError: ``unpad`` beside ``dropout=False``.
 
     >>> import fastattn
     >>> from torch import nn
@@ -71,7 +84,7 @@ def patch(model: nn.Module, *, dry_run: bool = False, unpad: bool = False) -> Pa
     >>> type(model)
     <class 'fastattn.nn.transformer.TransformerEncoderLayer'>
     """
-    made = plan(model, unpad=unpad)
+    made = plan(model, dropout=dropout, unpad=unpad)
     return made.report if dry_run else made.apply()
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import functional
-from fastattn.functional.drop_in import attention_by_size
+from fastattn.functional.drop_in import attention_by_size, torchs_attention
 from fastattn.integrations.compiler import register_with_accelerate
 from fastattn.integrations.pretrained import NAME, unsupported
+from fastattn.nn._plain import keeps_torchs_draws
 
 __all__ = ["NAME", "attention_forward", "attention_mask", "register"]
 
@@ -216,7 +217,9 @@ def attention_forward(
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias, key)
     call = (query, key, value, attention_mask, dropout, causal, scaling, True)
-    if softcap:
+    if dropout > 0.0 and keeps_torchs_draws(module):
+        out = torchs_attention(*call[:6], scale=scaling, enable_gqa=True)
+    elif softcap:
         out = functional.scaled_dot_product_attention(*call, softcap=softcap)
     else:
         out = attention_by_size(*call)

@@ -50,6 +50,7 @@ _KNOWN = frozenset(
 _UNREAD = frozenset({"labels", "num_items_in_batch", "position_ids", "return_dict"})
 # Modules of other files inside an encoder that compute each token by itself.
 _TOKENWISE_HOMES = (
+    "fastattn.nn.dropout",
     "fastattn.nn.linear",
     "fastattn.nn.mlp",
     "fastattn.nn.norm",

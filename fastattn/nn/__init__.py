@@ -6,6 +6,7 @@ symbolic traces.
 """
 
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.dropout import Dropout
 from fastattn.nn.encoder import TransformerEncoder
 from fastattn.nn.linear import Linear, LinearActivation, LinearReLU
 from fastattn.nn.mlp import MLP, GatedMLP
@@ -14,6 +15,7 @@ from fastattn.nn.transformer import TransformerEncoderLayer
 
 __all__ = [
     "MLP",
+    "Dropout",
     "DropoutAddNorm",
     "GatedMLP",
     "Linear",

@@ -17,8 +17,11 @@ R = TypeVar("R")
 
 # Where ``fastattn.patch`` keeps the class that a module had.
 FORMER_CLASS = "_fastattn_former_class"
-# Where it keeps the number of elements below which an input of a Sequential runs torch's code.
+# Where it keeps the number of elements below which an input of a Sequential, or of a block, runs
+# torch's code.
 SMALL_BELOW = "_fastattn_small_below"
+# Where ``patch(model, dropout=False)`` notes that a module's dropout must draw what torch draws.
+TORCHS_DRAWS = "_fastattn_torchs_draws"
 # Where it keeps whether an encoder skips its padding.
 UNPAD = "_fastattn_unpad"
 
@@ -46,15 +49,6 @@ def fused_activation(activation: object) -> str | None:
     return None
 
 
-def active_dropout(module: nn.Module) -> float | None:
-    """The probability with which a plain ``nn.Dropout`` drops an element now; None for another
-    module."""
-    if not is_plain(module, nn.Dropout):
-        return None
-    p: Any = module.p
-    return p if module.training else 0.0
-
-
 def no_global_hooks() -> bool:
     """Whether a child's call may be skipped: no hook is registered for all modules, and
     ``nn.Module.__call__`` is as torch wrote it."""
@@ -74,11 +68,16 @@ def was_swapped(module: nn.Module) -> bool:
     return FORMER_CLASS in module.__dict__
 
 
+def keeps_torchs_draws(module: nn.Module) -> bool:
+    """Whether ``patch(model, dropout=False)`` swapped the module."""
+    return TORCHS_DRAWS in module.__dict__
+
+
 def to_torch(module: M) -> M:
     """Gives a swapped module its former class again."""
     if was_swapped(module):
         module.__class__ = module.__dict__.pop(FORMER_CLASS)
-        for fact in (SMALL_BELOW, UNPAD):
+        for fact in (SMALL_BELOW, TORCHS_DRAWS, UNPAD):
             module.__dict__.pop(fact, None)
     return module
 

@@ -20,7 +20,13 @@ from fastattn.functional._served import (
 )
 from fastattn.functional.drop_in import attention_by_size
 from fastattn.nn._packed import Packing
-from fastattn.nn._plain import as_written, run_torchs, scripted_as, was_swapped
+from fastattn.nn._plain import (
+    as_written,
+    keeps_torchs_draws,
+    run_torchs,
+    scripted_as,
+    was_swapped,
+)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -90,7 +96,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             TypeError: a dtype that is not the parameters', or not a mask's.
         """
         options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        if not self._usual(query, key, value, key_padding_mask, attn_mask):
+        p = self.dropout if self.training else 0.0
+        torchs = p > 0.0 and keeps_torchs_draws(self)
+        if torchs or not self._usual(query, key, value, key_padding_mask, attn_mask):
             return run_torchs(self, super().forward, query, key, value, *options)
         try:
             _check(self, query, key, value, key_padding_mask, attn_mask, is_causal)
@@ -107,7 +115,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         causal = is_causal and added == 0
         mask = self._merge(None if causal else attn_mask, key_padding_mask, added, q)
 
-        p = self.dropout if self.training else 0.0
         weights = None
         if p > 0.0 and need_weights:
             # The weights that are returned must be those that made the output.

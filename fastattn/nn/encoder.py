@@ -20,6 +20,7 @@ from fastattn.nn._plain import (
     was_swapped,
 )
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.dropout import Dropout
 from fastattn.nn.linear import Linear
 from fastattn.nn.transformer import TransformerEncoderLayer
 
@@ -162,6 +163,7 @@ _PACKED = frozenset(
     {
         TransformerEncoderLayer,
         MultiheadAttention,
+        Dropout,
         Linear,
         type(nn.MultiheadAttention(1, 1).out_proj),
     }

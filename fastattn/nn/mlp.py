@@ -14,12 +14,11 @@ from fastattn import functional
 from fastattn.functional import _validate
 from fastattn.functional._served import ordinary, unobserved
 from fastattn.nn._plain import (
-    active_dropout,
     fused_activation,
-    is_plain,
     no_global_hooks,
     scripted_as,
 )
+from fastattn.nn.dropout import active_dropout, is_plain_dropout
 from fastattn.nn.linear import is_plain_linear
 
 
@@ -257,7 +256,7 @@ def _layers(sequential: nn.Sequential) -> list[_Layer] | None:
         if not layers:
             return None
         last = layers[-1]
-        if isinstance(module, nn.Dropout) and is_plain(module, nn.Dropout):
+        if isinstance(module, nn.Dropout) and is_plain_dropout(module):
             if last.activation is None or last.dropout is not None:
                 return None
             layers[-1] = last._replace(dropout=module)

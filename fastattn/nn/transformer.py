@@ -19,7 +19,6 @@ from fastattn.functional._served import (
 )
 from fastattn.nn._packed import Packing
 from fastattn.nn._plain import (
-    active_dropout,
     as_written,
     fused_activation,
     is_plain,
@@ -29,6 +28,7 @@ from fastattn.nn._plain import (
     was_swapped,
 )
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.dropout import fused_dropout
 from fastattn.nn.linear import is_plain_linear
 
 _SA_BLOCK = nn.TransformerEncoderLayer._sa_block
@@ -199,7 +199,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return (
             getattr(self._sa_block, "__func__", None) is _SA_BLOCK
             and getattr(self._ff_block, "__func__", None) is TransformerEncoderLayer._ff_block
-            and all(active_dropout(drop) for drop in drops)
+            and all(fused_dropout(self, drop) for drop in drops)
             and all(is_plain(norm, nn.LayerNorm) for norm in norms)
             and all(norm.normalized_shape == x.shape[-1:] for norm in norms)
             and no_global_hooks()
@@ -234,7 +234,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             or not serves_layers(x, [up.weight], [up.bias], exported)
         ):
             return down(drop(self.activation(up(x))))
-        p = active_dropout(drop)
+        p = fused_dropout(self, drop)
         if name == "relu" and p == 0.0 and is_plain_linear(down):
             weights, biases = [up.weight, down.weight], [up.bias, down.bias]
             if serves_layers(x, weights, biases, exported):

@@ -48,6 +48,26 @@ class Adapter(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+class FeedForward(nn.Module):
+    """A block whose forward patch knows by its code."""
+
+    def __init__(self, width: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
+        self.act, self.drop = activation, Drops(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.drop(self.act(self.up(x))))
+
+
+class Calling(FeedForward):
+    """The same with a function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.up(x))
+        return self.down(x)
+
+
 class Attends(nn.Module):
     """Attention with its weights as a side effect, and masks."""
 
@@ -162,6 +182,12 @@ class Drops(nn.Dropout):
     """A dropout that no kernel stands in for: its random numbers are torch's."""
 
 
+def feed_forward(draw: Draw) -> nn.Module:
+    if draw.chance("a block that calls a function", 0.5):
+        return Calling(draw.width, nn.Identity())
+    return FeedForward(draw.width, draw.rng.choice((nn.ReLU(), nn.GELU(), nn.SiLU())))
+
+
 def encoder_layer(draw: Draw) -> nn.TransformerEncoderLayer:
     layer = nn.TransformerEncoderLayer(
         draw.width, 2, draw.width + 2, batch_first=True, dropout=draw.rng.choice((0.0, 0.0, 1.0)),
@@ -196,6 +222,7 @@ PARTS: dict[str, Callable[[Draw, nn.Linear], nn.Module]] = {
     "encoder layer": lambda draw, shared: encodes(draw, 1),
     "encoder": lambda draw, shared: encodes(draw, 2),
     "attention": lambda draw, shared: attends(draw),
+    "feed-forward": lambda draw, shared: feed_forward(draw),
     "adapter": lambda draw, shared: Adapter(nn.Linear(draw.width, draw.width), draw.width),
     "Linear": lambda draw, shared: nn.Linear(draw.width, draw.width),
 }

@@ -32,10 +32,10 @@ def small_or_not(request, monkeypatch) -> None:
         monkeypatch.setattr(_served, "LEAST_WORK", 1 << 62)
 
 
-def pair(make: Make) -> tuple[nn.Module, nn.Module]:
+def pair(make: Make, dropout: bool = True) -> tuple[nn.Module, nn.Module]:
     stock = make()
     ours = copy.deepcopy(stock)
-    assert fastattn.patch(ours).swapped
+    assert fastattn.patch(ours, dropout=dropout).swapped
     return stock, ours
 
 
@@ -47,9 +47,9 @@ def outcome(run: Run, model: nn.Module) -> object:
         return error
 
 
-def assert_same(make: Make, run: Run, edit: Run | None = None) -> None:
+def assert_same(make: Make, run: Run, edit: Run | None = None, dropout: bool = True) -> None:
     """The same result, or the same error, with patch and without; ``edit`` comes after patch."""
-    stock, ours = pair(make)
+    stock, ours = pair(make, dropout)
     for model in (stock, ours):
         torch.manual_seed(2)
         if edit is not None:

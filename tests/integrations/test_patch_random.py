@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn import _products, functional
-from fastattn.integrations import sequential
+from fastattn.integrations import activations, sequential
 from fastattn.nn import _plain, attention
 
 pytestmark = side_by_side.MARKS
@@ -169,6 +169,8 @@ MET = [
     *(f"attention masked: {name}" for name in MASKED),
     *(f"swap: {name}" for name in ("Sequential", "Linear", "MultiheadAttention")),
     *(f"swap: Transformer{name}" for name in ("Encoder", "EncoderLayer")),
+    "swap: FeedForward",
+    "swap: Calling",
     "a shared layer",
     "a Sequential inside",
     "tied weights",
@@ -215,6 +217,11 @@ MUTANTS = {
         sequential,
         "FORWARDS",
         _Now(),
+    ),
+    "hooks on an activation in a block are not seen": (
+        activations,
+        "fused_activation",
+        lambda activation: "relu" if "relu" in str(activation).lower() else None,
     ),
     "function modes are not seen": (sequential, "unobserved", lambda: True),
     "masks are lost": (attention.MultiheadAttention, "_merge", lambda *a: None),

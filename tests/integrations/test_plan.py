@@ -68,7 +68,7 @@ def test_on_the_meta_device():
     """A class swap needs no data; what is on the meta device is served once it is not."""
     with torch.device("meta"):
         model = nn.Sequential(digits(), nn.TransformerEncoderLayer(10, 2, batch_first=True))
-    assert len(fastattn.patch(model).swapped) == 3
+    assert len(fastattn.patch(model, dropout=False).swapped) == 3
     assert model(torch.empty(3, 5, 8, 8, device="meta").flatten(2)[:, 0]).shape == (3, 10)
 
 
@@ -144,7 +144,7 @@ def test_subclasses_of_attention_layers_stay():
 
     layer = Layer(8, 2)
     layer.self_attn = Mine(8, 2)
-    report = fastattn.patch(nn.ModuleList([layer]))
+    report = fastattn.patch(nn.ModuleList([layer]), dropout=False)
     assert "subclass of TransformerEncoderLayer" in reason(report, "0")
     assert "subclass of MultiheadAttention" in reason(report, "0.self_attn")
     assert not report.swapped

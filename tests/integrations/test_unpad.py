@@ -322,3 +322,10 @@ def test_packed_sequences_in_transformers_own_arguments():
     for name, x in (("sliding_window", 4), ("position_bias", torch.zeros(10, 10))):
         with pytest.raises(ValueError, match=f"{name}: expected None beside cu_seq_lens_q"):
             attention_forward(causal, query, key, value, None, cu_seq_lens_q=starts, **{name: x})
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="unpad: expected False beside dropout=False, got True"):
+        fastattn.patch(nn.Linear(2, 2), dropout=False, unpad=True)
+    with pytest.raises(TypeError, match="unpad: expected a bool, got str"):
+        fastattn.patch(nn.Linear(2, 2), unpad="yes")

@@ -7,9 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 
+T = TypeVar("T")
 METRICS = ("accuracy", "recall", "f1")
 
 
@@ -84,7 +86,7 @@ def tolerance(accuracy: float, count: int) -> float:
 
 
 def side_by_side(
-    steps: Sequence[Callable[[object], object]], inputs: Iterable[object], skip: int = 1
+    steps: Sequence[Callable[[T], object]], inputs: Iterable[T], skip: int = 1
 ) -> list[Speed]:
     """The speed of each step function, beside the first one's. All take turns on every input, and
     each begins as often as another, so that a machine that slows down slows all of them. The
@@ -105,6 +107,6 @@ def side_by_side(
 
 def speed_of(ratios: Sequence[float]) -> Speed:
     if len(ratios) < 2:
-        return Speed(*ratios * 3)
+        return Speed(*ratios, *ratios, *ratios)
     low, median, high = statistics.quantiles(ratios, n=4)
     return Speed(median, low, high)
