@@ -20,6 +20,7 @@ from fastattn.integrations.torch_nn import patch
 
 Run = Callable[[], Sequence[Tensor]]
 OURS = "fastattn"  # what the names of our implementations begin with
+OURSELVES = "our "  # what the names of peers begin with that are our own
 
 
 @runtime_checkable
@@ -34,8 +35,8 @@ class Checked(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """One call. ``build`` makes the implementations, ours and the peers, on the same tensors. Each is
-    Checked, or none is: then ours is compared with the peers."""
+    """One call. ``build`` makes the implementations, ours and the peers, on the same tensors. Each
+    is Checked, or none is: then ours is compared with the peers."""
 
     op: str
     name: str
@@ -47,10 +48,12 @@ class Case:
     seq: int = 0  # what the speed is plotted over
     random: bool = False  # dropout: the results differ
     least_rounds: int = 5
+    variant: str = ""  # which of our implementations, where there are several
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        return self.op, self.name, str(self.dtype)[6:], self.direction
+        name = f"{self.name}, {self.variant}" if self.variant else self.name
+        return self.op, name, str(self.dtype)[6:], self.direction
 
 
 def both_directions(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import itertools
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastattn import _extension
-from fastattn.cli.bench.case import OURS, Case, Checked, Run
+from fastattn.cli.bench.case import OURS, OURSELVES, Case, Checked, Run
 
 # Of the largest element of a result, and of 1.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9, torch.float16: 0.05, torch.bfloat16: 0.05}
@@ -89,6 +88,11 @@ class Result:
     roofline: Roofline | None = None  # known when all cases are done
 
     @property
+    def to_ourselves(self) -> bool:
+        """Whether the peer is our own: the ratio is a cost then, and no speedup."""
+        return self.peer.startswith(OURSELVES)
+
+    @property
     def gflops(self) -> float:
         return self.case.flops / self.seconds / 1e9
 
@@ -141,26 +145,22 @@ def measure(case: Case, budget: float, least: int | None = None, most: int = 200
     ours = [name for name in runs if name.startswith(OURS)]
     if "" in (r.peer for r in results) or not ours or len(ours) == len(runs):
         return results
+    start = time.perf_counter()
     memory = {name: _peak_bytes(run) for name, run in runs.items()}  # the warm-up as well
-    times = _times(runs, budget, least or case.least_rounds, most)
+    once = time.perf_counter() - start
+    if not all(isinstance(run, Checked) for run in runs.values()):  # what is Checked has run before
+        once = sum(seconds(run) for run in runs.values())
+    rounds = max(least or case.least_rounds, min(most, int(budget / max(once, 1e-9))))
+    times = _times(runs, rounds)
     peers = [name for name in runs if name not in ours]
     for mine, peer in itertools.product(ours, peers):
-        results.append(_result(_of_ours(case, mine), mine, peer, times, memory))
+        variant = mine.removeprefix(OURS).strip()
+        results.append(_result(replace(case, variant=variant), mine, peer, times, memory))
     return results
 
 
-def _of_ours(case: Case, mine: str) -> Case:
-    """The case by one implementation of ours, of several: its name has the implementation's."""
-    kind = mine.removeprefix(OURS).strip()
-    return dataclasses.replace(case, name=f"{case.name}, {kind}") if kind else case
-
-
-def _times(
-    runs: dict[str, Run], budget: float, least: int, most: int
-) -> dict[str, list[float]]:
-    """Seconds of each run in each round; a round before them is not counted."""
-    once = sum(seconds(run) for run in runs.values())
-    rounds = max(least, min(most, int(budget / max(once, 1e-9))))
+def _times(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for i in range(rounds):

@@ -1,4 +1,4 @@
-"""Batches of random words or pixels, whose sentences have the lengths of real ones: few are long."""
+"""Batches of random words or pixels. Sentences are as long as real ones are: few are long."""
 
 from __future__ import annotations
 

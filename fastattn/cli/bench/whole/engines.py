@@ -66,10 +66,6 @@ def missing(engine: str) -> list[str]:
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
-def available(engine: str) -> bool:
-    return not missing(engine)
-
-
 class _Positional(nn.Module):
     """A model called with tensors alone; returns its hidden states."""
 

@@ -89,25 +89,29 @@ def _dense_weights(model: Model, training: bool) -> int:
 
 def models(whole: bool, quick: bool) -> Iterator[Model]:
     """MiniLM, BERT-base, GPT-2, ViT-B/16, Llama-like. Unless ``whole``, of the last four a few
-    layers; under ``quick`` two narrow layers of each."""
+    layers; under ``quick`` two narrow layers of each.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # a classification head that is drawn is no surprise here
     logging.disable_progress_bar()
     config, weights = _minilm()
     note = "" if weights else ", random weights"
-    shallow = None if whole else 4
     for made in (
         Model(f"MiniLM{note}", "text encoder", config, weights),
-        _of_depth("BERT-base", "text encoder", _bert(768, 12, 12, 3072), shallow),
-        _of_depth("GPT-2", "decoder", _gpt2(), shallow),
-        _of_depth("ViT-B/16", "image encoder", _vit(), shallow),
-        _of_depth("Llama-like", "decoder", _llama(), shallow),
+        _of_depth("BERT-base", "text encoder", _bert(768, 12, 12, 3072), None if whole else 4),
+        _of_depth("GPT-2", "decoder", _gpt2(), None if whole else 2),
+        _of_depth("ViT-B/16", "image encoder", _vit(), None if whole else 2),
+        _of_depth("Llama-like", "decoder", _llama(), None if whole else 2),
     ):
         yield _tiny(made) if quick else made
 
 
 def _of_depth(name: str, kind: Kind, config: Any, layers: int | None) -> Model:
+    """With ``layers`` layers; None: all."""
     if layers is not None:
         name = f"{name} ({layers} of {config.num_hidden_layers} layers)"
         config.num_hidden_layers = layers
@@ -165,5 +169,5 @@ def _llama() -> Any:
 
     return LlamaConfig(
         hidden_size=1024, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4,
-        intermediate_size=2816, vocab_size=32000, use_cache=False,
+        intermediate_size=2816, vocab_size=8192, use_cache=False,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.cli.bench.case import OURS, Run
-from fastattn.cli.bench.whole.engines import ENGINES, available
+from fastattn.cli.bench.whole.engines import ENGINES, missing
 from fastattn.cli.bench.whole.task import Batch, Results, Task, at_tokens, outputs_of, results_of
 from fastattn.integrations import compiler
 from fastattn.integrations.torch_nn import patch
@@ -22,7 +22,8 @@ _LEARNING_RATE = 1e-5
 
 
 class ModelRun:
-    """A training step with AdamW, or inference, of ``module`` called by ``call``."""
+    """A training step with AdamW, or inference, of ``module`` called by ``call``. ``is_true``: the
+    module is the one that gave ``true``, and has its gradients."""
 
     def __init__(
         self,
@@ -31,8 +32,10 @@ class ModelRun:
         module: nn.Module,
         call: Callable[..., Any] | None = None,
         autocast: torch.dtype | None = None,
+        is_true: bool = False,
     ) -> None:
-        self.task, self.true, self.module, self.autocast = task, true, module, autocast
+        self.task, self.true, self.is_true = task, true, is_true
+        self.module, self.autocast = module, autocast
         self.call: Callable[..., Any] = module if call is None else call
         self.compiled = call is not None
         self.batch = task.batch(task.parameters)
@@ -52,9 +55,7 @@ class ModelRun:
     def error(self) -> str:
         """A step of training is checked without dropout. It allocates the optimizer's state, and
         what is compiled is compiled when it ends."""
-        with self._autocast():
-            found = results_of(self.task, self.batch, self.module, self.call)
-        error = found.difference(self.true, self.autocast or self.task.parameters)
+        error = "" if self.is_true else self._difference()
         if self.task.training:
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -62,6 +63,11 @@ class ModelRun:
             if self.compiled:
                 self()
         return error
+
+    def _difference(self) -> str:
+        with self._autocast():
+            found = results_of(self.task, self.batch, self.module, self.call)
+        return found.difference(self.true, self.autocast or self.task.parameters)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", self.autocast, enabled=self.autocast is not None)
@@ -86,7 +92,10 @@ class EngineRun:
         return [at_tokens(self.function(), self.batch)]
 
     def error(self) -> str:
-        return self.refusal or Results(*self()).difference(self.true, torch.float32)
+        if self.refusal:
+            return self.refusal
+        (outputs,) = self()
+        return Results(outputs).difference(self.true, torch.float32)
 
 
 def implementations(task: Task, peers: str) -> dict[str, Run]:
@@ -94,24 +103,24 @@ def implementations(task: Task, peers: str) -> dict[str, Run]:
     eager's in float32."""
     stock = task.model.build(task.training)
     true = results_of(task, task.batch(torch.float32), stock)
-    if true.gradients is not None:
-        stock.zero_grad()  # the gradients themselves stay in ``true``
-    loaded = stock.to(task.parameters)
-    patched, ours = copy.deepcopy(loaded), copy.deepcopy(loaded)
+    found: dict[str, Run] = {}
+    if task.autocast:
+        found[EAGER_FLOAT32] = ModelRun(task, true, stock, is_true=True)
+    if task.autocast or task.dtype != torch.float32:
+        stock = copy.deepcopy(stock).to(task.parameters)
+    else:
+        found["eager"] = ModelRun(task, true, stock, is_true=True)
+    make = functools.partial(ModelRun, task, true, autocast=task.dtype if task.autocast else None)
+    found.setdefault("eager", make(stock))
+    patched, compiled = copy.deepcopy(stock), copy.deepcopy(stock)
     patch(patched, unpad=task.model.padded)
-    make = functools.partial(
-        ModelRun, task, true, autocast=task.dtype if task.autocast else None
-    )
-    found: dict[str, Run] = {
+    ours: dict[str, Run] = {
         PATCHED: make(patched),
-        COMPILED: make(ours, torch.compile(ours, backend=compiler.backend)),
+        COMPILED: make(compiled, torch.compile(compiled, backend=compiler.backend)),
     }
     if peers == "all":
-        inductor = copy.deepcopy(loaded)
+        inductor = copy.deepcopy(stock)
         found["torch.compile"] = make(inductor, torch.compile(inductor, dynamic=False))
-    if task.autocast:
-        found[EAGER_FLOAT32] = ModelRun(task, true, copy.deepcopy(loaded))
-    found["eager"] = make(loaded)
     if not task.training and task.dtype == torch.float32:
-        found |= {name: EngineRun(task, true, name) for name in ENGINES if available(name)}
-    return found
+        found |= {name: EngineRun(task, true, name) for name in ENGINES if not missing(name)}
+    return ours | found
