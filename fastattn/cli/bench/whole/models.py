@@ -27,10 +27,15 @@ _ROWWISE = ("pooler", "classifier")  # these see a sequence's first token alone
 class Model:
     """A model of Hugging Face transformers with sdpa, whole or its first layers alone."""
 
-    name: str
+    family: str
     kind: Kind
     config: Any = field(repr=False, compare=False)
     weights: str | None = None  # the folder of pretrained ones; else they are drawn
+    note: str = ""  # how it differs from the model that the family's name stands for
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}{self.note}"
 
     @property
     def padded(self) -> bool:
@@ -74,7 +79,7 @@ def _attention_width(config: Any) -> int:
 @functools.cache
 def _dense_weights(model: Model, training: bool) -> int:
     """Elements of the matrices that multiply each token."""
-    drawn = Model(model.name, model.kind, model.config)
+    drawn = Model(model.family, model.kind, model.config)
     with torch.device("meta"):
         modules = list(drawn.build(training).named_modules())
     return sum(
@@ -99,9 +104,9 @@ def models(whole: bool, quick: bool) -> Iterator[Model]:
     logging.set_verbosity_error()  # a classification head that is drawn is no surprise here
     logging.disable_progress_bar()
     config, weights = _minilm()
-    note = "" if weights else ", random weights"
+    note = "" if weights else " (random weights)"
     for made in (
-        Model(f"MiniLM{note}", "text encoder", config, weights),
+        Model("MiniLM", "text encoder", config, weights, note),
         _of_depth("BERT-base", "text encoder", _bert(768, 12, 12, 3072), None if whole else 4),
         _of_depth("GPT-2", "decoder", _gpt2(), None if whole else 2),
         _of_depth("ViT-B/16", "image encoder", _vit(), None if whole else 2),
@@ -110,12 +115,13 @@ def models(whole: bool, quick: bool) -> Iterator[Model]:
         yield _tiny(made) if quick else made
 
 
-def _of_depth(name: str, kind: Kind, config: Any, layers: int | None) -> Model:
+def _of_depth(family: str, kind: Kind, config: Any, layers: int | None) -> Model:
     """With ``layers`` layers; None: all."""
-    if layers is not None:
-        name = f"{name} ({layers} of {config.num_hidden_layers} layers)"
-        config.num_hidden_layers = layers
-    return Model(name, kind, config)
+    if layers is None:
+        return Model(family, kind, config)
+    note = f" ({layers} of {config.num_hidden_layers} layers)"
+    config.num_hidden_layers = layers
+    return Model(family, kind, config, note=note)
 
 
 def _tiny(model: Model) -> Model:
@@ -129,7 +135,7 @@ def _tiny(model: Model) -> Model:
             setattr(config, name, size)
     if hasattr(config, "num_key_value_heads"):
         config.num_key_value_heads, config.head_dim = 2, 16
-    return Model(f"{model.name.split(' ')[0].rstrip(',')}, tiny", model.kind, config)
+    return Model(model.family, model.kind, config, note=" (tiny)")
 
 
 def _minilm() -> tuple[Any, str | None]:
