@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -12,6 +13,12 @@ from typing import Any, NamedTuple
 from fastattn.cli.page import plt
 
 _COLORS = ("#2f6db5", "#e08214", "#4d9a52", "#a05195", "#7f7f7f", "#c23b4e", "#17a2a8")
+# Series that have their color in every figure; others take the colors in turn.
+_FIXED = {
+    "forward": 0, "backward": 1, "step": 2, "jvp": 3, "double backward": 5,
+    "fastattn": 0, "fastattn patched": 0, "fastattn compiled": 1, "eager": 4, "sdpa": 4,
+    "eager float32": 5, "ONNX Runtime": 2, "OpenVINO": 3, "torch.compile": 6, "sdpa math": 5,
+}  # fmt: skip
 _LOG_FROM = 12.0  # the largest value over the smallest, from where on a scale is logarithmic
 _STEPS = ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 7, 8, 9))
 _WIDTH = 11.0  # inches, of the whole figure
@@ -51,7 +58,7 @@ def _bars(
         _scale(ax, [v.number for v in values], line)
         for v in (v for v in values if v.panel == panel):
             right = line is None or v.number >= line
-            draw(ax, lanes.at(v), v.number, height=height, color=lanes.color(v))
+            draw(ax, lanes.at(v), v.number, height=height, color=lanes.color(v.series))
             ax.annotate(
                 _short(v.number), (v.number, lanes.at(v)), xytext=(2 if right else -2, 0),
                 textcoords="offset points", va="center", fontsize=6,
@@ -80,8 +87,8 @@ class _Lanes:
         middle = (len(lanes) - 1) / 2
         return self.rows.index(v.row) + (lanes.index(v.series) - middle) * self.height
 
-    def color(self, v: Value) -> str:
-        return _COLORS[self.series.index(v.series) % len(_COLORS)]
+    def color(self, series: str) -> str:
+        return _COLORS[_FIXED.get(series, self.series.index(series)) % len(_COLORS)]
 
 
 def _panels(
@@ -105,8 +112,8 @@ def _panels(
     axes[0].set_yticks(range(len(lanes.rows)), lanes.rows, fontsize=7)
     axes[0].set_ylim(len(lanes.rows) - 0.5, -0.5)
     if len(lanes.series) > 1:
-        marks = [plt.Rectangle((0, 0), 1, 1, color=c) for c in _COLORS[: len(lanes.series)]]
-        _legend(figure, dict(zip(lanes.series, marks, strict=False)))
+        swatch = functools.partial(plt.Rectangle, (0, 0), 1, 1)
+        _legend(figure, {name: swatch(color=lanes.color(name)) for name in lanes.series})
     return figure, dict(zip(names, axes, strict=True)), lanes
 
 
@@ -163,7 +170,11 @@ def points(values: Sequence[Value], label: str, line: float) -> plt.Figure:
             if v.panel == panel:
                 groups[v.row, v.series].append(v)
         for found in groups.values():
-            at, color, numbers = lanes.at(found[0]), lanes.color(found[0]), [v[3] for v in found]
+            at, color, numbers = (
+                lanes.at(found[0]),
+                lanes.color(found[0].series),
+                [v[3] for v in found],
+            )
             middle = statistics.median(numbers)
             ax.plot(numbers, [at] * len(numbers), "o", color=color, markersize=3.5, alpha=0.45)
             ax.plot([middle], [at], "|", color=color, markersize=9, markeredgewidth=2)
