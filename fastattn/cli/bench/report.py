@@ -49,12 +49,14 @@ def table(title: str, results: Sequence[Result]) -> Table:
 
 
 def geometric_means(results: Sequence[Result]) -> list[tuple[str, str, str, float, float]]:
-    """(op, dtype and direction, peer, geometric mean of the ratios, the lowest of them)."""
+    """(op, dtype and direction and which of our implementations, peer, geometric mean of the
+    ratios, the lowest of them)."""
     groups: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for r in results:
         if not r.error:
             op, _, dtype, direction = r.case.key
-            groups[op, f"{dtype} {direction}", r.peer].append(r.ratio)
+            kind = f"{dtype} {direction} {r.case.variant}".strip()
+            groups[op, kind, r.peer].append(r.ratio)
     return [
         (*key, math.exp(math.fsum(map(math.log, ratios)) / len(ratios)), min(ratios))
         for key, ratios in groups.items()
