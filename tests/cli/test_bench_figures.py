@@ -27,7 +27,7 @@ RESULTS = [
     result("models", "MiniLM 16x128, fill 0.4", "step", "eager", 2.1, variant="patched"),
     result("models", "MiniLM 16x128, fill 0.4", "step", "eager", 1.2, variant="compiled"),
     result("models", "MiniLM 8x256", "forward", "eager", 1.7, variant="patched"),
-    result("models", "MiniLM 8x256", "forward", "OpenVINO", 0.9, variant="patched"),
+    result("models", "MiniLM 8x256", "forward", "OpenVINO", 0.9, (2e6, None), variant="patched"),
     result("attention", "BERT-base 8x12x128x64 full", "forward", "sdpa", 1.37),
     result("attention", "BERT-base 8x12x128x64 full", "backward", "sdpa", 1.5),
     result("attention", "grid 4x12x128x64 full", "forward", "sdpa", 1.4, seq=128),
@@ -60,13 +60,18 @@ def test_a_figure_for_each_question(drawn):
         "How many times faster are forward mode and the second derivative?",
         "What do forward mode and the second derivative cost beside our own forward and backward?",
         "Which share of the machine's peak do the kernels reach?",
-        "What memory does a step take?",
+        "What memory does a training step take?",
+        "What memory does inference take?",
         "What memory does attention take?",
         "What memory do forward mode and the second derivative take?",
     ]
     inference = drawn["How many times faster is inference?"]
     assert {v.panel for v in inference} == {"against eager", "against OpenVINO"}
     assert {v.series for v in inference} == {"fastattn patched"}
+    memory = drawn["What memory does a training step take?"]
+    assert [v.series for v in memory] == ["fastattn patched", "eager", "fastattn compiled"]
+    engines = {v.series for v in drawn["What memory does inference take?"]}
+    assert engines == {"fastattn patched", "eager"}  # OpenVINO's is not known
 
 
 def test_costs_beside_ourselves_are_in_a_figure_of_their_own(drawn):
@@ -100,4 +105,4 @@ def test_the_page_has_the_tables_and_escapes_names(tmp_path):
     page = (tmp_path / "x.html").read_text()
     assert "a &lt;title&gt;" in page
     assert "Every measurement" in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 3  # time, share of the peak, memory

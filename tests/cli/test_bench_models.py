@@ -227,7 +227,7 @@ def test_an_engine_that_fails_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize("engine", list(engines.ENGINES))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["MiniLM", "GPT-2", "ViT-B/16"])
 def test_an_engine_is_right(engine, family):
     if engines.missing(engine):
         pytest.skip(f"without {', '.join(engines.missing(engine))}")
@@ -237,3 +237,4 @@ def test_an_engine_is_right(engine, family):
         lengths = (max(lengths),) * 3
     run = runs.implementations(Task(model, lengths, training=False), "default")[engine]
     assert run.error() == ""
+    assert measure._peak_bytes(run) is None

@@ -27,6 +27,8 @@ OURSELVES = "our "  # what the names of peers begin with that are our own
 class Checked(Protocol):
     """A Run that has a check of its own."""
 
+    keeps_memory: bool  # from one run to the next, so that a later run's peak says nothing
+
     def __call__(self) -> Sequence[Tensor]: ...
 
     def error(self) -> str:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from fastattn.cli.page import plt
 
 _COLORS = ("#2f6db5", "#e08214", "#4d9a52", "#a05195", "#7f7f7f", "#c23b4e", "#17a2a8")
-# Series that have their color in every figure; others take the colors in turn.
+# Series that have their color in every figure, in their order; others follow, in colors in turn.
 _FIXED = {
     "forward": 0, "backward": 1, "step": 2, "jvp": 3, "double backward": 5,
-    "fastattn": 0, "fastattn patched": 0, "fastattn compiled": 1, "eager": 4, "sdpa": 4,
-    "eager float32": 5, "ONNX Runtime": 2, "OpenVINO": 3, "torch.compile": 6, "sdpa math": 5,
+    "fastattn": 0, "fastattn patched": 0, "fastattn compiled": 1, "sdpa": 4, "eager": 4,
+    "eager float32": 5, "sdpa math": 5, "torch.compile": 6, "ONNX Runtime": 2, "OpenVINO": 3,
 }  # fmt: skip
 _LOG_FROM = 12.0  # the largest value over the smallest, from where on a scale is logarithmic
 _STEPS = ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 7, 8, 9))
@@ -74,7 +74,8 @@ class _Lanes:
 
     def __init__(self, values: Sequence[Value]) -> None:
         self.rows = unique(v.row for v in values)
-        self.series = unique(v.series for v in values)
+        order = [*_FIXED, *(v.series for v in values)]
+        self.series = sorted(unique(v.series for v in values), key=order.index)
         present = {(v.row, v.series) for v in values}
         self.lanes = {
             row: [name for name in self.series if (row, name) in present] for row in self.rows
@@ -147,7 +148,7 @@ def _ticks(axis: Any, low: float, high: float) -> None:
         found = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
         if len(found) >= 4:
             break
-    apart = (high / low) ** 0.05
+    apart = (high / low) ** 0.06
     for x in list(found):
         if any(y < x < y * apart for y in found):
             found.remove(x)

@@ -148,7 +148,12 @@ def _second_order(results: Sequence[Result]) -> Iterator[Figure]:
 
 def _roofline(results: Sequence[Result]) -> Iterator[Figure]:
     values = [
-        Value("", f"{r.case.op}, {str(r.case.dtype)[6:]}", r.case.direction, r.percent)
+        Value(
+            "",
+            f"{f'{r.case.op} {r.case.variant}'.strip()}, {str(r.case.dtype)[6:]}",
+            r.case.direction,
+            r.percent,
+        )
         for r in _once(results)
     ]
     if values:
@@ -167,32 +172,31 @@ def _once(results: Iterable[Result]) -> list[Result]:
 
 
 def _memory(results: Sequence[Result]) -> Iterator[Figure]:
-    known = [
-        r
-        for r in results
-        if r.memory is not None
-        and r.peer_memory is not None
-        and not (r.to_ourselves or r.case.name.startswith(_GRID))
-    ]
-    for ops, question in (
-        (["models"], "What memory does a step take?"),
-        (["attention"], "What memory does attention take?"),
-        ([*_LAYERS][1:], "What memory does another layer take?"),
-        (["second_order"], "What memory do forward mode and the second derivative take?"),
+    def of(ops: Sequence[str], *directions: str) -> Iterator[Value]:
+        for r in results:
+            if r.case.op in ops and (r.case.direction in directions or not directions):
+                yield from _memories(r)
+
+    for question, values in (
+        ("What memory does a training step take?", of(["models"], "step")),
+        ("What memory does inference take?", of(["models"], "forward")),
+        ("What memory does attention take?", of(["attention"])),
+        ("What memory does another layer take?", of([*_LAYERS][1:])),
+        ("What memory do forward mode and the second derivative take?", of(["second_order"])),
     ):
-        found = dict.fromkeys(v for r in known if r.case.op in ops for v in _memories(r))
-        values = _large(list(found))
-        if values:
-            draw = functools.partial(amount_bars, values, "megabytes")
-            yield Figure(question, _HOW_MEMORY, draw)
+        found = _large(list(dict.fromkeys(values)))
+        if found:
+            yield Figure(question, _HOW_MEMORY, functools.partial(amount_bars, found, "megabytes"))
 
 
 def _memories(r: Result) -> Iterator[Value]:
-    ours = f"{OURS} {r.case.variant}".strip()
-    what = {"step": "training step", "forward": "inference"} if r.case.op == "models" else {}
-    panel = what.get(r.case.direction, r.case.direction)
-    yield Value(panel, _row(r), ours, (r.memory or 0) / 1e6)
-    yield Value(panel, _row(r), r.peer, (r.peer_memory or 0) / 1e6)
+    if r.to_ourselves or r.case.name.startswith(_GRID):
+        return
+    panel = "" if r.case.op == "models" else r.case.direction
+    sides = ((f"{OURS} {r.case.variant}".strip(), r.memory), (r.peer, r.peer_memory))
+    for series, size in sides:
+        if size is not None:
+            yield Value(panel, _row(r), series, size / 1e6)
 
 
 def _large(values: Sequence[Value]) -> list[Value]:

@@ -148,8 +148,8 @@ def measure(case: Case, budget: float, least: int | None = None, most: int = 200
     start = time.perf_counter()
     memory = {name: _peak_bytes(run) for name, run in runs.items()}  # the warm-up as well
     once = time.perf_counter() - start
-    if not all(isinstance(run, Checked) for run in runs.values()):  # what is Checked has run before
-        once = sum(seconds(run) for run in runs.values())
+    if once < budget or not any(isinstance(run, Checked) for run in runs.values()):
+        once = sum(seconds(run) for run in runs.values())  # without first uses and new memory
     rounds = max(least or case.least_rounds, min(most, int(budget / max(once, 1e-9))))
     times = _times(runs, rounds)
     peers = [name for name in runs if name not in ours]
@@ -217,8 +217,11 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def _peak_bytes(run: Run) -> int | None:
-    """How far resident memory rises above what it was, in one run; None where /proc cannot say.
-    Scratch memory that earlier runs left does not count again."""
+    """How far resident memory rises above what it was, in one run; None where /proc cannot say, or
+    the run keeps its memory. Scratch memory that earlier runs left does not count again."""
+    if isinstance(run, Checked) and run.keeps_memory:
+        run()
+        return None
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that its reuse shows
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now

@@ -25,6 +25,8 @@ class ModelRun:
     """A training step with AdamW, or inference, of ``module`` called by ``call``. ``is_true``: the
     module is the one that gave ``true``, and has its gradients."""
 
+    keeps_memory = False
+
     def __init__(
         self,
         task: Task,
@@ -75,6 +77,8 @@ class ModelRun:
 
 class EngineRun:
     """Inference by an engine that reads ONNX."""
+
+    keeps_memory = True  # in an arena
 
     def __init__(self, task: Task, true: Results, engine: str) -> None:
         self.true, self.engine = true, engine
