@@ -20,7 +20,7 @@ import fastattn
 from fastattn import _extension
 from fastattn.cli.bench.case import Run
 from fastattn.cli.bench.measure import seconds
-from fastattn.cli.demo.bert import model_path
+from fastattn.cli.pretrained import model_path
 
 BATCH, TOKENS, CLASSES = 8, 128, 8
 

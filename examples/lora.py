@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 import fastattn
-from fastattn.cli.demo.bert import model_path
 from fastattn.cli.demo.corpus import load_corpus
+from fastattn.cli.pretrained import model_path
 
 
 def train(model: nn.Module, batches: list[dict]) -> tuple[list[float], float]:

@@ -17,8 +17,8 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from transformers.utils import logging
 
 import fastattn
-from fastattn.cli.demo.bert import model_path
 from fastattn.cli.demo.corpus import load_corpus
+from fastattn.cli.pretrained import model_path
 
 
 def pairs_of(sentences: list) -> list[tuple[str, str]]:

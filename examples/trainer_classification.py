@@ -27,8 +27,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 import fastattn
-from fastattn.cli.demo.bert import model_path
 from fastattn.cli.demo.corpus import Sentence, load_corpus
+from fastattn.cli.pretrained import model_path
 from fastattn.integrations import transformers as fastattn_transformers
 
 

@@ -47,15 +47,26 @@ def parser() -> argparse.ArgumentParser:
     )
 
     bench = commands.add_parser("bench", help="paired timings of the kernels beside torch's")
-    bench.add_argument("--op", action="append", choices=OPS, help="again for more; default all")
+    bench.add_argument(
+        "--op", action="append", choices=OPS, help="again for more; default all, none with --models"
+    )
+    bench.add_argument(
+        "--models", action="store_true",
+        help="whole models: training steps and inference beside eager, ONNX Runtime, OpenVINO",
+    )  # fmt: skip
+    bench.add_argument(
+        "--quick", action="store_true", help="with --models: tiny ones, a smoke test"
+    )
     bench.add_argument("--filter", default="", help="only cases whose line contains this")
     bench.add_argument(
         "--peers", choices=("default", "all"), default="default",
         help="all: SDPA's math path, torch.compile and oneDNN's fused linear too",
     )  # fmt: skip
     bench.add_argument(
-        "--grid", action="store_true", help="attention over lengths, head dims and dtypes"
-    )
+        "--grid", action="store_true",
+        help="attention over lengths, head dims and dtypes; models in all their layers, dtypes "
+        "and fills",
+    )  # fmt: skip
     bench.add_argument(
         "--seconds", type=_positive, default=2.0, help="spent on a case, about (default 2)"
     )
@@ -83,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "bench":
         from fastattn.cli.bench import bench
 
-        options.op = options.op or OPS
+        if options.quick and not options.models:
+            root.error("--quick: expected beside --models, which was not given")
+        options.op = options.op or (() if options.models else OPS)
         return bench(options)
     from fastattn.cli.demo import demo
 

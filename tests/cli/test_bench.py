@@ -84,7 +84,7 @@ def builds_and_agrees(case: Case) -> None:
         for run in runs.values():
             run()
     else:
-        error = measure._disagreement(case, runs)
+        error = measure.disagreement(case, runs)
         assert not error, (case.key, error)
     assert case.flops > 0
 

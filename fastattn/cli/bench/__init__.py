@@ -1,4 +1,5 @@
-"""``fastattn bench``: our kernels beside torch's, paired, on the layers of real models."""
+"""``fastattn bench``: our kernels beside torch's, paired, on the layers of real models, and whole
+models beside what else runs them."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import argparse
 import dataclasses
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +18,8 @@ from fastattn import __version__, _extension
 from fastattn.cli.bench import cases, measure, report
 from fastattn.cli.bench.case import Case
 from fastattn.cli.bench.measure import Result, Roofline
+from fastattn.cli.bench.whole.cases import whole_model_cases
+from fastattn.cli.bench.whole.engines import ENGINES, missing
 
 
 def bench(options: argparse.Namespace, console: Console | None = None) -> int:
@@ -28,14 +32,21 @@ def bench(options: argparse.Namespace, console: Console | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"fastattn bench: --compare: {error}", file=sys.stderr)
         return 2
-    chosen = [
-        case
-        for case in cases.cases(options.op, options.peers, options.grid)
-        if options.filter.lower() in " ".join(case.key).lower()
-    ]
+    try:
+        chosen = [c for c in _cases(options) if options.filter.lower() in " ".join(c.key).lower()]
+    except ImportError as error:
+        print(
+            f"fastattn bench: --models: expected transformers to be installed, got {error}; "
+            "pip install 'fastattn[bench]'",
+            file=sys.stderr,
+        )
+        return 2
     if not chosen:
         print(f"fastattn bench: --filter: no case contains {options.filter!r}", file=sys.stderr)
         return 2
+    if options.models:
+        for line in _left_out():
+            console.print(line)
     results, roofline = _measure_all(chosen, options.seconds, console)
     title = _title(roofline)
     console.print(report.table(title, results))
@@ -48,6 +59,22 @@ def bench(options: argparse.Namespace, console: Console | None = None) -> int:
         console.print(f"table: {options.output / 'bench.csv'}")
         _write_page(options.output / "bench.html", title, results, console)
     return 1 if any(r.error for r in results) else 0
+
+
+def _cases(options: argparse.Namespace) -> Iterator[Case]:
+    yield from cases.cases(options.op, options.peers, options.grid)
+    if options.models:
+        yield from whole_model_cases(options.peers, options.grid, options.quick)
+
+
+def _left_out() -> Iterator[str]:
+    for engine in ENGINES:
+        packages = missing(engine)
+        if packages:
+            yield (
+                f"{engine}: not timed, without {', '.join(packages)}; "
+                "pip install 'fastattn\\[bench]'"
+            )
 
 
 def _measure_all(
@@ -68,7 +95,9 @@ def _measure_all(
 
 def _write_page(path: Path, title: str, results: list[Result], console: Console) -> None:
     try:
-        report.write_html(path, title, results)
+        from fastattn.cli.bench.figures import write_html
+
+        write_html(path, title, results)
     except ImportError as error:
         console.print(f"no page: {error}; pip install 'fastattn\\[bench]'")
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,26 @@ from fastattn.integrations import compiler
 from fastattn.integrations.torch_nn import patch
 
 Run = Callable[[], Sequence[Tensor]]
-OURS = "fastattn"
+OURS = "fastattn"  # what the names of our implementations begin with
+OURSELVES = "our "  # what the names of peers begin with that are our own
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A Run that has a check of its own."""
+
+    keeps_memory: bool  # from one run to the next, so that a later run's peak says nothing
+
+    def __call__(self) -> Sequence[Tensor]: ...
+
+    def error(self) -> str:
+        """How its results are wrong; empty where they are right."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call. ``build`` makes the implementations, ours and the peers, on the same tensors."""
+    """One call. ``build`` makes the implementations, ours and the peers, on the same tensors. Each
+    is Checked, or none is: then ours is compared with the peers."""
 
     op: str
     name: str
@@ -35,10 +49,13 @@ class Case:
     build: Callable[[], dict[str, Run]] = field(repr=False, compare=False)
     seq: int = 0  # what the speed is plotted over
     random: bool = False  # dropout: the results differ
+    least_rounds: int = 5
+    variant: str = ""  # which of our implementations, where there are several
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        return self.op, self.name, str(self.dtype)[6:], self.direction
+        name = f"{self.name}, {self.variant}" if self.variant else self.name
+        return self.op, name, str(self.dtype)[6:], self.direction
 
 
 def both_directions(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastattn import _extension
-from fastattn.cli.bench.case import OURS, Case, Run
+from fastattn.cli.bench.case import OURS, OURSELVES, Case, Checked, Run
 from fastattn.cli.memory import peak_bytes
+
+# Of the largest element of a result, and of 1.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9, torch.float16: 0.05, torch.bfloat16: 0.05}
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,11 @@ class Result:
     roofline: Roofline | None = None  # known when all cases are done
 
     @property
+    def to_ourselves(self) -> bool:
+        """Whether the peer is our own: the ratio is a cost then, and no speedup."""
+        return self.peer.startswith(OURSELVES)
+
+    @property
     def gflops(self) -> float:
         return self.case.flops / self.seconds / 1e9
 
@@ -121,63 +130,93 @@ class Result:
         }
 
 
-def measure(case: Case, budget: float, least: int = 5, most: int = 200) -> list[Result]:
-    """One Result a peer, of ``least`` to ``most`` rounds that take ``budget`` seconds. A case whose
-    results disagree is not timed; ``error`` then says how."""
+def measure(case: Case, budget: float, least: int | None = None, most: int = 200) -> list[Result]:
+    """A Result for each implementation of ours and each peer, of ``least`` (by default the case's)
+    to ``most`` rounds that take ``budget`` seconds. What gives wrong results is not timed;
+    ``error`` then says how."""
     torch.compiler.reset()  # else its limit of recompilations leaves later cases to eager
     torch.manual_seed(0)
     runs = case.build()
-    memory = {name: peak_bytes(run) for name, run in runs.items()}  # the warm-up as well
-    if not case.random:
-        error = _disagreement(case, runs)
-        if error:
-            nan = float("nan")
-            return [Result(case, "", 0, nan, nan, nan, nan, nan, None, None, error)]
-    once = sum(seconds(run) for run in runs.values())
-    rounds = max(least, min(most, int(budget / max(once, 1e-9))))
+    results = [_wrong(case, name, error) for name, error in _errors(case, runs).items()]
+    for result in results:
+        runs.pop(result.peer, None)
+    ours = [name for name in runs if name.startswith(OURS)]
+    if "" in (r.peer for r in results) or not ours or len(ours) == len(runs):
+        return results
+    start = time.perf_counter()
+    memory = {name: _peak_bytes(run) for name, run in runs.items()}  # the warm-up as well
+    once = time.perf_counter() - start
+    if once < budget or not any(isinstance(run, Checked) for run in runs.values()):
+        once = sum(seconds(run) for run in runs.values())  # without first uses and new memory
+    rounds = max(least or case.least_rounds, min(most, int(budget / max(once, 1e-9))))
+    times = _times(runs, rounds)
+    peers = [name for name in runs if name not in ours]
+    for mine, peer in itertools.product(ours, peers):
+        variant = mine.removeprefix(OURS).strip()
+        results.append(_result(replace(case, variant=variant), mine, peer, times, memory))
+    return results
+
+
+def _times(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             times[name].append(seconds(runs[name]))
-    ours = statistics.median(times[OURS])
-    results = []
-    for peer in names:
-        if peer == OURS:
-            continue
-        ratios = [a / b for a, b in zip(times[peer], times[OURS], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        results.append(
-            Result(
-                case,
-                peer,
-                rounds,
-                middle,
-                low,
-                high,
-                ours,
-                statistics.median(times[peer]),
-                memory[OURS],
-                memory[peer],
-            )
-        )
-    return results
+    return times
 
 
-def _disagreement(case: Case, runs: dict[str, Run]) -> str:
+def _result(
+    case: Case,
+    mine: str,
+    peer: str,
+    times: dict[str, list[float]],
+    memory: dict[str, int | None],
+) -> Result:
+    ratios = [a / b for a, b in zip(times[peer], times[mine], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return Result(
+        case, peer, len(ratios), middle, low, high, statistics.median(times[mine]),
+        statistics.median(times[peer]), memory[mine], memory[peer],
+    )  # fmt: skip
+
+
+def _wrong(case: Case, name: str, error: str) -> Result:
+    nan = float("nan")
+    return Result(case, name, 0, nan, nan, nan, nan, nan, None, None, error)
+
+
+def _errors(case: Case, runs: dict[str, Run]) -> dict[str, str]:
+    """What is wrong, by the implementation's name; by "" where it is the case as a whole."""
+    checked = {name: run.error() for name, run in runs.items() if isinstance(run, Checked)}
+    if not checked and not case.random:
+        checked = {"": disagreement(case, runs)}
+    return {name: error for name, error in checked.items() if error}
+
+
+def disagreement(case: Case, runs: dict[str, Run]) -> str:
     """A coarse gate against a wrong kernel; the accuracy policy is the tests' business."""
-    tolerance = {torch.float32: 1e-3, torch.float64: 1e-9}.get(case.dtype, 0.05)
+    tolerance = TOLERANCE[case.dtype]
     ours = runs[OURS]()
     for name, run in runs.items():
         if name == OURS:
             continue
         for index, (a, b) in enumerate(zip(ours, run(), strict=True)):
-            worst = _relative_error(a, b)
+            worst = relative_error(a, b)
             if not worst <= tolerance:
                 return f"result {index} is off {name}'s by {worst:.2e} of its largest element"
     return ""
 
 
-def _relative_error(a: Tensor, b: Tensor) -> float:
+def relative_error(a: Tensor, b: Tensor) -> float:
     scale = 1 + b.abs().max()
     return float(((a - b).abs() / scale).max())
+
+
+def _peak_bytes(run: Run) -> int | None:
+    """``peak_bytes``; None where the run keeps its memory."""
+    if isinstance(run, Checked) and run.keeps_memory:
+        run()
+        return None
+    return peak_bytes(run)

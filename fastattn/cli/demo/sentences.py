@@ -14,9 +14,10 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import fastattn
-from fastattn.cli.demo.bert import PATCHED, corpus_of, model_path
+from fastattn.cli.demo.bert import PATCHED, corpus_of
 from fastattn.cli.demo.compare import Run, Task, metrics_of, side_by_side
 from fastattn.cli.memory import peak_bytes
+from fastattn.cli.pretrained import model_path
 
 RUNS = ("torch sdpa", PATCHED)
 BATCH = 32

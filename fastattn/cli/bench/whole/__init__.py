@@ -1,0 +1,1 @@
+"""``fastattn bench --models``: training steps and inference of whole models."""
