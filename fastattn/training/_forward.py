@@ -82,9 +82,7 @@ def _compiled(definition: ast.FunctionDef, code: CodeType) -> CodeType:
     flags = code.co_flags & _FUTURE_ANNOTATIONS
     whole = compile(ast.fix_missing_locations(outer), "<forward>", "exec", flags, True)
     for name in ("outer", code.co_name):
-        whole = next(
-            c for c in whole.co_consts if isinstance(c, CodeType) and c.co_name == name
-        )
+        whole = next(c for c in whole.co_consts if isinstance(c, CodeType) and c.co_name == name)
     return whole
 
 
@@ -144,8 +142,8 @@ class _Reader:
             raise self.unknown(expression)
 
     def is_newest(self, expression: ast.expr) -> bool:
-        return (
-            isinstance(expression, ast.Name) and self.values.get(expression.id) == len(self.steps)
+        return isinstance(expression, ast.Name) and self.values.get(expression.id) == len(
+            self.steps
         )
 
     def call(self, call: ast.Call) -> None:
