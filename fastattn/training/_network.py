@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastattn import backends
 from fastattn.functional._torch_internals import has_hooks
 from fastattn.integrations.sequential import FusedSequential
-from fastattn.nn import MLP
+from fastattn.nn import MLP, LinearReLU
 from fastattn.nn._plain import CALL, active_dropout, as_written, is_plain
 from fastattn.nn.linear import is_plain_linear
 from fastattn.training._forward import Reference, read_forward
@@ -80,7 +80,9 @@ class _Forward(NamedTuple):
     code: CodeType
 
     def holds(self) -> bool:
-        return self.kind.forward is self.function and self.function.__code__ is self.code
+        kind = self.kind
+        called = kind.__call__ is CALL and kind.forward is self.function
+        return called and self.function.__code__ is self.code
 
 
 class Network:
@@ -97,7 +99,7 @@ class Network:
         self._read(model, "the model")
         if not self._layers:
             raise NotServed("the model has no linear layer")
-        self._kinds = {m.kind for m in self._modules}
+        self._kinds = {nn.Linear, nn.Sequential, *(m.kind for m in self._modules)}
         pairs = [(layer.weight, layer.bias) for layer in self._layers]
         self.trained = [p for pair in pairs for p in pair if p is not None]
         _check_parameters(self.trained)
@@ -129,6 +131,9 @@ class Network:
         facts: tuple[str, ...] = ()
         if is_plain_linear(module):
             self._add_linear(module, name)
+        elif is_plain(module, LinearReLU):
+            self._add_linear(module, name)
+            self._add_relu(name)
         elif is_plain(module, nn.ReLU):
             self._add_relu(name)
         elif is_plain(module, nn.Flatten):
