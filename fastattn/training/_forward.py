@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -70,17 +70,23 @@ def _definition(code: CodeType) -> ast.FunctionDef | None:
     definition = tree.body[0]
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
         return None
-    return definition if _facts(_compiled(definition, code)) == _facts(code) else None
+    # A method call on an imported name may have code of its own.
+    for imported in ((), code.co_names):
+        if _facts(_compiled(definition, code, imported)) == _facts(code):
+            return definition
+    return None
 
 
-def _compiled(definition: ast.FunctionDef, code: CodeType) -> CodeType:
-    """The code of a definition whose free names are those of ``code``."""
-    outer = ast.parse(f"def outer({', '.join(code.co_freevars)}): pass")
-    wrapper = outer.body[0]
-    assert isinstance(wrapper, ast.FunctionDef)
-    wrapper.body = [definition]
+def _compiled(definition: ast.FunctionDef, code: CodeType, imported: Sequence[str]) -> CodeType:
+    """The code of a definition whose free names are those of ``code``, in a module that imports
+    some names."""
+    lines = [f"import {name}" for name in imported if name.isidentifier()]
+    module = ast.parse("\n".join([*lines, f"def outer({', '.join(code.co_freevars)}): pass"]))
+    outer = module.body[-1]
+    assert isinstance(outer, ast.FunctionDef)
+    outer.body = [definition]
     flags = code.co_flags & _FUTURE_ANNOTATIONS
-    whole = compile(ast.fix_missing_locations(outer), "<forward>", "exec", flags, True)
+    whole = compile(ast.fix_missing_locations(module), "<forward>", "exec", flags, True)
     for name in ("outer", code.co_name):
         whole = next(c for c in whole.co_consts if isinstance(c, CodeType) and c.co_name == name)
     return whole
