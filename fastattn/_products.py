@@ -78,6 +78,16 @@ def torch_multiplies(input: torch.Tensor) -> bool:
     return input.dtype == torch.float32
 
 
+# Multiply-adds of a network's forward up to which ``TrainingStep`` takes its kernel.
+MOST_TRAINED = 1 << 30
+MOST_TRAINED_BESIDE_MKL = 1 << 24  # where its products are faster than the kernels'
+
+
+def most_trained(dtype: torch.dtype) -> int:
+    """The multiply-adds of a forward up to which a step of training is faster as one kernel."""
+    return MOST_TRAINED_BESIDE_MKL if _INTEL else MOST_TRAINED
+
+
 def lacks_product(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch multiplies matrices of the dtype without a library made for this processor."""
     return device.type == "cpu" and dtype in _LACKING

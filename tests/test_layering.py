@@ -38,7 +38,15 @@ ALLOWED = {
     "functional": {"_problem", "_products", "ops", "reference", "backends", "functional"},
     "nn": {"functional", "nn"},
     "integrations": {"_products", "nn", "functional", "backends", "integrations"},
-    "training": {"backends", "functional", "integrations", "nn", "ops", "training"},
+    "training": {
+        "_products",
+        "backends",
+        "functional",
+        "integrations",
+        "nn",
+        "ops",
+        "training",
+    },
     "cli": {
         "integrations",
         "functional",

@@ -18,6 +18,7 @@ from fastattn.training._network import Network, share_memory
 from fastattn.training._unknown import NotServed
 
 Group = dict[str, Any]
+_NUMBERS = frozenset((float, int, bool))
 
 
 def _sgd(group: Group) -> Rule:
@@ -133,10 +134,13 @@ class Updates:
         if network is not self._network or members != self._members:
             self._match(network, members)
         rules = [read(group) for group in groups]
-        if rules != self._group_rules or any(
-            group.get("capturable") or group.get("differentiable") for group in groups
-        ):
-            self._set_rules(network, groups, rules)
+        for group, rule in zip(groups, rules, strict=True):
+            if not _NUMBERS.issuperset(map(type, rule)):  # a tensor may equal a number
+                raise NotServed("a hyperparameter is no number")
+            if group.get("capturable") or group.get("differentiable"):
+                raise NotServed("the optimizer is capturable or differentiable")
+        if rules != self._group_rules:
+            self._set_rules(network, rules)
         self._take_states(network)
 
     def _match(self, network: Network, members: list[list[int]]) -> None:
@@ -150,13 +154,7 @@ class Updates:
         self._group_rules, self.states = [], []
         self._members, self._network = members, network
 
-    def _set_rules(self, network: Network, groups: list[Group], rules: list[Rule]) -> None:
-        self._group_rules = []
-        for group, rule in zip(groups, rules, strict=True):
-            if any(type(value) not in (float, int, bool) for value in rule):
-                raise NotServed("a hyperparameter is no number")
-            if group.get("capturable") or group.get("differentiable"):
-                raise NotServed("the optimizer is capturable or differentiable")
+    def _set_rules(self, network: Network, rules: list[Rule]) -> None:
         of_groups = torch.tensor(rules, dtype=torch.float64, device="cpu")
         self.rules = of_groups[self._groups]
         names = _KINDS[type(self.optimizer)][3]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastattn import ops
+from fastattn import _products, ops
 from fastattn.functional._autograd import kernel, transforming
 from fastattn.functional._served import ordinary, unobserved
 from fastattn.functional._torch_internals import note_step, packs_saved_tensors
@@ -16,9 +16,6 @@ from fastattn.training._loss import check_targets, read_loss
 from fastattn.training._network import Network
 from fastattn.training._optimizer import Updates
 from fastattn.training._unknown import NotServed
-
-# Multiply-adds of a forward above which torch's loop is as fast: see DESIGN.md.
-MOST_WORK = 1 << 26
 
 
 class TrainingStep:
@@ -105,12 +102,10 @@ class TrainingStep:
             IndexError: a label is no class; model and optimizer are then as they were. As every
                 other error it is torch's own.
         """
-        try:
-            network, x, options = self._prepare(inputs, labels)
-        except NotServed as error:
-            self.reason = str(error)
+        found = self._prepared(inputs, labels)
+        if found is None:
             return self._torchs(inputs, labels)
-        self.reason = None
+        network, x, options = found
         for p in network.trained:
             if p.grad is not None:
                 p.grad = None
@@ -128,6 +123,18 @@ class TrainingStep:
         note_step(self.optimizer)
         return loss
 
+    def _prepared(
+        self, inputs: Tensor, labels: Tensor
+    ) -> tuple[Network, Tensor, ops.LossOptions] | None:
+        """All that the kernel needs, or None; ``reason`` says why."""
+        try:
+            found = self._prepare(inputs, labels)
+        except NotServed as error:
+            self.reason = str(error)
+            return None
+        self.reason = None
+        return found
+
     def _prepare(self, inputs: Tensor, labels: Tensor) -> tuple[Network, Tensor, ops.LossOptions]:
         """All that the kernel needs; raises NotServed where it may not stand in."""
         _check_modes()
@@ -138,7 +145,7 @@ class TrainingStep:
         options = read_loss(self.loss)
         x = _rows(network, inputs)
         rows = x.shape[0]
-        if rows * network.weights > MOST_WORK:
+        if rows * network.weights > _products.most_trained(network.dtype):
             raise NotServed("the network is large: torch's loop is as fast")
         check_targets(options, labels, rows, network.n_out, x)
         self._updates.prepare(network)

@@ -1,0 +1,572 @@
+"""Where the kernel may not stand in for torch's loop, that loop runs, with its results, and the
+reason is told."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import types
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.optim import SGD, Adam, lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_models import HIDDEN, IN, OUT, ROWS, Functional, Pair, sequential
+
+from fastattn import _products
+
+pytestmark = pytest.mark.native
+
+# Of the same operations on the same numbers at other addresses.
+SAME = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def assert_torchs(pair: Pair, reason: str) -> None:
+    """Torch's loop runs."""
+    close = SAME[pair.dtype]
+    pair.train(2, rtol=close, atol=close)
+    assert pair.step.reason is not None
+    assert reason in pair.step.reason, pair.step.reason
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+class Residual(Functional):
+    def forward(self, x):
+        x = F.relu(self.fc1(x))
+        return self.fc2(x + x)
+
+
+class InTraining(Functional):
+    def forward(self, x):
+        if self.training:
+            x = x * 2
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+class OfAnAttribute(Functional):
+    width = IN
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x.view(-1, self.width))))
+
+
+class Unused(Functional):
+    def forward(self, x):
+        y = self.fc1(x)
+        z = self.fc1(x)  # noqa: F841
+        return self.fc2(F.relu(y))
+
+
+class Reused(Functional):
+    def __init__(self):
+        super().__init__()
+        self.fc2 = nn.Linear(IN, IN)
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc2(x)))
+
+
+class InPlace(Functional):
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x), inplace=True))
+
+
+class Before(Functional):
+    def forward(self, x):
+        return self.fc2(self.fc1(F.relu(x)))
+
+
+class Default(Functional):
+    def forward(self, x, scale=1.0):
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+class Softmax(Functional):
+    def forward(self, x):
+        return F.log_softmax(self.fc2(F.relu(self.fc1(x))), dim=1)
+
+
+class Kept(Functional):
+    def forward(self, x):
+        self.hidden = F.relu(self.fc1(x))
+        return self.fc2(self.hidden)
+
+
+class OwnCall(Functional):
+    def __call__(self, x):
+        return super().__call__(2 * x)
+
+
+class OwnAttributes(Functional):
+    def __getattr__(self, name):
+        return super().__getattr__("fc1" if name == "fc1" else name)
+
+
+class Hiding(Functional):
+    @property
+    def fc3(self):
+        return self.fc2
+
+    def forward(self, x):
+        return self.fc3(F.relu(self.fc1(x)))
+
+
+def decorated(forward):
+    def doubled(self, x):
+        return forward(self, 2 * x)
+
+    return doubled
+
+
+class Decorated(Functional):
+    @decorated
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+def without_source() -> nn.Module:
+    names: dict = {"F": F, "Functional": Functional}
+    code = "class Net(Functional):\n def forward(self, x): return self.fc2(F.relu(self.fc1(x)))"
+    exec(code, names)
+    return names["Net"]()
+
+
+def of_another_source() -> nn.Module:
+    """Its source is a chain, its code is not."""
+    lines = "def forward(self, x):\n    return self.fc2(self.fc1({}x))\n"
+    names: dict = {}
+    exec(compile(lines.format("2 * "), "<changed>", "exec"), names)
+    linecache.cache["<changed>"] = (0, None, lines.format("").splitlines(True), "<changed>")
+    return type("Net", (Functional,), {"forward": names["forward"]})()
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(IN, IN), nn.ReLU(), nn.Linear(IN, IN))
+    model[2].weight = model[0].weight
+    return model
+
+
+def sharing() -> nn.Module:
+    model = nn.Sequential(nn.Linear(IN, IN), nn.ReLU(), nn.Linear(IN, IN)).double()
+    model[2].weight = nn.Parameter(model[0].weight.detach())
+    return model
+
+
+def of_a_subclass() -> nn.Module:
+    class Mine(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    return nn.Sequential(Mine(IN, OUT))
+
+
+CHAINS = {
+    "a branch": (Residual, "`x + x`"),
+    "training": (InTraining, "`if self.training:`"),
+    "an attribute": (OfAnAttribute, "`x.view(-1, self.width)`"),
+    "an unused value": (Unused, "`x`"),
+    "a layer twice": (Reused, "fc2 is called twice"),
+    "an option": (InPlace, "inplace=True"),
+    "a ReLU first": (Before, "ReLU before the first linear layer"),
+    "two inputs": (Default, "takes more than one input"),
+    "another function": (Softmax, "log_softmax"),
+    "a kept value": (Kept, "`self.hidden = "),
+    "an own call": (OwnCall, "in a way of its own"),
+    "own attributes": (OwnAttributes, "in a way of its own"),
+    "a property": (Hiding, "has an attribute fc3 that is no child"),
+    "a decorator": (Decorated, "`self`, which is no part"),
+    "no source": (without_source, "source is not there"),
+    "another source": (of_another_source, "is not what runs"),
+    "tied weights": (tied, "parameters share memory"),
+    "shared memory": (sharing, "parameters share memory"),
+    "a subclass of Linear": (of_a_subclass, "0 (Mine): "),
+    "another activation": (lambda: sequential(nn.GELU), "2 is GELU"),
+    "dropout": (lambda: nn.Sequential(nn.Linear(IN, OUT), nn.Dropout(1.0)), "1 drops elements"),
+    "no layer": (lambda: nn.Sequential(nn.Flatten(), nn.ReLU()), "ReLU before the first"),
+    "weight norm": (
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(IN, OUT))), "0 is ",
+    ),
+    "old weight norm": (
+        lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(IN, OUT))), "0 has hooks",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_models_that_are_no_chain(name):
+    make, reason = CHAINS[name]
+    model = make()
+    if name == "no layer":
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            pair = Pair(model, lambda p: SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+            pair.step(*pair.batch())
+        assert reason in pair.step.reason
+        return
+    pair = Pair(model)
+    if name in ("tied weights", "shared memory"):  # a copy of a model does not share
+        pair.twin = make().double()
+        pair.twins_optimizer = SGD(pair.twin.parameters(), lr=0.1)
+        pair.twin.load_state_dict(pair.model.state_dict())
+    assert_torchs(pair, reason)
+
+
+# --- what is changed between steps ----------------------------------------------------------------
+
+
+def replace_child(pair: Pair) -> None:
+    for model in (pair.model, pair.twin):
+        model[2] = nn.Sigmoid()
+
+
+def replace_weight(pair: Pair) -> None:
+    for model, optimizer in ((pair.model, pair.optimizer), (pair.twin, pair.twins_optimizer)):
+        model[1].weight = nn.Parameter(torch.ones(HIDDEN, IN).double())
+        optimizer.add_param_group({"params": [model[1].weight]})
+
+
+def both(change: Callable[[nn.Module, torch.optim.Optimizer], object]) -> Callable[[Pair], None]:
+    def changed(pair: Pair) -> None:
+        change(pair.model, pair.optimizer)
+        change(pair.twin, pair.twins_optimizer)
+
+    return changed
+
+
+def double_output(module, args, out):
+    return 2 * out
+
+
+def double_grad(parameter) -> None:
+    parameter.grad.mul_(2)
+
+
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x if x.is_floating_point() else x
+
+
+def with_step(optimizer: torch.optim.Optimizer) -> None:
+    whole = optimizer.step
+    optimizer.step = lambda *args: [whole(*args), whole(*args)]
+
+
+def tensor_lr(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+
+
+def halved(optimizer, *args) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.data.mul_(0.5)
+
+
+CHANGES = {
+    "a child": (replace_child, "2 is Sigmoid"),
+    "a weight": (replace_weight, "not exactly the model's"),
+    "a hook": (both(lambda m, o: m[1].register_forward_hook(double_output)), "1 has hooks"),
+    "a hook before": (
+        both(lambda m, o: m.register_forward_pre_hook(lambda m, x: (2 * x[0],))), "model has hooks",
+    ),
+    "a backward hook": (
+        both(lambda m, o: m[3].register_full_backward_hook(lambda m, i, o: (2 * i[0],))),
+        "3 has hooks",
+    ),
+    "an own forward": (
+        both(lambda m, o: setattr(m[2], "forward", torch.tanh)), "2 has hooks, or a forward",
+    ),
+    "a frozen weight": (both(lambda m, o: m[1].weight.requires_grad_(False)), "frozen"),
+    "a hook of a parameter": (
+        both(lambda m, o: m[1].weight.register_hook(lambda g: 2 * g)), "a parameter has hooks",
+    ),
+    "a hook behind accumulation": (
+        both(lambda m, o: m[1].bias.register_post_accumulate_grad_hook(double_grad)),
+        "a parameter has hooks",
+    ),
+    "a step hook": (
+        both(lambda m, o: o.register_step_post_hook(halved)), "step has hooks",
+    ),
+    "a step hook before": (
+        both(lambda m, o: o.register_step_pre_hook(halved)), "step has hooks",
+    ),
+    "another step": (both(lambda m, o: with_step(o)), "step was replaced"),
+    "another zero_grad": (
+        both(lambda m, o: setattr(o, "zero_grad", lambda **_: m.zero_grad())), "zero_grad was",
+    ),
+    "a parameter more": (
+        both(lambda m, o: o.add_param_group({"params": [nn.Parameter(torch.ones(2))]})),
+        "not exactly the model's",
+    ),
+    "a parameter less": (
+        both(lambda m, o: o.param_groups[0]["params"].pop()), "not exactly the model's",
+    ),
+    "a learning rate that is a tensor": (both(tensor_lr), "a hyperparameter is no number"),
+    "differentiable": (
+        both(lambda m, o: o.param_groups[0].update(differentiable=True)), "differentiable",
+    ),
+    "a forward of the class": (
+        lambda pair: setattr(nn.ReLU, "forward", lambda self, x: x.tanh()), "2 is ReLU",
+    ),
+    "functional.relu": (
+        lambda pair: setattr(F, "relu", lambda x, inplace=False: x.tanh()), "2 is ReLU",
+    ),
+    "functional.cross_entropy": (
+        lambda pair: setattr(F, "cross_entropy", lambda *x, **_: 2 * CROSS_ENTROPY(*x)), "the loss",
+    ),
+    "the loss's reduction": (
+        lambda pair: setattr(pair.loss, "reduction", "none"), "reduction is 'none'",
+    ),
+    "a hook of the loss": (
+        lambda pair: pair.loss.register_forward_hook(double_output), "or has hooks",
+    ),
+}  # fmt: skip
+CROSS_ENTROPY = F.cross_entropy
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_between_steps(name, monkeypatch):
+    change, reason = CHANGES[name]
+    for home, attribute in ((nn.ReLU, "forward"), (F, "relu"), (F, "cross_entropy")):
+        monkeypatch.setattr(home, attribute, getattr(home, attribute))  # is put back
+    pair = Pair(sequential())
+    pair.train()
+    assert pair.step.reason is None
+    change(pair)
+    if name == "the loss's reduction":
+        with pytest.raises(RuntimeError, match="grad can be implicitly created only for scalar"):
+            pair.step(*pair.batch())
+        assert reason in pair.step.reason
+        return
+    assert_torchs(pair, reason)
+
+
+def test_a_hook_that_is_removed_again():
+    pair = Pair(sequential())
+    handles = [m[1].register_forward_hook(double_output) for m in (pair.model, pair.twin)]
+    assert_torchs(pair, "1 has hooks")
+    for handle in handles:
+        handle.remove()
+    pair.train(2)
+    assert pair.step.reason is None
+
+
+def test_a_chain_whose_names_change(monkeypatch):
+    pair = Pair(Functional())
+    pair.train()
+    assert pair.step.reason is None
+    namespace = types.SimpleNamespace(relu=torch.tanh)
+    monkeypatch.setitem(Functional.forward.__globals__, "F", namespace)
+    assert_torchs(pair, "the model (Functional): its forward has `F`")
+    monkeypatch.undo()
+    pair.train()
+    assert pair.step.reason is None
+    monkeypatch.setattr(Functional, "forward", lambda self, x: self.fc2(self.fc1(x)))
+    assert_torchs(pair, "the model (Functional): ")
+
+
+def test_data_that_is_set_anew():
+    pair = Pair(sequential())
+    pair.train()
+    for model in (pair.model, pair.twin):
+        model[1].weight.data = torch.ones(HIDDEN, IN).double()
+    pair.train(2)
+    assert pair.step.reason is None
+    for model in (pair.model, pair.twin):
+        model[1].weight.data = torch.ones(IN, HIDDEN).double().t()
+    assert_torchs(pair, "a parameter is not contiguous")
+
+
+def test_a_state_of_the_optimizers_that_is_set_anew():
+    pair = Pair(sequential(), lambda p: SGD(p, lr=0.1, momentum=0.9))
+    pair.train(2)
+    assert pair.step.reason is None
+    for model, optimizer in ((pair.model, pair.optimizer), (pair.twin, pair.twins_optimizer)):
+        optimizer.state[model[1].weight]["momentum_buffer"] = torch.zeros(IN, HIDDEN).double().t()
+    assert_torchs(pair, "an unusual momentum_buffer")
+    for model, optimizer in ((pair.model, pair.optimizer), (pair.twin, pair.twins_optimizer)):
+        buffer = torch.zeros(HIDDEN, IN).double()
+        optimizer.state[model[1].weight]["momentum_buffer"] = buffer
+        model[1].weight.data = buffer
+    assert_torchs(pair, "share memory")
+
+
+# --- modes ----------------------------------------------------------------------------------------
+
+
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Counting(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def hook_of_all_modules() -> Iterator[None]:
+    handle = nn.modules.module.register_module_forward_hook(lambda m, x, out: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def hook_of_all_optimizers() -> Iterator[None]:
+    handle = register_optimizer_step_post_hook(halved)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+MODES = {
+    "a function mode": (Watching, "watched"),
+    "a dispatch mode": (Counting, "watched"),
+    "autocast": (lambda: torch.autocast("cpu", torch.bfloat16), "autocast"),
+    "anomaly mode": (torch.autograd.detect_anomaly, "anomaly"),
+    "saved tensors": (
+        lambda: torch.autograd.graph.saved_tensors_hooks(doubled, lambda x: x), "hooks of",
+    ),
+    "a hook of all modules": (hook_of_all_modules, "for all modules"),
+    "a hook of all optimizers": (hook_of_all_optimizers, "step has hooks"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("name", MODES)
+def test_modes(name):
+    mode, reason = MODES[name]
+    pair = Pair(sequential(), dtype=torch.float32)
+    pair.train(1, rtol=1e-5, atol=1e-6)
+    assert pair.step.reason is None
+    with mode():
+        assert_torchs(pair, reason)
+    pair.train(1, rtol=1e-5, atol=1e-6)
+    assert pair.step.reason is None
+
+
+def test_without_gradients_torchs_error():
+    pair = Pair(sequential())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="does not require grad"):
+        pair.step(*pair.batch())
+    assert "gradients are off" in pair.step.reason
+
+
+def test_a_default_device_is_no_obstacle():
+    pair = Pair(sequential())
+    with torch.device("cpu"):
+        pair.train(2)
+    assert pair.step.reason is None
+
+
+# --- inputs, labels, losses, optimizers -----------------------------------------------------------
+
+
+class Tagged(Tensor):
+    pass
+
+
+def test_inputs_and_labels():
+    pair = Pair(sequential())
+    x, labels = pair.batch()
+    probabilities = torch.rand(ROWS, OUT).double()
+    for given, target, reason in (
+        (x.as_subclass(Tagged), labels, "the input is no ordinary tensor"),
+        (x.clone().requires_grad_(), labels, "requires a gradient"),
+        (x, probabilities, "no class indices"),
+        (x, labels.to(torch.uint8), "no class indices"),
+        (x, probabilities.clone().requires_grad_(), "the labels require a gradient"),
+        (x[:0], labels[:0], "not of shape"),
+    ):
+        ours, torchs = pair.step(given, target), pair.torchs(given, target)
+        assert torch.equal(ours, torchs) or (ours.isnan() and torchs.isnan())
+        assert reason in pair.step.reason
+    with pytest.raises(RuntimeError, match="must have the same dtype"):
+        pair.step(x.float(), labels)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        pair.step(x[:, 1:], labels)
+    with pytest.raises(ValueError, match=r"Expected input batch_size \(8\)"):
+        pair.step(x, labels[1:])
+
+
+def test_targets_that_torch_broadcasts():
+    pair = Pair(sequential(), lambda p: SGD(p, lr=1e-3), nn.MSELoss())
+    x, target = pair.batch()[0], torch.randn(ROWS, 1).double()
+    with pytest.warns(UserWarning, match="different to the input size"):
+        assert torch.equal(pair.step(x, target), pair.torchs(x, target))
+    assert "not of the output's dtype and shape" in pair.step.reason
+
+
+class MineCrossEntropy(nn.CrossEntropyLoss):
+    def forward(self, input, target):
+        return 2 * super().forward(input, target)
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.NLLLoss(), MineCrossEntropy(), lambda y, t: 2 * F.cross_entropy(y, t)], ids=repr
+)
+def test_other_losses(loss):
+    assert_torchs(Pair(sequential(), loss=loss), "the loss is ")
+
+
+class MineSGD(SGD):
+    pass
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.NAdam, MineSGD])
+def test_other_optimizers(kind):
+    pair = Pair(sequential(), lambda p: kind(p, lr=0.01))
+    assert_torchs(pair, f"the optimizer is {kind.__name__}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype):
+    assert_torchs(Pair(sequential(), dtype=dtype), "not all float32, or all float64")
+
+
+def test_a_step_that_was_replaced_beneath_a_scheduler():
+    pair = Pair(sequential())
+    for optimizer in (pair.optimizer, pair.twins_optimizer):
+        lr_scheduler.StepLR(optimizer, 1)
+    pair.train()
+    assert pair.step.reason is None
+    for optimizer in (pair.optimizer, pair.twins_optimizer):
+        with_step(optimizer)
+    assert_torchs(pair, "step was replaced")
+
+
+def test_a_step_that_the_class_replaced(monkeypatch):
+    pair = Pair(sequential())
+    pair.train()
+    whole = SGD.step
+    monkeypatch.setattr(SGD, "step", lambda self: [whole(self), whole(self)])
+    assert_torchs(pair, "is not torch's")
+
+
+def test_large_networks_are_torchs(monkeypatch):
+    pair = Pair(sequential(), lambda p: Adam(p, lr=0.01))
+    pair.train(2)
+    assert pair.step.reason is None
+    work = ROWS * (IN * HIDDEN + HIDDEN * OUT)
+    monkeypatch.setattr(_products, "MOST_TRAINED", work - 1)
+    assert_torchs(pair, "the network is large")
+    monkeypatch.setattr(_products, "MOST_TRAINED", work)
+    pair.train()
+    assert pair.step.reason is None
+
+
+def test_torch_compile_traces_torchs_loop():
+    pair = Pair(sequential())
+    x, labels = pair.batch()
+    compiled = torch.compile(lambda: pair.step(x, labels), backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(), pair.torchs(x, labels))
+    pair.compare(rtol=1e-12, atol=0)
