@@ -563,10 +563,8 @@ def test_large_networks_are_torchs(monkeypatch):
     assert pair.step.reason is None
 
 
-def test_torch_compile_traces_torchs_loop():
+def test_torch_compile_traces_torchs_loop(monkeypatch):
     pair = Pair(sequential())
-    x, labels = pair.batch()
-    compiled = torch.compile(lambda: pair.step(x, labels), backend="eager")
-    for _ in range(2):
-        torch.testing.assert_close(compiled(), pair.torchs(x, labels))
-    pair.compare(rtol=1e-12, atol=0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not pair.step._prepared(*pair.batch())
+    assert "watched or recorded" in pair.step.reason
