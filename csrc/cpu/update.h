@@ -7,11 +7,14 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
-// x as it is when rounded: the compiler may not carry its digits on into a multiply-add.
+// The mean square less the squared mean. Of a gradient that does not change both are the same
+// number: what is below 0 by roundings is 0, as its root would be NaN.
 template <class A>
-FASTATTN_INLINE Vec<A> as_rounded(Vec<A> x) {
-  __asm__("" : "+m"(x));
-  return x;
+FASTATTN_INLINE Vec<A> variance(Vec<A> square, Vec<A> mean) {
+  constexpr A kRoundings = sizeof(A) == 4 ? A(0x1p-20) : A(0x1p-49);  // 8
+  const Vec<A> zero{}, difference = square - mean * mean;
+  const auto rounded = (difference < zero) & (difference >= broadcast(-kRoundings) * square);
+  return rounded ? zero : difference;
 }
 
 // Torch's lerp with a weight: near `end` it starts from there.
@@ -111,9 +114,7 @@ class RmspropUpdate {
     if (centered_) {
       const Vec<A> mean = mean_(load(states[2] + at), gradient);
       store(states[2] + at, mean);
-      // Of a gradient that does not change, both are the same number; what the square's rounding
-      // cuts off would be less than 0, and its root NaN.
-      square = square - as_rounded<A>(mean * mean);
+      square = variance<A>(square, mean);
     }
     const Vec<A> root = sqrt(square) + broadcast(eps_);
     if (!has_momentum_) return parameter + broadcast(rate_) * gradient / root;

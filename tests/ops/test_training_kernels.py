@@ -17,6 +17,7 @@ from fastattn.testing import assert_accurate, assert_close, unit_roundoff
 pytestmark = pytest.mark.native
 
 WIDTHS = [((784, 128, 10), 64), ((33, 17, 5), 7), ((5, 3), 1), ((70, 65, 130, 9), 100)]
+# With an eps as large as gradients are: a smaller one divides roundings of gradients by themselves.
 RULES = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}, ops.Rule(0.1)),
     "nesterov": (
@@ -24,17 +25,21 @@ RULES = {
         {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
         ops.Rule(0.1, 0.01, 0.9, variant=True),
     ),
-    "adam": (torch.optim.Adam, {"lr": 0.01}, ops.Rule(0.01, 0.0, 0.9, 0.999, 1e-8)),
+    "adam": (torch.optim.Adam, {"lr": 0.01, "eps": 0.01}, ops.Rule(0.01, 0.0, 0.9, 0.999, 0.01)),
     "amsgrad": (
         torch.optim.AdamW,
-        {"lr": 0.01, "amsgrad": True, "maximize": True, "betas": (0.3, 0.9)},
-        ops.Rule(0.01, 0.01, 0.3, 0.9, 1e-8, True, True, True),
+        {"lr": 0.01, "eps": 0.01, "amsgrad": True, "maximize": True, "betas": (0.3, 0.9)},
+        ops.Rule(0.01, 0.01, 0.3, 0.9, 0.01, True, True, True),
     ),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01}, ops.Rule(0.01, 0.0, 0.0, 0.99, 1e-8)),
+    "rmsprop": (
+        torch.optim.RMSprop,
+        {"lr": 0.01, "eps": 0.01},
+        ops.Rule(0.01, 0.0, 0.0, 0.99, 0.01),
+    ),
     "centered": (
         torch.optim.RMSprop,
-        {"lr": 0.01, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
-        ops.Rule(0.01, 0.1, 0.9, 0.99, 1e-8, True),
+        {"lr": 0.01, "eps": 0.01, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
+        ops.Rule(0.01, 0.1, 0.9, 0.99, 0.01, True),
     ),
 }
 ORDER = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "momentum_buffer",
