@@ -80,8 +80,8 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
             or _after_any_step
             or optimizer._optimizer_step_pre_hooks
             or optimizer._optimizer_step_post_hooks
-            or getattr(optimizer, "grad_scale", None) is not None
-            or getattr(optimizer, "found_inf", None) is not None
+            or vars(optimizer).get("grad_scale") is not None  # a GradScaler's
+            or vars(optimizer).get("found_inf") is not None
         )
     except AttributeError:  # one of the private names is gone
         return True

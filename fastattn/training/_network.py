@@ -99,7 +99,8 @@ class Network:
         self._read(model, "the model")
         if not self._layers:
             raise NotServed("the model has no linear layer")
-        self._kinds = {nn.Linear, nn.Sequential, *(m.kind for m in self._modules)}
+        kinds = (m.kind for m in self._modules)
+        self._kinds: set[type[nn.Module]] = {nn.Linear, nn.Sequential, *kinds}
         pairs = [(layer.weight, layer.bias) for layer in self._layers]
         self.trained = [p for pair in pairs for p in pair if p is not None]
         _check_parameters(self.trained)

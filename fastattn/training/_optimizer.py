@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import chain
+from operator import is_
 from types import FunctionType
 from typing import Any
 
@@ -83,8 +85,8 @@ _ZERO_GRAD = _zero_grad()
 _STEPS: dict[type[Optimizer], object] = {}  # the steps that were found to be torch's
 
 
-def _steps_as_written(kind: type[Optimizer], file: str) -> bool:
-    """Whether ``kind.step`` is the function of torch's file, within torch's own wrappers."""
+def _steps_as_written(kind: type[Optimizer]) -> bool:
+    """Whether ``kind.step`` is the function of torch's own file, within torch's own wrappers."""
     step: Any = kind.step
     if _STEPS.get(kind) is step:
         return True
@@ -93,10 +95,16 @@ def _steps_as_written(kind: type[Optimizer], file: str) -> bool:
         if not _is_torchs(function, "optimizer.py"):
             return False
         function = function.__wrapped__
-    if not isinstance(function, FunctionType) or not _is_torchs(function, file):
+    if not isinstance(function, FunctionType) or not _is_torchs(function, _KINDS[kind][1]):
         return False
     _STEPS[kind] = step
     return True
+
+
+def _same(found: list[Any], kept: list[Any]) -> bool:
+    """Whether both hold the same objects. What is kept lives on, so that nothing else can take its
+    address."""
+    return len(found) == len(kept) and all(map(is_, found, kept))
 
 
 class Updates:
@@ -112,35 +120,32 @@ class Updates:
         self._network: Network | None = None
         self._members: list[list[int]] = []  # the groups, by their parameters' ids
         self._groups: list[int] = []  # of each of the op's parameters
-        self._group_rules: list[Rule] = []
         self._names: list[tuple[str, ...]] = []  # of the states, for each trained parameter
+        # What the rules and the states were read from.
+        self._of_rules: list[Any] = []
+        self._homes: list[Any] | None = None
+        self._of_states: list[Any] = []
 
     def prepare(self, network: Network) -> None:
         """Brings rules and states up to date; raises NotServed where torch's step is to run."""
-        kind = type(self.optimizer)
-        known = _KINDS.get(kind)
-        if known is None:
+        optimizer = self.optimizer
+        kind = type(optimizer)
+        if kind not in _KINDS:
             raise NotServed(f"the optimizer is {kind.__name__}")
-        name, file, read, _ = known
-        if not _steps_as_written(kind, file) or has_step_hooks(self.optimizer):
+        if not _steps_as_written(kind) or has_step_hooks(optimizer):
             raise NotServed("the optimizer's step has hooks, or is not torch's")
-        if step_beneath_schedulers(self.optimizer) is not kind.step:
+        if step_beneath_schedulers(optimizer) is not kind.step:
             raise NotServed("the optimizer's step was replaced")
-        if "zero_grad" in vars(self.optimizer) or kind.zero_grad is not _ZERO_GRAD:
+        if "zero_grad" in vars(optimizer) or kind.zero_grad is not _ZERO_GRAD:
             raise NotServed("the optimizer's zero_grad was replaced")
-        self.number = OPTIMIZERS.index(name)
-        groups = self.optimizer.param_groups
+        groups = optimizer.param_groups
         members = [list(map(id, group["params"])) for group in groups]
         if network is not self._network or members != self._members:
             self._match(network, members)
-        rules = [read(group) for group in groups]
-        for group, rule in zip(groups, rules, strict=True):
-            if not _NUMBERS.issuperset(map(type, rule)):  # a tensor may equal a number
-                raise NotServed("a hyperparameter is no number")
-            if group.get("capturable") or group.get("differentiable"):
-                raise NotServed("the optimizer is capturable or differentiable")
-        if rules != self._group_rules:
-            self._set_rules(network, rules)
+        of_rules = [value for group in groups for value in group.values()]
+        if not _same(of_rules, self._of_rules):
+            self._read_rules(network, groups)
+            self._of_rules = of_rules
         self._take_states(network)
 
     def _match(self, network: Network, members: list[list[int]]) -> None:
@@ -151,29 +156,43 @@ class Updates:
         if sum(map(len, members)) != len(group_of) or group_of.keys() != trained:
             raise NotServed("the optimizer's parameters are not exactly the model's")
         self._groups = [group_of.get(id(p), 0) for p in network.parameters]
-        self._group_rules, self.states = [], []
+        self._of_rules = []
         self._members, self._network = members, network
 
-    def _set_rules(self, network: Network, rules: list[Rule]) -> None:
-        of_groups = torch.tensor(rules, dtype=torch.float64, device="cpu")
-        self.rules = of_groups[self._groups]
-        names = _KINDS[type(self.optimizer)][3]
-        of_each = [names(rules[g]) for g in self._groups]
+    def _read_rules(self, network: Network, groups: list[Group]) -> None:
+        self._of_rules, self._homes = [], None
+        name, _, read, names_of = _KINDS[type(self.optimizer)]
+        for group in groups:
+            if group.get("capturable") or group.get("differentiable"):
+                raise NotServed("the optimizer is capturable or differentiable")
+            if not isinstance(group.get("betas", ()), tuple):  # a list may change
+                raise NotServed("a hyperparameter is no number")
+        rules = [read(group) for group in groups]
+        if not all(_NUMBERS.issuperset(map(type, rule)) for rule in rules):
+            raise NotServed("a hyperparameter is no number")
+        self.number = OPTIMIZERS.index(name)
+        self.rules = torch.tensor(rules, dtype=torch.float64, device="cpu")[self._groups]
+        of_each = [names_of(rules[g]) for g in self._groups]
         self._names = [n for n, there in zip(of_each, network.present, strict=True) if there]
-        self._group_rules = rules
 
     def _take_states(self, network: Network) -> None:
-        found: list[Tensor] = []
         state = self.optimizer.state
+        homes = [*state, *state.values()]
+        if self._homes is not None and _same(homes, self._homes):
+            of_states = list(chain.from_iterable(map(dict.values, state.values())))
+            if _same(of_states, self._of_states):
+                return
+        self._homes, self.states = None, []
         for p, names in zip(network.trained, self._names, strict=True):
             if names:
                 own = state.get(p)
                 if not own:
                     raise NotServed("the optimizer's state is not there yet: torch's step makes it")
-                found += [own.get(name) for name in names]
-        if list(map(id, found)) != list(map(id, self.states)):
-            self._check_states(network, found)
-            self.states = found
+                self.states += [own.get(name) for name in names]
+        self._check_states(network, self.states)
+        if all(isinstance(own, dict) for own in state.values()):
+            self._homes = homes
+            self._of_states = list(chain.from_iterable(map(dict.values, state.values())))
 
     def _check_states(self, network: Network, found: list[Tensor]) -> None:
         left = iter(found)
