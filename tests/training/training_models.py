@@ -176,3 +176,15 @@ class Pair:
                     torch.testing.assert_close(kept[name], value, **close)
                 else:
                     assert kept[name] == value
+
+
+# Of the same operations on the same numbers at other addresses.
+SAME = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def assert_torchs(pair: Pair, reason: str) -> None:
+    """Torch's loop runs."""
+    close = SAME[pair.dtype]
+    pair.train(2, rtol=close, atol=close)
+    assert pair.step.reason is not None
+    assert reason in pair.step.reason, pair.step.reason
