@@ -145,7 +145,7 @@ class TrainingStep:
         options = read_loss(self.loss)
         x = _rows(network, inputs)
         rows = x.shape[0]
-        if rows * network.weights > _products.most_trained(network.dtype):
+        if rows * network.weights > _products.most_trained():
             raise NotServed("the network is large: torch's loop is as fast")
         check_targets(options, labels, rows, network.n_out, x)
         self._updates.prepare(network)

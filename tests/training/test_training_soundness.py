@@ -354,14 +354,24 @@ def test_a_step_that_the_class_replaced(monkeypatch):
     assert_torchs(pair, "is not torch's")
 
 
-def test_large_networks_are_torchs(monkeypatch):
+@pytest.mark.parametrize(
+    "limit, processor",
+    [
+        ("MOST_TRAINED", {"_GENERIC": False}),
+        ("MOST_TRAINED_BY_MKL", {"_GENERIC": False, "_INTEL": True}),
+        ("MOST_TRAINED_GENERIC", {"_GENERIC": True}),
+    ],
+)
+def test_large_networks_are_torchs(limit, processor, monkeypatch):
+    for name, value in processor.items():
+        monkeypatch.setattr(_products, name, value)
     pair = Pair(sequential(), lambda p: Adam(p, lr=0.01))
     pair.train(2)
     assert pair.step.reason is None
     work = ROWS * (IN * HIDDEN + HIDDEN * OUT)
-    monkeypatch.setattr(_products, "MOST_TRAINED", work - 1)
+    monkeypatch.setattr(_products, limit, work - 1)
     assert_torchs(pair, "the network is large")
-    monkeypatch.setattr(_products, "MOST_TRAINED", work)
+    monkeypatch.setattr(_products, limit, work)
     pair.train()
     assert pair.step.reason is None
 
