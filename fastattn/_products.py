@@ -81,9 +81,9 @@ def torch_multiplies(input: torch.Tensor) -> bool:
 
 # Multiply-adds of a network's forward up to which ``TrainingStep`` takes its kernel: the largest
 # that were timed. Torch's time over the kernel's, processor time of one thread, SGD with momentum
-# and Adam (fused=True), on Zen 4: at 6.4 million (784-128-10, 64 rows) 2.0 to 2.4, at 50 million 1.8
-# to 2.1, at 10^9 1.9 to 2.0; in float64 2.0 and 1.5 to 1.7. By its AVX2 kernels 1.4 to 1.5, 1.2 and
-# 1.2; in float64 1.4 and 1.1 to 1.3.
+# and Adam (fused=True), on an EPYC that does 225 float32 GFLOP/s a thread: at 6.5 million
+# (784-128-10, 64 rows) 2.3, at 50 million 1.8 to 2.1, at 10^9 1.9 to 2.0; in float64 2.0 and 1.5 to
+# 1.7. By its AVX2 kernels 1.4 to 1.5, 1.2 and 1.2; in float64 1.4 and 1.1 to 1.3.
 MOST_TRAINED = 1 << 30
 # Beside MKL on Intel's AVX-512, whose products take 0.8 to 1.0 of the kernels' time: there a step
 # gains what it saves beside them, about 0.15 ms. This was not timed.
