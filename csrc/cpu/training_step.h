@@ -22,7 +22,8 @@ class TrainingStep {
     // The outputs of all layers, then two gradients of outputs that take turns.
     outputs = round_up(outputs, kWidth<A>);
     const int64_t gradient = p.m * widest;
-    outputs_ = thread_scratch<A>(Scratch::kTraining, outputs + 2 * gradient);
+    size_ = outputs + 2 * gradient;
+    outputs_ = thread_scratch<A>(Scratch::kTraining, size_);
     gradients_[0] = outputs_ + outputs;
     gradients_[1] = gradients_[0] + gradient;
   }
@@ -54,6 +55,7 @@ class TrainingStep {
       }
       update(p_.layers[l], layer, parallel);
     }
+    if (size_ > kMostKept) free_thread_scratch(Scratch::kTraining);
   }
 
  private:
@@ -88,7 +90,10 @@ class TrainingStep {
     with_update<A>(p_.optimizer, layer.bias, [&](const auto& bias) { bias(0, layer.n, of_bias); });
   }
 
+  static constexpr int64_t kMostKept = int64_t{1} << 22;  // elements, from step to step
+
   const TrainingProblem& p_;
+  int64_t size_;
   A* outputs_;
   A* gradients_[2];
 };

@@ -54,8 +54,8 @@ def check_targets(options: LossOptions, targets: Any, rows: int, n_out: int, lik
     """Raises NotServed where the loss's kernel does not take the targets of ``rows`` rows."""
     if not isinstance(targets, Tensor) or not ordinary(targets) or not targets.is_cpu:
         raise NotServed("the labels are no ordinary tensor on the CPU")
-    if targets.requires_grad:
-        raise NotServed("the labels require a gradient")
+    if targets.requires_grad or targets.is_inference():
+        raise NotServed("the labels require a gradient, or are of inference mode")
     if options.name == "mse":
         if targets.dtype != like.dtype or targets.shape != (rows, n_out):
             raise NotServed("the targets are not of the output's dtype and shape")

@@ -68,6 +68,7 @@ class _Parameter(NamedTuple):
         return (
             p.data_ptr() == self.address
             and p.shape == self.shape
+            and p.is_contiguous()
             and p.requires_grad
             and not p._backward_hooks
             and not p._post_accumulate_grad_hooks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,11 +82,30 @@ class TrainingStep:
         if not isinstance(optimizer, torch.optim.Optimizer):
             kind = type(optimizer).__name__
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {kind}")
-        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self._model, self._loss, self._optimizer = model, loss, optimizer
         self.reason: str | None = "no step was made yet"
         """Why the last step ran torch's loop; None where it was the kernel's."""
         self._network: Network | None = None
         self._updates = Updates(optimizer)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained."""
+        return self._model
+
+    @property
+    def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss."""
+        return self._loss
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of the model's parameters."""
+        return self._optimizer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, and a pickle, reads its model anew."""
+        return type(self), (self._model, self._loss, self._optimizer)
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Trains the model on one batch.
@@ -115,12 +135,13 @@ class TrainingStep:
                 ops.training_step, x, labels, network.parameters, states, self._updates.rules,
                 network.relus, self._updates.number, options,
             )  # fmt: skip
-        except RuntimeError:
-            with torch.no_grad():
-                self.loss(self.model(inputs), labels)  # torch's own error, where there is one
-            raise
+        except RuntimeError as error:
+            if "cannot allocate" in str(error):
+                raise  # it may be in the middle of the step
+            self.reason = f"the kernel refused: {error}"
+            return self._torchs(inputs, labels)
         torch.autograd.graph.increment_version(network.trained + states)
-        note_step(self.optimizer)
+        note_step(self._optimizer)
         return loss
 
     def _prepared(
@@ -141,8 +162,8 @@ class TrainingStep:
         network = self._network
         if network is None or not network.holds():
             self._network = None
-            self._network = network = Network(self.model)
-        options = read_loss(self.loss)
+            self._network = network = Network(self._model)
+        options = read_loss(self._loss)
         x = _rows(network, inputs)
         rows = x.shape[0]
         if rows * network.weights > _products.most_trained():
@@ -152,11 +173,11 @@ class TrainingStep:
         return network, x, options
 
     def _torchs(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        self.optimizer.zero_grad()
-        loss = self.loss(self.model(inputs), labels)
+        self._optimizer.zero_grad()
+        loss = self._loss(self._model(inputs), labels)
         loss.backward()
-        self.optimizer.step()
-        for group in self.optimizer.param_groups:
+        self._optimizer.step()
+        for group in self._optimizer.param_groups:
             for p in group["params"]:
                 p.grad = None
         return loss.detach()
@@ -182,6 +203,8 @@ def _rows(network: Network, inputs: Tensor) -> Tensor:
         raise NotServed("the input is no ordinary tensor on the CPU")
     if inputs.dtype != network.dtype or inputs.requires_grad:
         raise NotServed("the input is not of the parameters' dtype, or requires a gradient")
+    if inputs.is_inference():
+        raise NotServed("the input is of inference mode")
     x = inputs
     for reshape in network.reshapes:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -244,3 +245,26 @@ def test_arguments_of_other_types():
         TrainingStep(model, "cross entropy", optimizer)
     with pytest.raises(TypeError, match=r"optimizer: expected a torch.optim.Optimizer, got float"):
         TrainingStep(model, loss, 0.1)
+
+
+def test_what_it_is_made_of_stays():
+    pair = Pair(sequential())
+    for name in ("model", "loss", "optimizer"):
+        assert getattr(pair.step, name) is getattr(pair, name)
+        with pytest.raises(AttributeError):
+            setattr(pair.step, name, None)
+
+
+def test_copies():
+    pair = Pair(sequential(), lambda p: Adam(p, lr=0.01))
+    pair.train(3)
+    other = Pair(sequential(), lambda p: Adam(p, lr=0.01))
+    for copied in (copy.deepcopy(pair.step), pickle.loads(pickle.dumps(pair.step))):
+        other.step, other.model, other.optimizer = copied, copied.model, copied.optimizer
+        other.twin.load_state_dict(pair.twin.state_dict())
+        state = copy.deepcopy(pair.twins_optimizer.state_dict())
+        other.twins_optimizer.load_state_dict(state)
+        other.train(2)
+        assert copied.reason is None
+    pair.train(2)
+    assert pair.step.reason is None

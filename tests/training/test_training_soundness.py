@@ -185,6 +185,26 @@ def test_data_that_is_set_anew():
     assert_torchs(pair, "a parameter is not contiguous")
 
 
+def test_data_that_is_transposed_in_place():
+    pair = Pair(nn.Sequential(nn.Linear(IN, IN)), loss=nn.MSELoss())
+    x, targets = pair.batch()[0], torch.randn(ROWS, IN).double()
+    for reason in (None, "a parameter is not contiguous"):
+        torch.testing.assert_close(pair.step(x, targets), pair.torchs(x, targets))
+        assert pair.step.reason == reason or reason in pair.step.reason
+        for model in (pair.model, pair.twin):
+            model[0].weight.data = model[0].weight.data.t()
+    pair.compare(rtol=1e-10, atol=1e-12)
+
+
+def test_data_of_a_state_that_is_set_anew():
+    pair = Pair(sequential(), lambda p: SGD(p, lr=0.1, momentum=0.9))
+    pair.train(2)
+    for model, optimizer in ((pair.model, pair.optimizer), (pair.twin, pair.twins_optimizer)):
+        buffer = optimizer.state[model[1].weight]["momentum_buffer"]
+        buffer.data = torch.zeros(IN, HIDDEN).double().t()
+    assert_torchs(pair, "the kernel refused: ")
+
+
 def test_a_state_of_the_optimizers_that_is_set_anew():
     pair = Pair(sequential(), lambda p: SGD(p, lr=0.1, momentum=0.9))
     pair.train(2)
@@ -298,6 +318,17 @@ def test_inputs_and_labels():
         pair.step(x[:, 1:], labels)
     with pytest.raises(ValueError, match=r"Expected input batch_size \(8\)"):
         pair.step(x, labels[1:])
+
+
+@pytest.mark.parametrize("which", ["the input is", "the labels require a gradient, or are"])
+def test_tensors_of_inference_mode(which):
+    pair = Pair(sequential())
+    x, labels = pair.batch()
+    with torch.inference_mode():
+        x, labels = (x.clone(), labels) if "input" in which else (x, labels.clone())
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        pair.step(x, labels)
+    assert f"{which} of inference mode" in pair.step.reason
 
 
 def test_targets_that_torch_broadcasts():
