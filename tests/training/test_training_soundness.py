@@ -3,19 +3,25 @@ reason is told."""
 
 from __future__ import annotations
 
-import contextlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, lr_scheduler
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from training_models import HIDDEN, IN, OUT, ROWS, Functional, Pair, assert_torchs, sequential
+from training_models import (
+    HIDDEN,
+    IN,
+    OUT,
+    ROWS,
+    Functional,
+    Pair,
+    assert_torchs,
+    halved,
+    sequential,
+)
 
 from fastattn import _products
 
@@ -51,10 +57,6 @@ def double_grad(parameter) -> None:
     parameter.grad.mul_(2)
 
 
-def doubled(x: Tensor) -> Tensor:
-    return 2 * x if x.is_floating_point() else x
-
-
 def with_step(optimizer: torch.optim.Optimizer) -> None:
     whole = optimizer.step
     optimizer.step = lambda *args: [whole(*args), whole(*args)]
@@ -62,12 +64,6 @@ def with_step(optimizer: torch.optim.Optimizer) -> None:
 
 def tensor_lr(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
-
-
-def halved(optimizer, *args) -> None:
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.data.mul_(0.5)
 
 
 CHANGES = {
@@ -219,77 +215,6 @@ def test_a_state_of_the_optimizers_that_is_set_anew():
     assert_torchs(pair, "share memory")
 
 
-# --- modes ----------------------------------------------------------------------------------------
-
-
-class Watching(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-class Counting(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def hook_of_all_modules() -> Iterator[None]:
-    handle = nn.modules.module.register_module_forward_hook(lambda m, x, out: None)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def hook_of_all_optimizers() -> Iterator[None]:
-    handle = register_optimizer_step_post_hook(halved)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-MODES = {
-    "a function mode": (Watching, "watched"),
-    "a dispatch mode": (Counting, "watched"),
-    "autocast": (lambda: torch.autocast("cpu", torch.bfloat16), "autocast"),
-    "anomaly mode": (torch.autograd.detect_anomaly, "anomaly"),
-    "saved tensors": (
-        lambda: torch.autograd.graph.saved_tensors_hooks(doubled, lambda x: x), "hooks of",
-    ),
-    "a hook of all modules": (hook_of_all_modules, "for all modules"),
-    "a hook of all optimizers": (hook_of_all_optimizers, "step has hooks"),
-}  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:Anomaly Detection")
-@pytest.mark.parametrize("name", MODES)
-def test_modes(name):
-    mode, reason = MODES[name]
-    pair = Pair(sequential(), dtype=torch.float32)
-    pair.train(1, rtol=1e-5, atol=1e-6)
-    assert pair.step.reason is None
-    with mode():
-        assert_torchs(pair, reason)
-    pair.train(1, rtol=1e-5, atol=1e-6)
-    assert pair.step.reason is None
-
-
-def test_without_gradients_torchs_error():
-    pair = Pair(sequential())
-    with torch.no_grad(), pytest.raises(RuntimeError, match="does not require grad"):
-        pair.step(*pair.batch())
-    assert "gradients are off" in pair.step.reason
-
-
-def test_a_default_device_is_no_obstacle():
-    pair = Pair(sequential())
-    with torch.device("cpu"):
-        pair.train(2)
-    assert pair.step.reason is None
-
-
 # --- inputs, labels, losses, optimizers -----------------------------------------------------------
 
 
@@ -405,10 +330,3 @@ def test_large_networks_are_torchs(limit, processor, monkeypatch):
     monkeypatch.setattr(_products, limit, work)
     pair.train()
     assert pair.step.reason is None
-
-
-def test_torch_compile_traces_torchs_loop(monkeypatch):
-    pair = Pair(sequential())
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not pair.step._prepared(*pair.batch())
-    assert "watched or recorded" in pair.step.reason

@@ -188,3 +188,9 @@ def assert_torchs(pair: Pair, reason: str) -> None:
     pair.train(2, rtol=close, atol=close)
     assert pair.step.reason is not None
     assert reason in pair.step.reason, pair.step.reason
+
+
+def halved(optimizer, *args) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.data.mul_(0.5)

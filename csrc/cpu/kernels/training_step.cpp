@@ -5,7 +5,8 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
-void training_step(const TrainingProblem& p, const Parallel& parallel) {
+void training_step([[maybe_unused]] const TrainingProblem& p,
+                   [[maybe_unused]] const Parallel& parallel) {
 #if !defined(FASTATTN_ONLY_BF16)
   if (p.dtype == Dtype::kFloat64) return TrainingStep<double>(p).run(parallel);
   TrainingStep<float>(p).run(parallel);
