@@ -5,6 +5,7 @@
 - Modules with torch.nn's arguments and parameter names: ``fastattn.nn``.
 - Models that exist already: ``plan``, ``patch`` and ``unpatch``; ``torch.compile(model,
   backend="fastattn")`` and ``compile_report``; ``override_sdpa``.
+- The training step of a small network as one call: ``fastattn.training.TrainingStep``.
 - Which backend serves a call, and why: ``fastattn.backends.explain``, or ``fastattn doctor`` in a
   shell.
 
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "nn": "fastattn.nn",
     "integrations": "fastattn.integrations",
+    "training": "fastattn.training",
     "patch": "fastattn.integrations.torch_nn",
     "unpatch": "fastattn.integrations.torch_nn",
     "plan": "fastattn.integrations.torch_nn",
@@ -73,6 +75,7 @@ __all__ = [
     "patch",
     "plan",
     "scaled_dot_product_attention",
+    "training",
     "unpatch",
     "varlen_attn",
 ]
@@ -80,6 +83,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fastattn import integrations as integrations
     from fastattn import nn as nn
+    from fastattn import training as training
     from fastattn.integrations.compiler import CompileReport as CompileReport
     from fastattn.integrations.compiler import compile_report as compile_report
     from fastattn.integrations.sdpa import override_sdpa as override_sdpa
@@ -94,7 +98,7 @@ else:
         if name not in _LAZY:
             raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
         module = importlib.import_module(_LAZY[name])
-        return module if name in ("nn", "integrations") else getattr(module, name)
+        return module if name in ("nn", "integrations", "training") else getattr(module, name)
 
 
 def __dir__() -> list[str]:

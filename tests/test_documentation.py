@@ -25,6 +25,7 @@ PUBLIC = [
     "fastattn.functional",
     "fastattn.nn",
     "fastattn.testing",
+    "fastattn.training",
     "fastattn.reference",
     "fastattn.integrations.torch_nn",
     "fastattn.integrations.transformers",

@@ -38,6 +38,15 @@ ALLOWED = {
     "functional": {"_problem", "_products", "ops", "reference", "backends", "functional"},
     "nn": {"backends", "functional", "nn"},
     "integrations": {"_products", "nn", "functional", "backends", "integrations"},
+    "training": {
+        "_products",
+        "backends",
+        "functional",
+        "integrations",
+        "nn",
+        "ops",
+        "training",
+    },
     "cli": {
         "integrations",
         "functional",
@@ -49,7 +58,7 @@ ALLOWED = {
         "",
     },
     "__main__": {"cli"},
-    "__init__": {"backends", "functional", "integrations", "nn"},  # the last two for type checkers
+    "__init__": {"backends", "functional", "integrations", "nn", "training"},  # three for mypy
 }
 # Other packages: torch, Triton for its kernels, any in the command line.
 THIRD_PARTY = {

@@ -49,6 +49,7 @@ OPS_OF = {
     "linear_layers": {"linear_forward": 2, "gated_linear_forward": 3, "linear_backward": 5},
     "activation_dropout": {"activation_forward": 1, "activation_backward": 1},
     "dropout_add_norm": {"dropout_add_norm_backward": 4},
+    "training_step": {"training_step": 1},
 }
 
 
@@ -141,7 +142,11 @@ def test_a_kernel_that_hangs_is_given_up(monkeypatch):
 def test_families_mirror_the_backends():
     assert families_of("cpu") == tuple(FAMILIES)
     assert families_of("cuda") == ("attention_forward", "attention_backward", "linear_relu", "mlp")
-    assert set(FAMILIES) - set(families_of("triton")) == {"mlp", "linear_layers"}
+    assert set(FAMILIES) - set(families_of("triton")) == {
+        "mlp",
+        "linear_layers",
+        "training_step",
+    }
     for backend, op in (
         ("cuda", "attention"),
         ("cuda", "mlp"),

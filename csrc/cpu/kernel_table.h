@@ -3,6 +3,7 @@
 
 #include "common/parallel.h"
 #include "common/problem.h"
+#include "common/training_problem.h"
 
 namespace fastattn::cpu {
 
@@ -19,6 +20,7 @@ struct KernelTable {
   void (*linear_jvp)(const LinearJvpProblem&, const Parallel&);
   void (*dropout_add_norm_forward)(const DropoutAddNormProblem&, const Parallel&);
   void (*dropout_add_norm_backward)(const DropoutAddNormBackwardProblem&, const Parallel&);
+  void (*training_step)(const TrainingProblem&, const Parallel&);
   int64_t (*fma_probe)(Dtype, int64_t iterations);
 };
 

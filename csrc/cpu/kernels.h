@@ -4,6 +4,7 @@
 
 #include "common/parallel.h"
 #include "common/problem.h"
+#include "common/training_problem.h"
 #include "cpu/simd.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
@@ -23,6 +24,7 @@ void linear_backward(const LinearBackwardProblem* parts, int64_t count, const Pa
 void linear_jvp(const LinearJvpProblem& p, const Parallel& parallel);
 void dropout_add_norm_forward(const DropoutAddNormProblem& p, const Parallel& parallel);
 void dropout_add_norm_backward(const DropoutAddNormBackwardProblem& p, const Parallel& parallel);
+void training_step(const TrainingProblem& p, const Parallel& parallel);  // float32 and float64
 int64_t fma_probe(Dtype dtype, int64_t iterations);
 
 template <class Body>

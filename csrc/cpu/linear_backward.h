@@ -225,9 +225,11 @@ FASTATTN_INLINE void add_part(A* sums, A* part, int64_t count) {
   }
 }
 
-// dW [n, k] = G^T [n, m] X [m, k], db [n] = column sums of G. Without dW only the sums.
-template <class T>
-void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& parallel) {
+// dW [n, k] = G^T [n, m] X [m, k], if it is asked for, to store_c or `plain`, as gemm has them.
+// Returns db [n] = column sums of G, in the calling thread's scratch memory.
+template <class T, class StoreC>
+const Acc<T>* weight_gradient(const LinearBackwardProblem& p, bool needs_weight,
+                              const StoreC& store_c, PlainC<T> plain, const Parallel& parallel) {
   using A = Acc<T>;
   using E = Operand<T>;
   const T* x = static_cast<const T*>(p.x);
@@ -275,7 +277,7 @@ void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& para
     }
     return {scratch, kRows * depth_words, 1, kRows};
   };
-  if (p.grad_w == nullptr || p.k == 0) {
+  if (!needs_weight || p.k == 0) {
     A part[kBlockM] = {}, row[kBlockM];
     for (int64_t i0 = 0; i0 < p.m; i0 += kSummedRows) {
       for (int64_t j0 = 0; j0 < p.n; j0 += kBlockM) {
@@ -293,12 +295,19 @@ void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& para
       return row_major_panels(x + d * p.x_stride + j0, p.x_stride, depth, cols,
                               in_place_pays<T>(p.n, p.x_stride, p.m), dst, panel_words);
     };
-    const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, A* row) {
-      convert(static_cast<T*>(p.grad_w) + i * p.k + j0, row, cols);
-    };
-    gemm<E>(p.n, p.k, p.m, load_a, load_b, store_c, parallel,
-            PlainC<T>{static_cast<T*>(p.grad_w), p.k});
+    gemm<E>(p.n, p.k, p.m, load_a, load_b, store_c, parallel, plain);
   }
+  return sums;
+}
+
+template <class T>
+void linear_weight_gradient(const LinearBackwardProblem& p, const Parallel& parallel) {
+  T* grad_w = static_cast<T*>(p.grad_w);
+  const auto store_c = [&](int64_t i, int64_t j0, int64_t cols, Acc<T>* row) {
+    convert(grad_w + i * p.k + j0, row, cols);
+  };
+  const Acc<T>* sums =
+      weight_gradient<T>(p, grad_w != nullptr, store_c, PlainC<T>{grad_w, p.k}, parallel);
   if (p.grad_bias != nullptr) convert(static_cast<T*>(p.grad_bias), sums, p.n);
 }
 

@@ -18,6 +18,7 @@ enum class Scratch {
   kProduct,        // its C before the epilogue
   kLinearStaging,  // a panel of B before it is transposed
   kOwnForward,     // the forward's results that derivatives compute once more
+  kTraining,       // the outputs of a network's layers and their gradients
   kCount
 };
 

@@ -189,6 +189,25 @@ FASTATTN_INLINE float reduce_add(Vec<float> v) {
 #endif
 #endif
 
+// --- square root
+
+#if defined(FASTATTN_AVX512)
+FASTATTN_INLINE Vec<float> sqrt(Vec<float> x) { return (Vec<float>)_mm512_sqrt_ps((__m512)x); }
+FASTATTN_INLINE Vec<double> sqrt(Vec<double> x) { return (Vec<double>)_mm512_sqrt_pd((__m512d)x); }
+#elif defined(FASTATTN_AVX2)
+FASTATTN_INLINE Vec<float> sqrt(Vec<float> x) { return (Vec<float>)_mm256_sqrt_ps((__m256)x); }
+FASTATTN_INLINE Vec<double> sqrt(Vec<double> x) { return (Vec<double>)_mm256_sqrt_pd((__m256d)x); }
+#else
+FASTATTN_INLINE Vec<float> sqrt(Vec<float> x) {
+  for (int i = 0; i < kWidth<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+FASTATTN_INLINE Vec<double> sqrt(Vec<double> x) {
+  for (int i = 0; i < kWidth<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
+#endif
+
 // --- exp2
 
 // 2^x for x up to the overflow threshold; 0 for -inf, NaN for NaN. Relative error 7.5e-8 before

@@ -142,6 +142,10 @@ _HOMES: dict[Any, str] = {
     nn.LayerNorm: "torch/nn/modules/normalization.py",
     nn.Dropout: "torch/nn/modules/dropout.py",
     nn.Sequential: "torch/nn/modules/container.py",
+    nn.Flatten: "torch/nn/modules/flatten.py",
+    nn.Identity: "torch/nn/modules/linear.py",
+    nn.CrossEntropyLoss: "torch/nn/modules/loss.py",
+    nn.MSELoss: "torch/nn/modules/loss.py",
     nn.MultiheadAttention: "torch/nn/modules/activation.py",
     nn.TransformerEncoderLayer: "torch/nn/modules/transformer.py",
     nn.TransformerEncoder: "torch/nn/modules/transformer.py",
@@ -157,6 +161,8 @@ def _functions(*names: str) -> tuple[tuple[str, object], ...]:
 
 
 RELU = _torchs(F.relu, "torch/nn/functional.py")
+CROSS_ENTROPY = _torchs(F.cross_entropy, "torch/nn/functional.py")
+MSE_LOSS = _torchs(F.mse_loss, "torch/nn/functional.py")
 _OF_ACTIVATION = {
     torch.relu: ("relu", nn.ReLU),
     F.relu: ("relu", nn.ReLU),
@@ -170,6 +176,8 @@ _FUNCTIONS = {
     nn.SiLU: _functions("silu"),
     nn.Dropout: _functions("dropout"),
     nn.LayerNorm: _functions("layer_norm"),
+    nn.CrossEntropyLoss: _functions("cross_entropy"),
+    nn.MSELoss: _functions("mse_loss"),
     nn.MultiheadAttention: _functions(
         "linear", "multi_head_attention_forward", "scaled_dot_product_attention"
     ),

@@ -34,6 +34,7 @@ from fastattn.ops.linear import (
     pack_weight,
 )
 from fastattn.ops.norm import dropout_add_norm_backward, dropout_add_norm_forward
+from fastattn.ops.training import LOSSES, OPTIMIZERS, LossOptions, Rule, training_step
 from fastattn.ops.triton import library
 
 flops.register()
@@ -41,13 +42,17 @@ _triton = library.register()
 
 __all__ = [
     "ACTIVATIONS",
+    "LOSSES",
     "NATIVE",
+    "OPTIMIZERS",
     "Call",
     "Cotangents",
     "Extras",
     "Inputs",
+    "LossOptions",
     "Options",
     "Results",
+    "Rule",
     "Tangents",
     "activation_backward",
     "activation_forward",
@@ -68,4 +73,5 @@ __all__ = [
     "mlp_inference",
     "pack_weight",
     "split",
+    "training_step",
 ]

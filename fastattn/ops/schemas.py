@@ -79,6 +79,11 @@ NATIVE = SHARED | {
         "(Tensor grad_out, Tensor input, Tensor[] weights, Tensor[] hidden, bool[] needs) "
         "-> Tensor[]"
     ),
+    "training_step": (
+        "(Tensor input, Tensor targets, Tensor(a!)[] parameters, Tensor(b!)[] states, "
+        "Tensor rules, bool[] relus, int optimizer, int loss, bool mean, Tensor? class_weights, "
+        "int ignore_index, float label_smoothing) -> Tensor"
+    ),
     "fma_probe": "(Tensor like, int iterations) -> int",
 }
 NAMESPACES = {"fastattn": NATIVE, "fastattn_triton": SHARED}

@@ -25,6 +25,7 @@ from fastattn.verification.problems import (
     KernelFault,
     solve_attention,
 )
+from fastattn.verification.training_problem import solve_training_step
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ FAMILIES: dict[str, Family] = {
         backends=_NOT_CUDA,
     ),
     "dropout_add_norm": _linear(solve_norm, backends=_NOT_CUDA),
+    "training_step": _linear(solve_training_step, backends=("cpu",)),
 }
 
 

@@ -27,6 +27,7 @@ SAFE = {
     "torch.utils._device.DeviceContext": lambda m: watched_on_a_device(m),
     "torch._subclasses.FakeTensor": lambda m: not isinstance(fake(), m.FakeTensor),
     "torch.nn.modules.module._has_any_global_hook": lambda m: m.any_global_hook(),
+    "torch._C._autograd._top_saved_tensors_default_hooks": lambda m: m.packs_saved_tensors(),
 }
 
 
@@ -146,6 +147,17 @@ def test_without_a_name_the_answer_is_torchs_code(name, reloaded, monkeypatch):
         module = reloaded()
     assert last in module.LACKING
     assert SAFE[name](module)
+
+
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_without_the_hooks_of_all_optimizers_there_may_be_some(when, reloaded, monkeypatch):
+    optimizer = torch.optim.SGD([torch.ones(1)])
+    assert not internals.has_step_hooks(optimizer)
+    with monkeypatch.context() as patched:
+        home = sys.modules["torch.optim.optimizer"]  # torch.optim deletes the name
+        patched.delattr(home, f"_global_optimizer_{when}_hooks")
+        module = reloaded()
+    assert module.has_step_hooks(optimizer)
 
 
 # What a call of a module may run besides its forward, and what is none of a call's business.

@@ -185,6 +185,36 @@ def norm_call(rng: random.Random, op: str) -> dict[str, object]:
     }
 
 
+def training_call(rng: random.Random, op: str) -> dict[str, object]:
+    dtype = rng.choice((torch.float32, torch.float32, torch.float64, torch.bfloat16))
+    rows, widths = rng.choice((1, 2, 7)), [rng.choice((1, 8, 17)) for _ in range(rng.randint(2, 4))]
+    optimizer, loss = rng.randrange(3), rng.randrange(2)
+    momentum, variant = rng.choice((0.0, 0.9)), rng.random() < 0.5
+    parameters, states = [], []
+    for k, n in pairwise(widths):
+        parameters += [torch.randn(n, k, dtype=dtype), torch.randn(n, dtype=dtype)]
+    kept = (momentum != 0, 2 + variant, 1 + (momentum > 0) + variant)[optimizer]
+    for p in parameters:
+        states += [torch.ones(())] if optimizer else []
+        states += [torch.rand_like(p) for _ in range(kept)]
+    rule = [0.1, rng.choice((0.0, 0.1)), momentum, 0.5, 1e-8, variant, False, variant]
+    classes = torch.randint(widths[-1], (rows,))
+    return {
+        "input": torch.randn(rows, widths[0], dtype=dtype),
+        "targets": torch.randn(rows, widths[-1], dtype=dtype) if loss else classes,
+        "parameters": parameters,
+        "states": states,
+        "rules": torch.tensor([rule] * len(parameters), dtype=torch.float64),
+        "relus": [rng.random() < 0.5 for _ in widths[1:]],
+        "optimizer": optimizer,
+        "loss": loss,
+        "mean": rng.random() < 0.5,
+        "class_weights": rng.choice((None, torch.rand(widths[-1], dtype=dtype))),
+        "ignore_index": rng.choice((-100, 0)),
+        "label_smoothing": rng.choice((0.0, 0.1)),
+    }
+
+
 def bad_tensor(rng: random.Random, x: Tensor) -> object:
     """x of another shape, dtype, layout or device; also what is no worse than x."""
     shape = list(x.shape)
@@ -259,7 +289,7 @@ def calls(op: str, seed: int):
         op = "linear_forward"  # whose call has a weight
     families = {
         "attention": attention_call, "dropout": norm_call, "activation": layer_call,
-        "gated": layer_call,
+        "gated": layer_call, "training": training_call,
     }  # fmt: skip
     make = families.get(op.split("_")[0], linear_call)
     make = layer_call if op in ("linear_forward", "linear_backward") else make

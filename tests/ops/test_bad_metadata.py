@@ -22,7 +22,7 @@ BATCHES = [  # a process each, as many calls of each op
     (200, ["mlp_forward", "mlp_inference", "mlp_backward"]),
     (250, ["dropout_add_norm_forward", "dropout_add_norm_backward"]),
     (250, ["activation_forward", "activation_backward", "gated_linear_forward"]),
-    (250, ["linear_forward", "linear_backward"]),
+    (250, ["linear_forward", "linear_backward", "training_step"]),
 ]
 
 

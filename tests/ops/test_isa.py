@@ -18,6 +18,7 @@ FILES = (
     "test_attention_kernels.py",
     "test_linear_kernels.py",
     "test_linear_sizes_of_zero.py",
+    "test_training_kernels.py",
     "test_layer_kernels.py",
     "test_norm_kernels.py",
     "test_second_order_kernels.py",

@@ -11,6 +11,7 @@
 #include "linear_calls.h"
 #include "numbers.h"
 #include "row_calls.h"
+#include "training_calls.h"
 
 namespace {
 
@@ -210,6 +211,7 @@ void call_everything() {
   int calls = 0;
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16})
     calls += call_attentions(dtype) + call_layers(dtype) + call_norms(dtype);
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64}) calls += call_training_steps(dtype);
   std::printf("%d problems on %d threads, kernels of %s\n", calls, kThreads, cpu::selected_isa());
 }
 

@@ -63,6 +63,7 @@ TESTS = (
     "ops/test_extreme_scores.py",
     "ops/test_extreme_gradients.py",
     "ops/test_error_policy.py",
+    "ops/test_training_kernels.py",
     "functional/test_varlen.py",
 )
 # Slow ones, as in tests/ops/test_isa.py, and one that measures memory, of which a sanitizer takes

@@ -12,10 +12,19 @@ int64_t fma_probe(Dtype dtype, int64_t iterations) {
 }
 
 const KernelTable kTable = {
-    attention_forward, attention_backward,       attention_double_backward,
-    activation,        linear_forward,           packed_weight_words,
-    pack_weight,       gated_linear_forward,     linear_backward,
-    linear_jvp,        dropout_add_norm_forward, dropout_add_norm_backward,
+    attention_forward,
+    attention_backward,
+    attention_double_backward,
+    activation,
+    linear_forward,
+    packed_weight_words,
+    pack_weight,
+    gated_linear_forward,
+    linear_backward,
+    linear_jvp,
+    dropout_add_norm_forward,
+    dropout_add_norm_backward,
+    training_step,
     fma_probe,
 };
 
