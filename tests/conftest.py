@@ -62,9 +62,7 @@ def _small_problems_run_the_kernels(monkeypatch):
     monkeypatch.setattr(_served, "LEAST_ATTENTION", 0)
     for name in ("LEAST_NORM", "LEAST_RMS_NORM", "LEAST_LAYER_NORM", "LEAST_DROPOUT"):
         monkeypatch.setattr(_served, name, 0)
-    monkeypatch.setattr(
-        _served, "LEAST_ACTIVATION", dict.fromkeys(_served.LEAST_ACTIVATION, 0)
-    )
+    monkeypatch.setattr(_served, "LEAST_ACTIVATION", dict.fromkeys(_served.LEAST_ACTIVATION, 0))
     monkeypatch.setattr(_products, "_INTEL", False)  # whose torch has the faster products
 
 

@@ -325,24 +325,22 @@ def transformer_encoder_layer(
     layer calls at inference: ``[B, S, E]`` -> ``[B, S, E]``."""
 
     def attended(x: Tensor) -> Tensor:
-        heads = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
+        heads = linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         out = scaled_dot_product_attention(query, key, value)
-        return F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
+        return linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
 
     def fed(x: Tensor) -> Tensor:
         if not use_gelu:
             return mlp(x, [ffn_weight_1, ffn_weight_2], [ffn_bias_1, ffn_bias_2])
-        return F.linear(F.gelu(F.linear(x, ffn_weight_1, ffn_bias_1)), ffn_weight_2, ffn_bias_2)
+        hidden = linear_activation(x, ffn_weight_1, ffn_bias_1, "gelu", 0.0)
+        return linear(hidden, ffn_weight_2, ffn_bias_2)
 
-    def norm_1(x: Tensor) -> Tensor:
-        return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
-
-    def norm_2(x: Tensor) -> Tensor:
-        return F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
-
+    norms = ((norm_weight_1, norm_bias_1), (norm_weight_2, norm_bias_2))
+    p, kind = 0.0, "layer"
     if norm_first:
-        src = src + attended(norm_1(src))
-        return src + fed(norm_2(src))
-    src = norm_1(src + attended(src))
-    return norm_2(src + fed(src))
+        normed = F.layer_norm(src, (embed_dim,), *norms[0], eps)
+        normed, total = dropout_add_prenorm(attended(normed), src, *norms[1], p, eps, kind)
+        return total + fed(normed)
+    src = dropout_add_norm(attended(src), src, *norms[0], p, eps, kind)
+    return dropout_add_norm(fed(src), src, *norms[1], p, eps, kind)

@@ -50,7 +50,8 @@ def put_layers(rewriting: Rewriting, first: fx.Node) -> None:
 
 
 def _put_layer(rewriting: Rewriting, layer: Layer) -> None:
-    linear, call = layer.linear, (layer.input, layer.weight, layer.bias)
+    linear = layer.linear
+    call: tuple[Any, ...] = (layer.input, layer.weight, layer.bias)
     kind = ", ".join(["linear", *([layer.activation] if layer.activation else []),
                       *(["dropout"] if layer.dropout_p else [])])  # fmt: skip
     if layer.unsupported is not None:

@@ -127,11 +127,11 @@ def _unsupported(norm: _Norm) -> str | None:
 
 def _called_norm(node: fx.Node) -> _Norm | None:
     """``F.layer_norm`` or ``F.rms_norm`` over the last dimension."""
-    kind = {F.layer_norm: "layer", F.rms_norm: "rms_norm", torch.rms_norm: "rms_norm"}.get(
-        node.target if node.op == "call_function" else None  # type: ignore[call-overload]
-    )
-    if kind is None:
+    if node.op != "call_function" or not is_target(
+        node, (F.layer_norm, F.rms_norm, torch.rms_norm)
+    ):
         return None
+    kind = "layer" if node.target is F.layer_norm else "rms_norm"
     names = ["input", "normalized_shape", "weight", "bias", "eps"]
     if kind != "layer":
         names.remove("bias")
@@ -254,7 +254,7 @@ def _with_sum(norm: _Norm) -> _Norm:
 def _terms(total: fx.Node) -> tuple[fx.Node, fx.Node, float, list[fx.Node]] | None:
     """input, residual, dropout's probability and the nodes of residual + dropout(input)."""
     in_place = total.target is IN_PLACE_ADD
-    pairs = [total.args] if in_place else list(_operands(total, ADDS))
+    pairs: list[Any] = [total.args[:2]] if in_place else _operands(total, ADDS)
     pairs = [pair for pair in pairs if all(isinstance(value_of(x), Tensor) for x in pair)]
     pairs = [pair for pair in pairs if all(isinstance(x, fx.Node) for x in pair)]
     for dropped, residual in pairs:
@@ -265,11 +265,12 @@ def _terms(total: fx.Node) -> tuple[fx.Node, fx.Node, float, list[fx.Node]] | No
             return found.input, residual, found.p, [dropped, total]
     if in_place or not pairs:
         return None
-    return (*pairs[0], 0.0, [total])
+    return *pairs[0], 0.0, [total]
 
 
 def _operands(node: Any, targets: tuple[Any, ...]) -> list[tuple[Any, Any]]:
     """The two operands of a sum or a product, in both orders."""
     if not is_target(node, targets) or len(node.args) != 2 or node.kwargs:
         return []
-    return [node.args, node.args[::-1]]
+    one, other = node.args
+    return [(one, other), (other, one)]
