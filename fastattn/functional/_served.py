@@ -74,6 +74,12 @@ def is_small_product(input: Tensor, weights: int) -> bool:
 LEAST_ATTENTION = 1 << 22
 
 
+def has_few_products(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether attention's two products are so small that torch's takes less time."""
+    columns = query.shape[-1] + value.shape[-1]
+    return query.numel() * key.shape[-2] * columns < LEAST_ATTENTION * query.shape[-1]
+
+
 def is_small_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> bool:
     """Whether attention on a CPU is so small that torch's takes less time than a kernel call.
 
@@ -83,8 +89,7 @@ def is_small_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: flo
     """
     if not query.is_cpu or dropout_p > 0.0 or torch.compiler.is_compiling() or transforming():
         return False
-    columns = query.shape[-1] + value.shape[-1]
-    if query.numel() * key.shape[-2] * columns >= LEAST_ATTENTION * query.shape[-1]:
+    if not has_few_products(query, key, value):
         return False
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad

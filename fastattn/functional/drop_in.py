@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import functional, reference
-from fastattn.functional import _served
+from fastattn.functional import _served, packing
 
 _torchs_attention = F.scaled_dot_product_attention  # override_sdpa puts ours in its place
 
@@ -23,6 +23,8 @@ _torchs_attention = F.scaled_dot_product_attention  # override_sdpa puts ours in
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``: ``[..., in_features]`` -> ``[..., out_features]``."""
     if _served.product_wins(input, weight) and _served.unobserved():
+        if packing.packing():
+            return functional.linear(input, weight, bias)
         return functional.mlp(input, [weight], [bias])
     return F.linear(input, weight, bias)
 

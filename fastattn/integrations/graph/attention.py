@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastattn.functional import drop_in
+from fastattn._products import lacks_product
+from fastattn.functional import _served, drop_in
 from fastattn.integrations.graph.nodes import (
     ADDS,
     FACTORS,
@@ -44,10 +45,25 @@ def put_attention(rewriting: Rewriting, node: fx.Node) -> None:
 
 def put_sdpa(rewriting: Rewriting, node: fx.Node) -> None:
     reason = unsupported("attention", node, *arguments(node, "query", "key", "value", "attn_mask"))
+    if reason is None and _is_small(node):
+        reason = "it is small: torch's own is faster without gradients"
     if reason is not None:
         return rewriting.leave(node, _SDPA, reason)
     rewriting.fuse(name_of(node), _SDPA, f"fastattn {_SDPA}")
     node.target = drop_in.scaled_dot_product_attention
+
+
+def _is_small(node: fx.Node) -> bool:
+    """Whether it is known now that torch's attention will be faster at every call."""
+    given = arguments(node, "query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    query, key, value = (value_of(x) for x in given[:3])
+    sizes = [size for x in (query, key, value) for size in x.shape]
+    if value_of(node).requires_grad or not all(isinstance(size, int) for size in sizes):
+        return False
+    if given[4] not in (None, 0.0) or (given[3] is not None and given[5]):
+        return False
+    lacking = lacks_product(value_of(node).dtype, query.device)
+    return query.is_cpu and not lacking and _served.has_few_products(query, key, value)
 
 
 def put_multi_head(rewriting: Rewriting, node: fx.Node) -> None:

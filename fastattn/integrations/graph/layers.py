@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fastattn import _products
-from fastattn.functional import _served, drop_in
+from fastattn import _products, backends
+from fastattn.functional import _served, drop_in, inference
 from fastattn.integrations.graph.activations import NAMES, find_activation
 from fastattn.integrations.graph.nodes import (
     LINEAR,
@@ -67,14 +67,23 @@ def _put_layer(rewriting: Rewriting, layer: Layer) -> None:
     else:
         name = name_of(linear)
         call = (*call, layer.activation, layer.dropout_p)
-        rewriting.put(layer.nodes, linear, drop_in.linear_activation, call)
-        rewriting.fuse(name, kind, f"fastattn {kind.replace(', ', '_')}")
+        known = decided([layer]) and layer.dropout_p == 0.0
+        function = inference.linear_activation if known else drop_in.linear_activation
+        rewriting.put(layer.nodes, linear, function, call)
+        rewriting.fuse(name, kind, "fastattn linear")
 
 
 def _put_product(rewriting: Rewriting, layer: Layer) -> None:
     linear = layer.linear
+    work = static_work(value_of(layer.input), [value_of(layer.weight)])
     if (why := why_kernels(linear, layer.weight)) is not None:
-        linear.target = drop_in.linear
+        if work is not None and not _served.product_wins(
+            value_of(layer.input), value_of(layer.weight)
+        ):
+            return rewriting.leave(
+                linear, "linear", f"torch's product of {work:,} multiply-adds is as fast"
+            )
+        linear.target = inference.linear if decided([layer]) else drop_in.linear
         rewriting.fuse(name_of(linear), "linear", "fastattn linear", why)
     else:
         rewriting.leave(linear, "linear", f"{layer.why_alone}: torch's own product")
@@ -159,6 +168,26 @@ def _small_work(layers: Sequence[Layer]) -> int | None:
         return None
     small = len(layers) == 1 or _served.is_small_product(input, sum(w.numel() for w in weights))
     return work if small else None
+
+
+def decided(layers: Sequence[Layer]) -> bool:
+    """Whether it is known now that the kernels take the layers, and without gradients: their sizes
+    are numbers, and all tensors have one dtype and are computed in it."""
+    tensors = [
+        value_of(x)
+        for layer in layers
+        for x in (layer.linear, layer.input, layer.weight, layer.bias)
+        if x is not None
+    ]
+    weights = [value_of(layer.weight) for layer in layers]
+    return (
+        static_work(value_of(layers[0].input), weights) is not None
+        and len({x.dtype for x in tensors}) == 1
+        and not any(value_of(layer.last).requires_grad for layer in layers)
+        and tensors[0].device.type == "cpu"
+        and not backends.named(None)
+        and not _products.torch_multiplies(value_of(layers[0].input))
+    )
 
 
 def static_work(input: Tensor, weights: Sequence[Tensor]) -> int | None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastattn import backends
-from fastattn.functional import drop_in
+from fastattn.functional import drop_in, inference
 from fastattn.functional._torch_internals import FakeTensor
 from fastattn.integrations.report import CompileReport
 
@@ -27,6 +27,7 @@ ADDS = (operator.add, torch.add, "add", "__add__")
 IN_PLACE_ADD = operator.iadd
 FACTORS = (operator.mul, torch.mul, "mul", "__mul__")
 POWERS = (operator.pow, torch.pow, "pow", "__pow__")
+_OURS = (drop_in.__name__, inference.__name__)
 BY_SIZE = "one kernel call, where the problem is large enough to gain by it"
 
 
@@ -176,7 +177,7 @@ def is_pure(node: fx.Node) -> bool:
     home, name = getattr(node.target, "__module__", ""), getattr(node.target, "__name__", "_")
     if home in ("_operator", "math"):  # and_ and or_ change nothing
         return True
-    return home == drop_in.__name__ or (home.split(".")[0] == "torch" and not name.endswith("_"))
+    return home in _OURS or (home.split(".")[0] == "torch" and not name.endswith("_"))
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from fastattn.functional import _served, drop_in
+from fastattn.functional import _served, drop_in, inference
 from fastattn.integrations.graph.activations import find_activation
-from fastattn.integrations.graph.layers import Layer, static_work, why_kernels
+from fastattn.integrations.graph.layers import Layer, decided, static_work, why_kernels
 from fastattn.integrations.graph.nodes import (
     FACTORS,
     GETITEM,
@@ -102,8 +102,9 @@ def _put_together(rewriting: Rewriting, layers: Sequence[Layer]) -> None:
         [layer.weight for layer in layers],
         [layer.bias for layer in layers],
     )
+    function: Any = inference.multi_linear if decided(layers) else drop_in.multi_linear
     with rewriting.graph.inserting_before(first):
-        together = rewriting.graph.call_function(drop_in.multi_linear, call)
+        together = rewriting.graph.call_function(function, call)
         items = [rewriting.graph.call_function(GETITEM, (together, i)) for i in range(len(layers))]
     together.meta["example_value"] = tuple(value_of(layer.linear) for layer in layers)
     rewriting.fuse(name, "linears on one input", "fastattn multi_linear")
