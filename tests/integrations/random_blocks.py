@@ -44,9 +44,9 @@ class Block(nn.Module):
 
 class FeedForward(Block):
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x)
-        out = self.second(self.drop(self.act(hidden)))
-        return out + hidden.mean() if self.tapped and "place" not in self.name else out
+        hidden = self.act(self.first(x))
+        out = self.second(self.drop(hidden))
+        return out + hidden.mean() if self.tapped else out
 
 
 class GatedMLP(Block):

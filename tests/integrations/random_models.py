@@ -213,7 +213,9 @@ def random_model(draw: Draw, more: Parts | None = None) -> tuple[Net, torch.dtyp
     draw.width = WIDTHS[dtype]
     shared = nn.Linear(draw.width, draw.width)
     parts = [
-        made[draw.one_of("part", made, {"stretch": 7, **dict.fromkeys(more or {}, 3)})](draw, shared)
+        made[draw.one_of("part", made, {"stretch": 7, **dict.fromkeys(more or {}, 2)})](
+            draw, shared
+        )
         for _ in range(draw.rng.randint(1, 3))
     ]
     taps = {i for i in range(len(parts)) if draw.chance("a side output", 0.3)}

@@ -147,7 +147,9 @@ def test_what_the_report_says_of_the_layers():
     assert report.summary() == (
         "fastattn: 1 graph; 1 linear, relu, ..., linear -> fastattn mlp; 1 left alone"
     )
-    assert "net.b.fc1 (and 1 more): linear left alone: no activation with a kernel after it" in str(report)
+    assert "net.b.fc1 (and 1 more): linear left alone: no activation with a kernel after it" in str(
+        report
+    )
     torch.compiler.reset()
     assert str(fastattn.compile_report()) == "fastattn: 0 graphs; nothing fused; 0 left alone"
 

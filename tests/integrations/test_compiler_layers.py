@@ -122,6 +122,17 @@ def test_dropout_behind_a_layer(activation, torchs_draws):  # noqa: F811
     assert fused() == ["linear" if activation else "activation_dropout"]
 
 
+def test_dropout_beside_another_reader(torchs_draws):  # noqa: F811
+    layer = nn.Linear(20, 16)
+
+    def call(x: Tensor) -> Tensor:
+        hidden = F.gelu(layer(x))
+        return F.dropout(hidden, 0.4) + hidden
+
+    assert_same(call, torch.randn(5, 20), parameters=list(layer.parameters()))
+    assert fused() == ["linear", "activation_dropout"]
+
+
 def test_dropout_behind_a_product_that_wins(products_win, torchs_draws):  # noqa: F811
     layer = nn.Linear(20, 16)
     assert_same(lambda x: F.dropout(layer(x), 0.4), torch.randn(5, 20))
@@ -297,7 +308,9 @@ def test_layers_that_stay_apart(call, products_win, kernel_calls):  # noqa: F811
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_inference_calls_the_ops_and_reads_the_weights_of_the_moment(
-    mode, products_win, kernel_calls  # noqa: F811
+    mode,
+    products_win,
+    kernel_calls,  # noqa: F811
 ):
     class Model(nn.Module):
         def __init__(self) -> None:

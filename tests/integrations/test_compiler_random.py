@@ -5,6 +5,7 @@ changes must be seen by Dynamo's guards, and what the backend fused must not out
 from __future__ import annotations
 
 import random
+import warnings
 from collections import Counter
 
 import pytest
@@ -17,12 +18,12 @@ from random_models import ROWS, Draw, Net, random_model
 from test_patch_random import compare, kernel_calls, results  # noqa: F401
 
 import fastattn
-from fastattn import _products
-from fastattn.integrations.graph import activations, nodes
+from fastattn import _products, functional
+from fastattn.integrations.graph import activations
 
 pytestmark = side_by_side.MARKS
 
-SEEDS, MODELS, EDITS_EACH = 4, 25, 2
+SEEDS, MODELS, EDITS_EACH = 3, 25, 2
 # Ways of calling that Dynamo follows; it knows nothing of functions that are replaced under it.
 CALLS = ("plainly", "without gradients", "in inference mode", "under autocast")
 WAYS = ("the whole", "the whole, with more")
@@ -35,6 +36,7 @@ def compiled(net: Net) -> Net:
 def run_models(seed: int, models: int) -> Counter[str]:
     """How often each kind of edit and call occurred, and what was fused."""
     draw = Draw(random.Random(seed))
+    warnings.simplefilter("error", fastattn.FastAttnWarning)  # a graph that is left as it is
     for _ in range(models):
         torch.compiler.reset()  # else the next model meets the limit of compilations of a method
         again = draw.rng.getstate()
@@ -88,10 +90,10 @@ FUSED = ("mlp", "linear_relu", "torch's on fastattn scaled_dot_product_attention
 @torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)  # else torch looks at no new hooks
 def test_random_models(seed, kernel_calls, torchs_draws, products_win):  # noqa: F811
     seen = run_models(seed, MODELS)
-    assert all(seen[f"fused: {name}"] for name in FUSED), seen
-    assert kernel_calls["linear_relu"] > MODELS / 3
+    assert sum(seen[f"fused: {name}"] > 0 for name in FUSED) > len(FUSED) - 2, seen
+    assert kernel_calls["linear_relu"] > MODELS / 5
     assert kernel_calls["mlp"] > MODELS / 5
-    assert kernel_calls["scaled_dot_product_attention"] > MODELS / 8
+    assert kernel_calls["scaled_dot_product_attention"] > MODELS / 5
     assert sum(seen[f"edit: {name}"] > 0 for name in EDITS) > len(EDITS) / 2, seen
     assert seen["errors"] < MODELS / 4
 
@@ -99,7 +101,11 @@ def test_random_models(seed, kernel_calls, torchs_draws, products_win):  # noqa:
 # A defect of each kind that the rules could have.
 MUTANTS = {
     "other readers are not seen": (activations, "_other_readers", lambda x, inside: []),
-    "users are not counted": (nodes, "only_user", lambda node: next(iter(node.users), None)),
+    "a sum is lost": (
+        functional,
+        "dropout_add_norm",
+        lambda x, residual, *rest, f=functional.dropout_add_norm, **o: f(x, None, *rest, **o),
+    ),
 }
 
 
@@ -108,5 +114,5 @@ MUTANTS = {
 def test_a_defect_turns_it_red(mutant, monkeypatch, kernel_calls, torchs_draws):  # noqa: F811
     home, name, broken = MUTANTS[mutant]
     monkeypatch.setattr(home, name, broken)
-    with pytest.raises((AssertionError, fastattn.FastAttnWarning)):
+    with pytest.raises(AssertionError):
         run_models(0, MODELS)

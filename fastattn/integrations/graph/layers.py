@@ -51,7 +51,7 @@ def put_layers(rewriting: Rewriting, first: fx.Node) -> None:
 
 def _put_layer(rewriting: Rewriting, layer: Layer) -> None:
     linear = layer.linear
-    call: tuple[Any, ...] = (layer.input, layer.weight, layer.bias)
+    call = layer.operands
     kind = ", ".join(["linear", *([layer.activation] if layer.activation else []),
                       *(["dropout"] if layer.dropout_p else [])])  # fmt: skip
     if layer.unsupported is not None:
@@ -94,8 +94,7 @@ class Layer:
 
     def __init__(self, linear: fx.Node) -> None:
         self.linear = linear
-        self.input, self.weight, self.bias = arguments(linear, "input", "weight", "bias")
-        self.unsupported = _unsupported_linear(linear, self.input, self.weight, self.bias)
+        self.unsupported = _unsupported_linear(linear, *self.operands)
         self.activation: str | None = None
         self.dropout_p = 0.0
         self.followers: list[fx.Node] = []  # activation and dropout
@@ -103,6 +102,23 @@ class Layer:
         if self.unsupported is None:
             self._find_activation()
             self._find_dropout()
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """Input, weight and bias, which may have been replaced since the layer was found."""
+        return arguments(self.linear, "input", "weight", "bias")
+
+    @property
+    def input(self) -> Any:
+        return self.operands[0]
+
+    @property
+    def weight(self) -> Any:
+        return self.operands[1]
+
+    @property
+    def bias(self) -> Any:
+        return self.operands[2]
 
     @property
     def nodes(self) -> list[fx.Node]:
