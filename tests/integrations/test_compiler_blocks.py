@@ -52,7 +52,7 @@ MODELS: dict[str, tuple[dict, dict, dict, dict]] = {
             "RMSNorm written out": 1,
             "sum, RMSNorm written out": 4,
             "linear, silu, times linear": 2,
-        },  # fmt: skip
+        },
         rms,
         rms,
     ),

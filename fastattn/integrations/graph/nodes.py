@@ -70,7 +70,7 @@ class Rewriting:
     def remove_without_effect(self, node: fx.Node) -> None:
         """Takes a dropout out that drops nothing, which returns its operand itself."""
         dropout = dropout_of(node)
-        if dropout is not None and dropout.p == 0.0:
+        if dropout is not None and dropout.p == 0.0 and type(value_of(node)) is FakeTensor:
             node.replace_all_uses_with(dropout.input)
             self.graph.erase_node(node)
 

@@ -140,7 +140,10 @@ def _called_norm(node: fx.Node) -> _Norm | None:
     eps = 1e-5 if given["eps"] is None and kind == "layer" else given["eps"]
     if not isinstance(input, fx.Node) or not isinstance(eps, Real):
         return None
-    if len(given["normalized_shape"]) != 1 or not all(
+    shape = given["normalized_shape"]
+    if not isinstance(shape, tuple | list) or len(shape) != 1:
+        return None
+    if not all(
         x is None or isinstance(x, fx.Node) for x in (weight, bias)
     ):
         return None
