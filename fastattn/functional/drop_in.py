@@ -60,6 +60,18 @@ def linear_activation(
     return dropout(out, dropout_p) if dropout_p > 0.0 else out
 
 
+def addmm(
+    bias: Tensor, input: Tensor, weight: Tensor, activation_name: str | None, dropout_p: float
+) -> Tensor:
+    """dropout(activation(``torch.addmm``)) with a weight ``[in_features, out_features]``."""
+    if _served.transposed_product_wins(input, weight) and _served.unobserved():
+        return functional.linear(input, weight.t(), bias, activation_name, dropout_p)
+    out = torch.addmm(bias, input, weight)
+    if activation_name is not None:
+        return activation(out, activation_name, dropout_p)
+    return dropout(out, dropout_p) if dropout_p > 0.0 else out
+
+
 def gated_linear(
     input: Tensor,
     gate_weight: Tensor,

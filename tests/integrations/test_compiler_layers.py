@@ -348,3 +348,43 @@ def test_a_watched_call_at_inference_shows_torchs_operations(products_win):
         with FlopCounterMode(display=False) as counter:
             call(x)
     assert counter.get_total_flops() == 2 * 5 * (20 * 16 + 16 * 4)
+
+
+# --- weights [in_features, out_features] ----------------------------------------------------------
+
+ADDMM = {
+    "alone": lambda x, w, b: torch.addmm(b, x, w),
+    "Conv1D and NewGELU": lambda x, w, b: F.dropout(
+        new_gelu(torch.addmm(b, x.view(-1, 20), w).view(4, 5, 16)), 0.4
+    ),
+    "Conv1D and dropout": lambda x, w, b: F.dropout(
+        torch.addmm(b, x.view(-1, 20), w).view(4, 5, 16), 0.4
+    ),
+    "read before the view": lambda x, w, b: (y := torch.addmm(b, x, w)).view(4, 5, 16).sum() + y,
+}
+
+
+@pytest.mark.parametrize("case", ADDMM)
+def test_addmm(case, products_win, kernel_calls, torchs_draws):  # noqa: F811
+    inputs = torch.randn(20, 20), torch.randn(20, 16), torch.randn(16)
+    assert_same(ADDMM[case], *inputs)
+    assert fused() == ["linear"]
+    torch.compiler.reset()
+    kernel_calls.clear()
+    few = torch.randn(4, 20), *inputs[1:]
+    assert_same(ADDMM["alone"], *few)
+    assert not kernel_calls
+    assert "torch's own product" in unsupported()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w, b: torch.addmm(b, x, w, beta=0.5),
+        lambda x, w, b: torch.addmm(b.expand(20, 16), x, w),
+        lambda x, w, b: torch.addmm(b[:1], x, w),
+    ],
+)
+def test_addmm_that_is_no_layer(call, products_win):
+    assert_same(call, torch.randn(20, 20), torch.randn(20, 16), torch.randn(16))
+    assert not fused()

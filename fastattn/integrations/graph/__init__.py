@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
+from fastattn.integrations.graph.addmm import put_addmm
 from fastattn.integrations.graph.attention import put_attention
 from fastattn.integrations.graph.elementwise import put_elementwise
 from fastattn.integrations.graph.layers import put_layers
@@ -20,7 +21,7 @@ from fastattn.integrations.graph.norms import put_norm
 from fastattn.integrations.graph.shared_input import put_gated, put_shared
 from fastattn.integrations.report import CompileReport
 
-_PUT = (put_attention, put_norm, put_gated, put_shared, put_layers, put_elementwise)
+_PUT = (put_attention, put_norm, put_gated, put_shared, put_layers, put_addmm, put_elementwise)
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 

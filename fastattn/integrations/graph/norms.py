@@ -143,9 +143,7 @@ def _called_norm(node: fx.Node) -> _Norm | None:
     shape = given["normalized_shape"]
     if not isinstance(shape, tuple | list) or len(shape) != 1:
         return None
-    if not all(
-        x is None or isinstance(x, fx.Node) for x in (weight, bias)
-    ):
+    if not all(x is None or isinstance(x, fx.Node) for x in (weight, bias)):
         return None
     return _Norm(kind, input, weight, bias, float(eps), [node])
 
