@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import compiled
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
+from fastattn.functional import _served
 
 pytestmark = compiled.MARKS
 ROWS, WIDTH = 6, 20
@@ -256,3 +259,30 @@ def test_all_lengths_have_two_graphs(torchs_draws):  # noqa: F811
         torch.manual_seed(1)
         torch.testing.assert_close(actual, block(model, x), rtol=1e-4, atol=1e-5)
     assert fastattn.compile_report().graphs == 2
+
+
+def test_small_problems_of_any_length_are_torchs(monkeypatch, kernel_calls):  # noqa: F811
+    """Sizes that are known at the call alone: the call decides, and torch's draws stay."""
+    least = 1 << 40
+    for name in ("LEAST_WORK", "LEAST_NORM", "LEAST_RMS_NORM", "LEAST_DROPOUT"):
+        monkeypatch.setattr(_served, name, least)
+    model, x = Model(), torch.randn(2, ROWS, WIDTH)
+
+    def whole(x: Tensor) -> Tensor:
+        x = block(model, drop(x))
+        return F.silu(model.a(x)) * model.b(x)
+
+    call = torch.compile(whole, backend="fastattn", dynamic=True)
+    torch.manual_seed(1)
+    actual = call(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(actual, whole(x), rtol=1e-6, atol=1e-6)
+    assert Counter(fused()) == {
+        "activation_dropout": 1, "linear": 2, "gated_mlp": 1, "dropout_add_norm": 2,
+    }  # fmt: skip
+    assert not kernel_calls
+    monkeypatch.setattr(_served, "LEAST_DROPOUT", 2 * ROWS * WIDTH + 1)
+    call(x)
+    assert not kernel_calls
+    call(torch.randn(2, ROWS + 1, WIDTH))
+    assert set(kernel_calls) == {"activation_dropout"}

@@ -41,7 +41,7 @@ class _Norm:
     input: fx.Node
     weight: fx.Node | None
     bias: fx.Node | None
-    eps: float
+    eps: Any  # a number, or a node that is one at the call
     nodes: list[fx.Node] = field(default_factory=list)
     residual: fx.Node | None = None
     dropout_p: float = 0.0
@@ -138,14 +138,14 @@ def _called_norm(node: fx.Node) -> _Norm | None:
     given = dict(zip(names, arguments(node, *names), strict=True))
     input, weight, bias = given["input"], given["weight"], given.get("bias")
     eps = 1e-5 if given["eps"] is None and kind == "layer" else given["eps"]
-    if not isinstance(input, fx.Node) or not isinstance(eps, Real):
+    if not isinstance(input, fx.Node) or not _is_number(eps):
         return None
     shape = given["normalized_shape"]
     if not isinstance(shape, tuple | list) or len(shape) != 1:
         return None
     if not all(x is None or isinstance(x, fx.Node) for x in (weight, bias)):
         return None
-    return _Norm(kind, input, weight, bias, float(eps), [node])
+    return _Norm(kind, input, weight, bias, eps, [node])
 
 
 def _written_rms(scaled: fx.Node) -> _Norm | None:
@@ -159,9 +159,14 @@ def _written_rms(scaled: fx.Node) -> _Norm | None:
         for mean, eps in _operands(shifted, ADDS):
             nodes = [scaled, root, shifted]
             squares = _mean_of_rows(mean, nodes)
-            if squares is not None and _squared(squares, nodes) is x and isinstance(eps, Real):
-                return _with_weight(_Norm("rms", x, None, None, float(eps), nodes))
+            if squares is not None and _squared(squares, nodes) is x and _is_number(eps):
+                return _with_weight(_Norm("rms", x, None, None, eps, nodes))
     return None
+
+
+def _is_number(x: object) -> bool:
+    """Dynamic shapes make a number of the model's a number that is read from an input."""
+    return isinstance(value_of(x), Real | torch.SymFloat)
 
 
 def _read(node: Any, nodes: list[fx.Node], targets: tuple[Any, ...]) -> Any:
