@@ -31,19 +31,19 @@ MODELS: dict[str, tuple[dict, dict, dict, dict]] = {
         BERT,
         {ATTENTION: 2, "linear, gelu": 2},
         {ATTENTION: 2, "linear, gelu": 2, "dropout, sum, layer_norm": 4, "dropout": 1},
-        {ATTENTION: 2, "linear, gelu": 2, "sum, layer_norm": 5},
+        {ATTENTION: 2, "linear, gelu": 2, "sum, layer_norm": 4},
     ),
     "DistilBertModel": (
         DISTIL,
         {ATTENTION: 2, "linear, gelu": 2},
         {ATTENTION: 2, "linear, gelu": 2, "dropout, sum, layer_norm": 2, "dropout": 1},
-        {ATTENTION: 2, "linear, gelu": 2, "sum, layer_norm": 5},
+        {ATTENTION: 2, "linear, gelu": 2, "sum, layer_norm": 4},
     ),
     "GPT2Model": (
         GPT2,
         {ATTENTION: 2, "gelu_tanh": 2},
         {ATTENTION: 2, "gelu_tanh": 2, "dropout, sum, layer_norm": 4, "dropout": 1},
-        {ATTENTION: 2, "gelu_tanh": 2, "sum, layer_norm": 5},
+        {ATTENTION: 2, "gelu_tanh": 2, "sum, layer_norm": 4},
     ),
     "LlamaModel": (
         LLAMA,
@@ -60,7 +60,7 @@ MODELS: dict[str, tuple[dict, dict, dict, dict]] = {
         VISION,
         {ATTENTION: 2, "linear, gelu": 2},
         {ATTENTION: 2, "linear, gelu": 2, "dropout, sum, layer_norm": 4, "dropout": 1},
-        {ATTENTION: 2, "linear, gelu": 2, "sum, layer_norm": 5},
+        {ATTENTION: 2, "linear, gelu": 2, "sum, layer_norm": 4},
     ),
 }
 

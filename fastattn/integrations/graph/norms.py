@@ -262,7 +262,10 @@ def _terms(total: fx.Node) -> tuple[fx.Node, fx.Node, float, list[fx.Node]] | No
     in_place = total.target is IN_PLACE_ADD
     pairs: list[Any] = [total.args[:2]] if in_place else _operands(total, ADDS)
     pairs = [pair for pair in pairs if all(isinstance(value_of(x), Tensor) for x in pair)]
-    pairs = [pair for pair in pairs if all(isinstance(x, fx.Node) for x in pair)]
+    pairs = [
+        pair for pair in pairs
+        if all(isinstance(x, fx.Node) for x in pair) and not _broadcasts(*map(value_of, pair))
+    ]  # fmt: skip
     for dropped, residual in pairs:
         found = dropout_of(dropped)
         if found is None or found.in_place or only_user(dropped) is not total:
@@ -272,6 +275,13 @@ def _terms(total: fx.Node) -> tuple[fx.Node, fx.Node, float, list[fx.Node]] | No
     if in_place or not pairs:
         return None
     return *pairs[0], 0.0, [total]
+
+
+def _broadcasts(a: Tensor, b: Tensor) -> bool:
+    """Whether it is known now that the shapes differ."""
+    sizes = zip(a.shape, b.shape, strict=False)
+    known = [(m, n) for m, n in sizes if isinstance(m, int) and isinstance(n, int)]
+    return a.dim() != b.dim() or any(m != n for m, n in known)
 
 
 def _operands(node: Any, targets: tuple[Any, ...]) -> list[tuple[Any, Any]]:
