@@ -14,12 +14,18 @@ It was measured in pairs, one thread, by ``benchmarks/linear_table.py``; the tab
   whatever follows it. Those without AMX were not measured: float32 is MKL's there too, and the
   16-bit dtypes that they have no product in stay with the kernels;
 - on Zen 4 float32, for which torch's product is MKL's: 1.1 to 1.9 with 2 to 16 rows from 2 million
-  multiply-adds on, 1.05 to 1.7 with more rows from 67 million on. On AVX2 it is 0.7 to 1.4.
+  multiply-adds on, 1.05 to 1.7 with more rows from 67 million on. On AVX2 it is 0.7 to 1.4;
+- on Zen 5, whose AVX-512 units are twice as wide, while MKL keeps to AVX2 on AMD's processors:
+  1.4 to 2.6 forward and 1.05 to 1.6 as a training step from 2 million multiply-adds on, with 2 rows
+  or more. bfloat16 is torch's: with a GELU behind the product the kernels take 0.8 to 1.3 of its
+  speed.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import torch
 
@@ -54,6 +60,17 @@ def _zen4() -> bool:
     return _extension.cpu_isa() == "avx512bf16" and not amx
 
 
+def _zen5() -> bool:
+    """An EPYC or Ryzen of the fifth generation, family 26. Only Linux says so here."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    first = text.partition("\n\n")[0]
+    amd = "AuthenticAMD" in first
+    return _zen4() and amd and re.search(r"^cpu family\s*:\s*26$", first, re.MULTILINE) is not None
+
+
 def _intel() -> bool:
     """An Intel processor with AVX-512: AMD's first with it have avx512_bf16 too, and no AMX."""
     try:
@@ -64,7 +81,8 @@ def _intel() -> bool:
 
 
 _LACKING = _lacking()
-_ZEN4 = _zen4()
+_ZEN4 = _zen4()  # and Zen 5
+_ZEN5 = _zen5()
 _INTEL = _intel()
 _GENERIC = _extension.cpu_isa() == "generic"
 
@@ -99,6 +117,22 @@ def most_trained() -> int:
     return MOST_TRAINED_BY_MKL if _INTEL else MOST_TRAINED
 
 
+def epilogue_wins(dtype: torch.dtype, activation: str | None, device: torch.device) -> bool:
+    """Whether a linear layer whose result is computed in the dtype gains by an activation in the
+    same call. Beside torch's own product GELU and SiLU do not, whose functions torch has made fast;
+    the others save a pass that is slow in torch."""
+    if device.type != "cpu" or dtype in _LACKING or activation not in ("gelu", "silu"):
+        return True
+    if dtype in (torch.bfloat16, torch.float16):
+        return False
+    return not (_INTEL and dtype == torch.float32)
+
+
+def work_shift(dtype: torch.dtype) -> int:
+    """By how many powers of two the limits of small problems are lower than on Zen 4."""
+    return 4 if _ZEN5 and dtype == torch.float32 else 0
+
+
 def lacks_product(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch multiplies matrices of the dtype without a library made for this processor."""
     return device.type == "cpu" and dtype in _LACKING
@@ -122,7 +156,7 @@ def why_torchs(
     least = least_work(dtype)
     if least == math.inf:
         return why_always_torchs(dtype)
-    if dtype == torch.float32 and rows > FEW_ROWS:
+    if dtype == torch.float32 and rows > FEW_ROWS and not _ZEN5:
         least = LEAST_MANY
     if rows * n_out * n_in < least or min(n_out, n_in) < LEAST_WIDTH:
         return (

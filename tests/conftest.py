@@ -60,9 +60,12 @@ def _small_problems_run_the_kernels(monkeypatch):
     """Tests use small models; on a CPU these would run torch's own code, which is faster."""
     monkeypatch.setattr(_served, "LEAST_WORK", 0)
     monkeypatch.setattr(_served, "LEAST_ATTENTION", 0)
-    monkeypatch.setattr(_served, "LEAST_NORM", 0)
-    monkeypatch.setattr(_served, "LEAST_RMS_NORM", 0)
+    for name in ("LEAST_NORM", "LEAST_RMS_NORM", "LEAST_LAYER_NORM", "LEAST_DROPOUT"):
+        monkeypatch.setattr(_served, name, 0)
+    monkeypatch.setattr(_served, "LEAST_ACTIVATION", dict.fromkeys(_served.LEAST_ACTIVATION, 0))
     monkeypatch.setattr(_products, "_INTEL", False)  # whose torch has the faster products
+    monkeypatch.setattr(_products, "_ZEN5", False)
+    monkeypatch.setattr(_products, "epilogue_wins", lambda *given: True)
 
 
 @pytest.fixture(autouse=True)

@@ -47,8 +47,14 @@ def ordinary(*tensors: Any, exported: bool = False) -> bool:
 # Multiply-adds of a Sequential's Linears below which torch's own modules are faster on a CPU.
 # Torch's time over the kernels', float32, Zen 4 with AVX-512, one and two threads, forward and
 # training step: at 0.6 million 0.65 to 0.78, at 6.5 0.88 to 0.95, at 26 0.89 to 1.03, at 34 0.97 to
-# 1.12, at 104 0.97 to 1.07, at 604 1.05 to 1.19.
+# 1.12, at 104 0.97 to 1.07, at 604 1.05 to 1.19. On Zen 5, one thread: at 0.6 million 1.09 and 0.9,
+# at 1.6 1.5 and 1.1, at 2.4 1.4 and 1.2, at 6.5 1.8 and 1.5.
 LEAST_WORK = 1 << 25
+
+
+def least_work(dtype: torch.dtype) -> int:
+    """LEAST_WORK on this processor."""
+    return LEAST_WORK >> _products.work_shift(dtype)
 
 
 def small_below(modules: Iterable[torch.nn.Module]) -> int:
@@ -56,7 +62,9 @@ def small_below(modules: Iterable[torch.nn.Module]) -> int:
     to do on a CPU that checks and a kernel call take longer than they save; 0 for no Linear."""
     linears = [m for m in modules if isinstance(m, torch.nn.Linear)]
     weights = sum(m.in_features * m.out_features for m in linears)
-    return LEAST_WORK * linears[0].in_features // weights if weights else 0
+    if not weights:
+        return 0
+    return least_work(linears[0].weight.dtype) * linears[0].in_features // weights
 
 
 def is_small_product(input: Tensor, weights: int) -> bool:
@@ -64,7 +72,7 @@ def is_small_product(input: Tensor, weights: int) -> bool:
     that a kernel call takes longer than it saves."""
     if not input.is_cpu or input.dtype in _products._LACKING:
         return False
-    return input.numel() * weights < LEAST_WORK * input.shape[-1]
+    return input.numel() * weights < least_work(computed_dtype(input)) * input.shape[-1]
 
 
 # Multiply-adds of an attention's two products below which torch's is faster on a CPU. Torch's time
@@ -72,6 +80,12 @@ def is_small_product(input: Tensor, weights: int) -> bool:
 # thousand 0.18 and 0.40, at 0.5 million 0.44 and 0.65, at 2 million 0.79 and 0.83, at 8 million
 # 1.05 and 1.09, at 34 million 1.26.
 LEAST_ATTENTION = 1 << 22
+
+
+def has_few_products(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether attention's two products are so small that torch's takes less time."""
+    columns = query.shape[-1] + value.shape[-1]
+    return query.numel() * key.shape[-2] * columns < LEAST_ATTENTION * query.shape[-1]
 
 
 def is_small_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> bool:
@@ -83,8 +97,7 @@ def is_small_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: flo
     """
     if not query.is_cpu or dropout_p > 0.0 or torch.compiler.is_compiling() or transforming():
         return False
-    columns = query.shape[-1] + value.shape[-1]
-    if query.numel() * key.shape[-2] * columns >= LEAST_ATTENTION * query.shape[-1]:
+    if not has_few_products(query, key, value):
         return False
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
@@ -130,6 +143,44 @@ def serves_layers(
 
 # Elements below which torch's dropout, sum and norm take less time than a kernel call.
 LEAST_NORM = 1 << 13
+# The same without dropout. Torch's time over the kernel's, float32, Zen 4, one thread, forward, of
+# an RMSNorm that is written out: at 6 thousand elements 0.89, at 25 thousand 0.96, at 98 thousand
+# 1.55, at 786 thousand 2.46, with backward 1.1, 1.2, 1.3, 1.4; a module's checks included, at 65
+# thousand 1.07 to 1.15 and 1.3. Of a sum and a LayerNorm, forward: 0.37, 0.67, 1.24, 1.55, with
+# backward 0.60, 0.80, 0.97, 0.98.
+LEAST_RMS_NORM = 1 << 16
+LEAST_LAYER_NORM = 1 << 16
+# Of dropout by itself, forward and with backward: at 2 thousand 1.4 and 0.75, at 4 thousand 2.3 and
+# 0.94, at 8 thousand 3.6 and 1.2, at 66 thousand 10 and 2.0. In float64 twice as many: with
+# backward 0.92 at 8 thousand, 1.08 at 16.
+LEAST_DROPOUT = 1 << 13
+# Of an activation without dropout, beside torch's function for it or, where it has none, the
+# formula. gelu_tanh: at 8 thousand 1.2 and 0.97, at 16 thousand 1.9 and 1.2, at 262 thousand 4.5
+# and 1.6. The others: at 16 thousand 0.4 to 0.9 and 0.9 to 1.0, at 262 thousand 1.4 to 1.8 and 1.1.
+LEAST_ACTIVATION = {"gelu_tanh": 1 << 14, "quick_gelu": 1 << 18, "relu2": 1 << 18}
+
+
+def least_norm(kind: str, dropout_p: float) -> int:
+    """The elements from which a kernel is faster for a norm with what is before it."""
+    if dropout_p > 0.0:
+        return LEAST_NORM
+    return LEAST_LAYER_NORM if kind == "layer" else LEAST_RMS_NORM
+
+
+def least_activation(activation: str | None, dropout_p: float) -> int | None:
+    """The elements from which a kernel is faster for an activation and dropout; None: never."""
+    if dropout_p > 0.0:
+        return LEAST_DROPOUT
+    return LEAST_ACTIVATION.get(activation or "")
+
+
+def is_row_problem(*tensors: Tensor | None, least: int) -> bool:
+    """Whether contiguous ordinary tensors of one shape on a CPU have so many elements."""
+    given = [x for x in tensors if x is not None]
+    first = given[0]
+    if first.numel() < least or not first.is_cpu:
+        return False
+    return all(x.shape == first.shape and x.is_contiguous() for x in given)
 
 
 def serves_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -148,13 +199,6 @@ def serves_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bo
     return backends.serves(backends.rows_problem("dropout_add_norm", input))
 
 
-# Elements from which the kernels drop and scale in less time than torch: by the itemsize of the
-# dtype, Zen 4 with AVX-512, one thread, forward and backward. Torch's time over the kernels' at
-# 4096 elements 0.93, at 8192 1.3, at 131 thousand 5.4; in float64 0.75, 0.92 and 1.5, and 1.08 at
-# 16384.
-LEAST_DROPOUT = 1 << 13
-
-
 def is_large_dropout(input: Tensor) -> bool:
     """A quick test before each call: whether the kernels' dropout of ``input`` is faster."""
     if not input.is_cpu or input.numel() < LEAST_DROPOUT:
@@ -170,12 +214,6 @@ def serves_dropout(input: Any) -> bool:
     if not is_large_dropout(input) or not input.dim() or not input.is_contiguous():
         return False
     return backends.select_activation(input) == "cpu"
-
-
-# Elements from which the kernels' RMSNorm takes less time than its formula by torch's operations,
-# checks included. Torch's time over the kernels', Zen 4 with AVX-512, one thread, forward and with
-# backward: at 65 thousand elements 1.07 to 1.15 and 1.3, at 262 thousand 1.5 to 1.8 and 1.6 to 3.9.
-LEAST_RMS_NORM = 1 << 16
 
 
 def serves_rms_norm(input: Any, weight: Any, eps: Any) -> bool:
@@ -202,14 +240,26 @@ def is_torchs_product(input: object, n_out: int) -> bool:
     )
 
 
-def product_wins(input: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels' product of a Linear is faster than torch's."""
-    if weight.dim() != 2:
+def product_wins(input: Tensor, *weights: Tensor) -> bool:
+    """Whether the kernels' product of a Linear, or of several with one input, is faster than
+    torch's."""
+    if any(weight.dim() != 2 for weight in weights):
         return False
     rows = input.numel() // max(1, input.shape[-1]) if input.dim() else 0
+    n_out = sum(weight.shape[0] for weight in weights)
     dtype = computed_dtype(input)
-    n_out, n_in = weight.shape
-    return _products.why_torchs(rows, n_out, n_in, dtype, input.device) is None
+    return _products.why_torchs(rows, n_out, weights[0].shape[1], dtype, input.device) is None
+
+
+def fuses(input: Tensor, weight: Tensor, activation: str | None, dropout_p: float = 0.0) -> bool:
+    """Whether the kernels' product with what follows it is faster than torch's operations."""
+    gains = activation is not None and (dropout_p > 0.0 or epilogue_wins(input, activation))
+    return (gains and not is_small_product(input, weight.numel())) or product_wins(input, weight)
+
+
+def epilogue_wins(input: Tensor, activation: str | None) -> bool:
+    """Whether a linear layer of ``input`` gains by an activation in the same call."""
+    return _products.epilogue_wins(computed_dtype(input), activation, input.device)
 
 
 # Rows from which the kernels multiply with a weight that lies crosswise, [in_features,

@@ -8,13 +8,14 @@ the size of the problem, and whether somebody watches torch's operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import functional
-from fastattn.functional import _served
+from fastattn import functional, reference
+from fastattn.functional import _served, packing
 
 torchs_attention = F.scaled_dot_product_attention  # override_sdpa puts ours in its place
 
@@ -22,15 +23,17 @@ torchs_attention = F.scaled_dot_product_attention  # override_sdpa puts ours in 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``: ``[..., in_features]`` -> ``[..., out_features]``."""
     if _served.product_wins(input, weight) and _served.unobserved():
+        if packing.packing():
+            return functional.linear(input, weight, bias)
         return functional.mlp(input, [weight], [bias])
     return F.linear(input, weight, bias)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """relu(``torch.nn.functional.linear``)."""
-    if _served.is_small_product(input, weight.numel()) or not _served.unobserved():
-        return F.relu(F.linear(input, weight, bias))
-    return functional.linear_relu(input, weight, bias)
+    if _served.fuses(input, weight, "relu") and _served.unobserved():
+        return functional.linear_relu(input, weight, bias)
+    return F.relu(F.linear(input, weight, bias))
 
 
 def mlp(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
@@ -41,6 +44,144 @@ def mlp(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
             input = F.relu(F.linear(input, weight, bias))
         return F.linear(input, weights[-1], biases[-1])
     return functional.mlp(input, weights, biases)
+
+
+def linear_activation(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    dropout_p: float,
+) -> Tensor:
+    """dropout(activation(``torch.nn.functional.linear``)), activation as in ``fastattn.linear``."""
+    if _served.fuses(input, weight, activation, dropout_p) and _served.unobserved():
+        return functional.linear(input, weight, bias, activation, dropout_p)
+    out = reference.layers.activation(activation)(F.linear(input, weight, bias))
+    return dropout(out, dropout_p) if dropout_p > 0.0 else out
+
+
+def addmm(
+    bias: Tensor, input: Tensor, weight: Tensor, activation_name: str | None, dropout_p: float
+) -> Tensor:
+    """dropout(activation(``torch.addmm``)) with a weight ``[in_features, out_features]``."""
+    if _served.crosswise_product_wins(input, weight) and _served.unobserved():
+        return functional.linear(input, weight.t(), bias, activation_name, dropout_p)
+    out = torch.addmm(bias, input, weight)
+    if activation_name is not None:
+        return activation(out, activation_name, dropout_p)
+    return dropout(out, dropout_p) if dropout_p > 0.0 else out
+
+
+def gated_linear(
+    input: Tensor,
+    gate_weight: Tensor,
+    weight: Tensor,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """activation(linear(input, gate_weight, gate_bias)) * linear(input, weight, bias)."""
+    if not _served.fuses(input, weight, activation) or not _served.unobserved():
+        gate = reference.layers.activation(activation)(F.linear(input, gate_weight, gate_bias))
+        return gate * F.linear(input, weight, bias)
+    weights = (gate_weight, weight, None)
+    return functional.gated_mlp(input, *weights, gate_bias, bias, activation=activation)
+
+
+def multi_linear(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """``torch.nn.functional.linear`` of one input with several weights."""
+    if _served.product_wins(input, *weights) and _served.unobserved():
+        return functional.multi_linear(input, weights, biases)
+    return tuple(linear(input, w, b) for w, b in zip(weights, biases, strict=True))
+
+
+def activation(input: Tensor, name: str, dropout_p: float) -> Tensor:
+    """dropout(activation(input)), the activation by its name in ``fastattn.linear``."""
+    least = _served.least_activation(name, dropout_p)
+    if least is not None and _served.is_row_problem(input, least=least) and _served.unobserved():
+        return functional.activation_dropout(input, name, dropout_p)
+    out = reference.layers.activation(name)(input)
+    return F.dropout(out, dropout_p) if dropout_p > 0.0 else out
+
+
+def dropout(input: Tensor, p: float) -> Tensor:
+    """``torch.nn.functional.dropout`` in training. The kernel's draws are not torch's."""
+    if _served.is_row_problem(input, least=_served.LEAST_DROPOUT) and _served.unobserved():
+        return functional.activation_dropout(input, None, p)
+    return F.dropout(input, p)
+
+
+def dropout_add_norm(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    kind: str,
+) -> Tensor:
+    """norm(residual + dropout(input)) over the last dimension.
+
+    Args:
+        kind: ``"layer"``, ``"rms_norm"`` (torch's function) or ``"rms"``, which is written out.
+    """
+    if _norm_served(input, residual, weight, bias, dropout_p, kind):
+        tensors = (input, residual, weight, bias)
+        return functional.dropout_add_norm(*tensors, dropout_p, eps, kind=_KERNELS_KIND[kind])
+    return _norm(_sum(input, residual, dropout_p), weight, bias, eps, kind)
+
+
+def dropout_add_prenorm(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """``dropout_add_norm`` and the sum."""
+    if _norm_served(input, residual, weight, bias, dropout_p, kind):
+        tensors = (input, residual, weight, bias)
+        options = {"kind": _KERNELS_KIND[kind], "prenorm": True}
+        return functional.dropout_add_norm(*tensors, dropout_p, eps, **options)
+    total = _sum(input, residual, dropout_p)
+    return _norm(total, weight, bias, eps, kind), total
+
+
+_KERNELS_KIND: dict[str, Any] = {"layer": "layer", "rms": "rms", "rms_norm": "rms"}
+
+
+def _norm_served(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    kind: str,
+) -> bool:
+    least = _served.least_norm(kind, dropout_p)
+    return (
+        _served.is_row_problem(input, residual, least=least)
+        and _served.serves_norm(input if residual is None else residual, weight, bias)
+        and _served.unobserved()
+    )
+
+
+def _sum(input: Tensor, residual: Tensor | None, dropout_p: float) -> Tensor:
+    input = dropout(input, dropout_p) if dropout_p > 0.0 else input
+    return input if residual is None else input + residual
+
+
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+    if kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if kind == "rms_norm":
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    out = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return out if weight is None else weight * out
 
 
 def attention_by_size(
@@ -198,24 +339,22 @@ def transformer_encoder_layer(
     layer calls at inference: ``[B, S, E]`` -> ``[B, S, E]``."""
 
     def attended(x: Tensor) -> Tensor:
-        heads = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
+        heads = linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         out = scaled_dot_product_attention(query, key, value)
-        return F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
+        return linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
 
     def fed(x: Tensor) -> Tensor:
         if not use_gelu:
             return mlp(x, [ffn_weight_1, ffn_weight_2], [ffn_bias_1, ffn_bias_2])
-        return F.linear(F.gelu(F.linear(x, ffn_weight_1, ffn_bias_1)), ffn_weight_2, ffn_bias_2)
+        hidden = linear_activation(x, ffn_weight_1, ffn_bias_1, "gelu", 0.0)
+        return linear(hidden, ffn_weight_2, ffn_bias_2)
 
-    def norm_1(x: Tensor) -> Tensor:
-        return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
-
-    def norm_2(x: Tensor) -> Tensor:
-        return F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
-
+    norms = ((norm_weight_1, norm_bias_1), (norm_weight_2, norm_bias_2))
+    p, kind = 0.0, "layer"
     if norm_first:
-        src = src + attended(norm_1(src))
-        return src + fed(norm_2(src))
-    src = norm_1(src + attended(src))
-    return norm_2(src + fed(src))
+        normed = F.layer_norm(src, (embed_dim,), *norms[0], eps)
+        normed, total = dropout_add_prenorm(attended(normed), src, *norms[1], p, eps, kind)
+        return total + fed(normed)
+    src = dropout_add_norm(attended(src), src, *norms[0], p, eps, kind)
+    return dropout_add_norm(fed(src), src, *norms[1], p, eps, kind)

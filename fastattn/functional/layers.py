@@ -45,11 +45,10 @@ def _chosen(
         return _By.PRODUCT
     if not plain or backends.named(backend):
         return _By.PRODUCT if backends.torch_multiplies(input, backend) else _By.KERNELS
-    rows = input.numel() // max(1, input.shape[-1])
-    for n_out, n_in in (w.shape for w in weights):
-        if _products.why_torchs(rows, n_out, n_in, input.dtype, input.device) is None:
-            return _By.KERNELS
-    return _By.PRODUCT
+    rows, n_in = input.numel() // max(1, input.shape[-1]), input.shape[-1]
+    n_out = sum(w.shape[0] for w in weights)
+    slower = _products.why_torchs(rows, n_out, n_in, input.dtype, input.device)
+    return _By.KERNELS if slower is None else _By.PRODUCT
 
 
 def _save(*tensors: Tensor | None) -> bool:

@@ -93,11 +93,11 @@ def _run(module: nn.Module, parts: Sequence[Any], x: Any) -> Tensor:
     while i < len(parts):
         name = activation_of(parts[i + 1]) if i + 1 < len(parts) else None
         layer = None if name is None else _layer(parts[i], x)
-        if layer is None:
+        p = fused_dropout(module, parts[i + 2]) if i + 2 < len(parts) else None
+        if layer is None or not (p or _served.epilogue_wins(x, name)):
             x = parts[i](x)
             i += 1
             continue
-        p = fused_dropout(module, parts[i + 2]) if i + 2 < len(parts) else None
         x = functional.linear(x, layer.weight, layer.bias, name, p or 0.0)
         i += 2 if p is None else 3
     return x
@@ -117,11 +117,11 @@ def _small_layers(module: nn.Module, match: Match) -> int:
     weights = []
     for part in (match.value(module, item) for item in items):
         if isinstance(part, nn.Linear):
-            weights.append(part.weight.shape)
+            weights.append(part.weight)
         elif (conv1d := _conv1d(type(part))) is not None:
-            weights.append(conv1d.value(part, "w").shape[::-1])
-    largest = max(n_out * n_in for n_out, n_in in weights)
-    return _served.LEAST_WORK * weights[0][1] // max(1, largest)
+            weights.append(conv1d.value(part, "w").t())
+    largest = max(weight.numel() for weight in weights)
+    return _served.least_work(weights[0].dtype) * weights[0].shape[1] // max(1, largest)
 
 
 def _chain_to_dtype(module: nn.Module, match: Match, x: Any) -> Tensor | None:
@@ -241,6 +241,8 @@ def _gated_product(name: str | None, gate: Any, up: Any, x: Any) -> Tensor | Non
         return None
     one, other = _layer(gate, x), _layer(up, x)
     if one is None or other is None or one.weight.shape != other.weight.shape:
+        return None
+    if not _served.epilogue_wins(x, name):
         return None
     weights = (one.weight, other.weight, None, one.bias, other.bias)
     return functional.gated_mlp(x, *weights, activation=name)

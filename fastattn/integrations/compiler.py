@@ -32,6 +32,8 @@ def backend(
     torch finds it by the name ``"fastattn"`` where the package is installed. In a checkout that is
     not installed, give the function itself: ``torch.compile(model, backend=compiler.backend)``.
 
+    Dropout that a kernel takes draws other elements than torch's for the same seed.
+
     As with any other backend, Dynamo sees hooks that are put on a module after compilation only
     where ``torch._dynamo.config.skip_nnmodule_hook_guards`` is False.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastattn import functional
 from fastattn.functional._served import (
+    epilogue_wins,
     is_small_product,
     ordinary,
     serves_layers,
@@ -239,7 +240,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             weights, biases = [up.weight, down.weight], [up.bias, down.bias]
             if serves_layers(x, weights, biases, exported):
                 return functional.mlp(x, weights, biases)
-        if is_small_product(x, up.weight.numel()):
+        if is_small_product(x, up.weight.numel()) or not (p or epilogue_wins(x, name)):
             return down(drop(self.activation(up(x))))
         hidden = functional.linear(x, up.weight, up.bias, name, p or 0.0)
         return down(hidden if p is not None else drop(hidden))

@@ -14,7 +14,8 @@ from fastattn import backends
 from fastattn.functional._torch_internals import has_hooks
 from fastattn.integrations.sequential import FusedSequential
 from fastattn.nn import MLP, LinearReLU
-from fastattn.nn._plain import CALL, active_dropout, as_written, is_plain
+from fastattn.nn._plain import CALL, as_written, is_plain
+from fastattn.nn.dropout import active_dropout, is_plain_dropout
 from fastattn.nn.linear import is_plain_linear
 from fastattn.training._forward import Reference, read_forward
 from fastattn.training._unknown import NotServed
@@ -141,7 +142,7 @@ class Network:
         elif is_plain(module, nn.Flatten):
             facts = ("start_dim", "end_dim")
             self._add_flatten(module, name)
-        elif is_plain(module, nn.Dropout):
+        elif is_plain_dropout(module):
             facts = ("p", "training")
             if active_dropout(module) != 0.0:
                 raise NotServed(f"{name} drops elements")

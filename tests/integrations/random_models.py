@@ -229,13 +229,20 @@ PARTS: dict[str, Callable[[Draw, nn.Linear], nn.Module]] = {
 DTYPES = {"float64": 14, "float32": 3, "float16": 2, "bfloat16": 1}
 
 
-def random_model(draw: Draw) -> tuple[Net, torch.dtype]:
+Parts = dict[str, Callable[[Draw, nn.Linear], nn.Module]]
+
+
+def random_model(draw: Draw, more: Parts | None = None) -> tuple[Net, torch.dtype]:
+    """A model of PARTS and ``more``, and its dtype."""
+    made = {**PARTS, **(more or {})}
     torch.default_generator.manual_seed(draw.rng.randrange(2**31))
     dtype = getattr(torch, draw.one_of("dtype", DTYPES, DTYPES))
     draw.width = WIDTHS[dtype]
     shared = nn.Linear(draw.width, draw.width)
     parts = [
-        PARTS[draw.one_of("part", PARTS, {"stretch": 7})](draw, shared)
+        made[draw.one_of("part", made, {"stretch": 7, **dict.fromkeys(more or {}, 2)})](
+            draw, shared
+        )
         for _ in range(draw.rng.randint(1, 3))
     ]
     taps = {i for i in range(len(parts)) if draw.chance("a side output", 0.3)}

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import fastattn
 from fastattn import nn as fnn
-from fastattn.integrations.plan import ClassSwap
+from fastattn.integrations.swaps import ClassSwap
 
 pytestmark = pytest.mark.native
 

@@ -12,11 +12,16 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
-from fastattn.integrations.graph.attention import PUT, put_written_attention
+from fastattn.integrations.graph.addmm import put_addmm
+from fastattn.integrations.graph.attention import put_attention
+from fastattn.integrations.graph.elementwise import put_elementwise
 from fastattn.integrations.graph.layers import put_layers
-from fastattn.integrations.graph.nodes import LINEAR, Rewriting
+from fastattn.integrations.graph.nodes import Rewriting
+from fastattn.integrations.graph.norms import put_norm
+from fastattn.integrations.graph.shared_input import put_gated, put_shared
 from fastattn.integrations.report import CompileReport
 
+_PUT = (put_attention, put_norm, put_gated, put_shared, put_layers, put_addmm, put_elementwise)
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
@@ -26,16 +31,13 @@ def with_kernels(gm: fx.GraphModule, report: CompileReport) -> fx.GraphModule:
     gm = _copy(gm)
     rewriting = Rewriting(gm.graph, report)
     for node in list(gm.graph.nodes):
-        if node in rewriting.taken:
-            continue
-        if node.target is LINEAR:
-            put_layers(rewriting, node)
-        elif node.target is _CHECKPOINT:
-            _put_checkpoint(gm, node, report)
-        elif node.op == "call_function" and node.target in PUT:
-            PUT[node.target](rewriting, node)
-        else:
-            put_written_attention(rewriting, node)
+        rewriting.remove_without_effect(node)
+    for put in _PUT:  # the longest patterns first
+        for node in list(gm.graph.nodes):
+            if node not in rewriting.taken:
+                put(rewriting, node)
+    for node in gm.graph.find_nodes(op="call_function", target=_CHECKPOINT):
+        _put_checkpoint(gm, node, report)
     rewriting.finish()
     gm.graph.lint()
     gm.recompile()

@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastattn.functional import drop_in
+from fastattn._products import lacks_product
+from fastattn.functional import _served, drop_in
 from fastattn.integrations.graph.nodes import (
+    ADDS,
+    FACTORS,
     GETITEM,
     Rewriting,
     arguments,
     between,
     is_pure,
+    is_target,
     name_of,
     unsupported,
     value_of,
@@ -32,11 +36,34 @@ _SDPA = "scaled_dot_product_attention"
 
 
 def put_attention(rewriting: Rewriting, node: fx.Node) -> None:
+    """Attention by one of torch's functions, or written out."""
+    if node.op == "call_function" and node.target in _PUT:
+        _PUT[node.target](rewriting, node)
+    else:
+        put_written_attention(rewriting, node)
+
+
+def put_sdpa(rewriting: Rewriting, node: fx.Node) -> None:
     reason = unsupported("attention", node, *arguments(node, "query", "key", "value", "attn_mask"))
+    if reason is None and _is_small(node):
+        reason = "it is small: torch's own is faster without gradients"
     if reason is not None:
         return rewriting.leave(node, _SDPA, reason)
     rewriting.fuse(name_of(node), _SDPA, f"fastattn {_SDPA}")
     node.target = drop_in.scaled_dot_product_attention
+
+
+def _is_small(node: fx.Node) -> bool:
+    """Whether it is known now that torch's attention will be faster at every call."""
+    given = arguments(node, "query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    query, key, value = (value_of(x) for x in given[:3])
+    sizes = [size for x in (query, key, value) for size in x.shape]
+    if value_of(node).requires_grad or not all(isinstance(size, int) for size in sizes):
+        return False
+    if given[4] not in (None, 0.0) or (given[3] is not None and given[5]):
+        return False
+    lacking = lacks_product(value_of(node).dtype, query.device)
+    return query.is_cpu and not lacking and _served.has_few_products(query, key, value)
 
 
 def put_multi_head(rewriting: Rewriting, node: fx.Node) -> None:
@@ -83,8 +110,8 @@ def put_encoder_layer(rewriting: Rewriting, node: fx.Node) -> None:
     node.target, node.args, node.kwargs = drop_in.transformer_encoder_layer, node.args[:18], {}
 
 
-PUT = {
-    F.scaled_dot_product_attention: put_attention,
+_PUT = {
+    F.scaled_dot_product_attention: put_sdpa,
     _MULTI_HEAD: put_multi_head,
     # torch's layer calls it at inference; a torch without it has no such node in its graphs.
     getattr(torch, "_transformer_encoder_layer_fwd", None): put_encoder_layer,
@@ -92,8 +119,6 @@ PUT = {
 
 _MATMULS = (torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__")
 _SOFTMAXES = (F.softmax, torch.softmax, "softmax")
-_ADDS = (operator.add, torch.add, "add", "__add__")
-_FACTORS = (operator.mul, torch.mul, "mul", "__mul__")
 _DIVISORS = (operator.truediv, torch.div, "div", "__truediv__")
 _FILLS = (torch.masked_fill, "masked_fill")
 
@@ -118,7 +143,7 @@ class _Written:
         self.nodes, (probs, self.value) = [self.out], _operands(self.out)
         node = self._cast(self._dropout(probs))
         node = self._scaled(self._masked(self._softmax(node)))
-        if node is None or not _is(node, _MATMULS):
+        if node is None or not is_target(node, _MATMULS):
             return False
         self.nodes.append(node)
         self.query, self.key_transposed = _operands(node)
@@ -134,13 +159,13 @@ class _Written:
         return x
 
     def _cast(self, node: Any) -> Any:
-        if _is(node, ("to",)) and len(node.args) == 2 and not node.kwargs:
+        if is_target(node, ("to",)) and len(node.args) == 2 and not node.kwargs:
             self.nodes.append(node)
             return node.args[0]
         return node
 
     def _softmax(self, node: Any) -> Any:
-        if not _is(node, _SOFTMAXES):
+        if not is_target(node, _SOFTMAXES):
             return None
         x, dim = arguments(node, "input", "dim")
         scores = value_of(node)
@@ -151,30 +176,30 @@ class _Written:
         return x
 
     def _masked(self, node: Any) -> Any:
-        if _is(node, _FILLS):
+        if is_target(node, _FILLS):
             x, mask, fill = arguments(node, "input", "mask", "value")
             if not isinstance(mask, fx.Node) or not isinstance(fill, Real):
                 return None
             self.mask, self.fill = mask, float(fill)
             self.nodes.append(node)
             return x
-        if _is(node, _ADDS) and len(node.args) == 2 and not node.kwargs:
+        if is_target(node, ADDS) and len(node.args) == 2 and not node.kwargs:
             for x, mask in (node.args, node.args[::-1]):
-                if _is(x, (*_MATMULS, *_FACTORS, *_DIVISORS)) and isinstance(mask, fx.Node):
+                if is_target(x, (*_MATMULS, *FACTORS, *_DIVISORS)) and isinstance(mask, fx.Node):
                     self.mask = mask
                     self.nodes.append(node)
                     return x
         return node
 
     def _scaled(self, node: Any) -> Any:
-        if not _is(node, (*_FACTORS, *_DIVISORS)) or len(node.args) != 2 or node.kwargs:
+        if not is_target(node, (*FACTORS, *_DIVISORS)) or len(node.args) != 2 or node.kwargs:
             return node
         x, number = node.args
-        if _is(node, _FACTORS) and isinstance(x, Real):
+        if is_target(node, FACTORS) and isinstance(x, Real):
             x, number = number, x
         if not isinstance(x, fx.Node) or not isinstance(number, Real) or not number:
             return None
-        self.scale = float(number) if _is(node, _FACTORS) else 1.0 / float(number)
+        self.scale = float(number) if is_target(node, FACTORS) else 1.0 / float(number)
         if not math.isfinite(self.scale):
             return None
         self.nodes.append(node)
@@ -201,7 +226,7 @@ class _Written:
 
 def put_written_attention(rewriting: Rewriting, node: fx.Node) -> None:
     """softmax(QKᵀ/√d)V of a forward's own code, where nobody reads the scores or the weights."""
-    if not _is(node, _MATMULS):
+    if not is_target(node, _MATMULS):
         return
     written = _Written(node)
     if not written.read():
@@ -218,13 +243,6 @@ def put_written_attention(rewriting: Rewriting, node: fx.Node) -> None:
         fused = rewriting.graph.call_function(drop_in.written_attention, call)
     rewriting.replace(written.nodes[::-1], fused)
     rewriting.fuse(name, "softmax(QKᵀ)V", f"fastattn {_SDPA}")
-
-
-def _is(node: object, targets: tuple[object, ...]) -> bool:
-    if not isinstance(node, fx.Node) or not node.op.startswith("call_"):
-        return False
-    kind = str if node.op == "call_method" else object
-    return any(node.target is t or (kind is str and node.target == t) for t in targets)
 
 
 def _operands(product: fx.Node) -> tuple[object, object]:

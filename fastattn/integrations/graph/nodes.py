@@ -6,8 +6,9 @@ import inspect
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,14 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastattn import backends
+from fastattn.functional import drop_in, inference
 from fastattn.functional._torch_internals import FakeTensor
 from fastattn.integrations.report import CompileReport
 
 LINEAR = F.linear
 GETITEM = operator.getitem
 RELUS = (torch.relu, torch.relu_, F.relu, F.relu_)
-ACTIVATIONS = ("celu", "elu", "gelu", "hardswish", "leaky_relu", "mish", "prelu", "relu6", "selu",
-               "sigmoid", "silu", "softmax", "softplus", "tanh")  # fmt: skip
+ADDS = (operator.add, torch.add, "add", "__add__")
+IN_PLACE_ADD = operator.iadd
+FACTORS = (operator.mul, torch.mul, "mul", "__mul__")
+POWERS = (operator.pow, torch.pow, "pow", "__pow__")
+_OURS = (drop_in.__name__, inference.__name__)
 BY_SIZE = "one kernel call, where the problem is large enough to gain by it"
 
 
@@ -41,6 +46,19 @@ class Rewriting:
     def leave(self, node: fx.Node, kind: str, reason: str) -> None:
         self.left.append((name_of(node), kind, reason))
 
+    def put(
+        self,
+        nodes: Sequence[fx.Node],
+        place: fx.Node,
+        function: Callable[..., object],
+        call: tuple[Any, ...],
+    ) -> fx.Node:
+        """Puts one call before ``place`` in place of ``nodes``, see ``replace``."""
+        with self.graph.inserting_before(place):
+            fused = self.graph.call_function(function, call)
+        self.replace(nodes, fused)
+        return fused
+
     def replace(self, nodes: Sequence[fx.Node], fused: fx.Node) -> None:
         """Puts ``fused`` in place of ``nodes``, whose last result alone is read by others."""
         fused.meta = dict(nodes[-1].meta)
@@ -48,6 +66,13 @@ class Rewriting:
         for node in reversed(nodes):
             self.graph.erase_node(node)
         self.taken.update(nodes)
+
+    def remove_without_effect(self, node: fx.Node) -> None:
+        """Takes a dropout out that drops nothing, which returns its operand itself."""
+        dropout = dropout_of(node)
+        if dropout is not None and dropout.p == 0.0 and type(value_of(node)) is FakeTensor:
+            node.replace_all_uses_with(dropout.input)
+            self.graph.erase_node(node)
 
     def finish(self) -> None:
         """Adds to the report one entry for all that was left alone of a kind and for a reason."""
@@ -100,6 +125,21 @@ def between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
         node = node.next
 
 
+def only_pure_between(nodes: Sequence[fx.Node]) -> bool:
+    """Whether what lies between ``nodes``, and is none of them, computes tensors alone."""
+    first, last = min(nodes), max(nodes)
+    if first is last:
+        return True
+    known = set(nodes)
+    return all(x in known or is_pure(x) for x in between(first, last))
+
+
+def static_size(value: Tensor) -> int | None:
+    """The number of elements, or None where it is not known before the call."""
+    size = value.numel()
+    return size if isinstance(size, int) else None
+
+
 def may_set_a_mode(node: fx.Node) -> bool:
     """Whether the node may do something else than compute tensors."""
     value = value_of(node)
@@ -137,28 +177,52 @@ def is_pure(node: fx.Node) -> bool:
     home, name = getattr(node.target, "__module__", ""), getattr(node.target, "__name__", "_")
     if home in ("_operator", "math"):  # and_ and or_ change nothing
         return True
-    return home.split(".")[0] == "torch" and not name.endswith("_")
+    return home in _OURS or (home.split(".")[0] == "torch" and not name.endswith("_"))
 
 
-def is_relu(node: fx.Node, operand: fx.Node) -> bool:
-    if not node.args or node.args[0] is not operand:
-        return False
-    if node.op == "call_method":
-        return node.target in ("relu", "relu_")
-    return node.op == "call_function" and node.target in RELUS
+@dataclass(frozen=True)
+class Dropout:
+    """A dropout of ``input``: its probability, 0 where it drops nothing."""
+
+    input: fx.Node
+    p: float
+    in_place: bool
 
 
-def is_activation(node: fx.Node) -> bool:
-    return label(node).rstrip("_") in ACTIVATIONS
-
-
-def is_off(node: fx.Node, operand: fx.Node) -> bool:
-    """Whether the node is dropout that drops nothing, and returns its operand."""
-    if node.target is not F.dropout or not node.args or node.args[0] is not operand:
-        return False
+def dropout_of(node: fx.Node) -> Dropout | None:
+    """What ``node`` drops, where it is a dropout whose numbers are known."""
+    if node.target is not F.dropout:
+        return None
     call = inspect.signature(F.dropout).bind(*node.args, **node.kwargs)
     call.apply_defaults()
-    return call.arguments["training"] is False or call.arguments["p"] == 0
+    input, p, training, in_place = call.arguments.values()
+    known = isinstance(p, Real) and isinstance(training, bool) and isinstance(in_place, bool)
+    if not known or not isinstance(input, fx.Node):
+        return None
+    return Dropout(input, float(p) if training else 0.0, in_place)
+
+
+def active_dropout_after(node: fx.Node) -> tuple[float, list[fx.Node]]:
+    """The probability of the dropout that alone reads ``node``, and its node; 0 and no node where
+    there is none, or a mode may change before it."""
+    after = only_user(node)
+    dropout = dropout_of(after) if after is not None else None
+    if after is None or dropout is None or not 0.0 < dropout.p < 1.0 or modes_between(node, after):
+        return 0.0, []
+    return dropout.p, [after]
+
+
+def modes_between(first: fx.Node, last: fx.Node) -> bool:
+    """Whether a mode (grad, autocast) may change between the two."""
+    return any(map(may_set_a_mode, between(first, last)))
+
+
+def is_target(node: object, targets: tuple[object, ...]) -> bool:
+    """Whether the node calls one of the functions, or a method of one of the names."""
+    if not isinstance(node, fx.Node) or not node.op.startswith("call_"):
+        return False
+    kind = str if node.op == "call_method" else object
+    return any(node.target is t or (kind is str and node.target == t) for t in targets)
 
 
 def label(node: fx.Node) -> str:
