@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastattn import _products
+from fastattn.functional._served import readable
 from fastattn.integrations import block_kinds, forwards
 from fastattn.nn._plain import FORMER_CLASS, SMALL_BELOW, to_torch
 
@@ -106,11 +107,10 @@ def _method(kind: type[nn.Module], name: str, found: _Known) -> Callable[..., An
     return method
 
 
-def _is_small(module: nn.Module, x: object) -> bool:
+def _is_small(module: nn.Module, x: Any) -> bool:
     """A quick test before each call: whether the kernels have too little to do."""
     return (
-        type(x) is Tensor
-        and x.is_cpu
+        readable(x)
         and x.numel() < module.__dict__.get(SMALL_BELOW, 0)
         and x.dtype not in _products._LACKING
     )
