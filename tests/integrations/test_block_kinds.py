@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from block_calls import assert_same, gradients, spied
 from function_log import FunctionLog
+from side_by_side import small_or_not  # noqa: F401 (a fixture)
 from torch import Tensor, fx, nn
 
 import fastattn
@@ -20,6 +21,16 @@ from fastattn.functional import _served
 
 pytestmark = pytest.mark.native
 WIDTH, HIDDEN = 16, 24
+
+
+class Modules(nn.Module):
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.act, self.dropout = nn.ReLU(), nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.dropout(self.act(self.fc1(x))))
 
 
 class Functional(nn.Module):
@@ -108,13 +119,17 @@ EDITS = {
     "a hook on the Linear": lambda m: m.fc1.register_forward_hook(lambda a, b, out: 2 * out),
     "another dropout": lambda m: setattr(m, "dropout", nn.Tanh()),
     "an adapter": lambda m: setattr(m, "fc1", nn.Sequential(m.fc1)),
+    "a child in the way": lambda m: vars(m).update(dropout=torch.tanh),
+    "no child at all": lambda m: delattr(m, "dropout"),
     "another width": lambda m: setattr(m, "fc1", nn.Linear(WIDTH, 3).double()),
 }
 
 
+@pytest.mark.usefixtures("small_or_not")
+@pytest.mark.parametrize("make", [Functional, Modules])
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-def test_edits_after_patch(edit, x):
-    stock = Functional().double()
+def test_edits_after_patch(edit, make, x):
+    stock = make().double()
     model = copy.deepcopy(stock)
     fastattn.patch(model)
     outcomes = []
@@ -123,7 +138,7 @@ def test_edits_after_patch(edit, x):
         edit(m)
         try:
             outcomes.append(m(x))
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:
             outcomes.append(str(error))
     if isinstance(outcomes[1], str):
         assert outcomes[0] == outcomes[1]
@@ -152,7 +167,8 @@ def test_a_name_that_is_missing_later(x, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("make", [Functional, Digits])
+@pytest.mark.usefixtures("small_or_not")
+@pytest.mark.parametrize("make", [Functional, Modules])
 def test_tools(make, x):
     stock = make().double()
     model = copy.deepcopy(stock)
@@ -174,6 +190,21 @@ def test_tools(make, x):
     torch.testing.assert_close(gradients(compiled, x), gradients(stock, x))
     torch.testing.assert_close(torch.export.export(model, (x.detach(),)).module()(x), expected)
     torch.testing.assert_close(torch.jit.script(model)(x), expected)
+
+
+@pytest.mark.usefixtures("small_or_not")
+def test_calls_of_a_chain(x):
+    stock = Modules().double()
+    model = copy.deepcopy(stock)
+    fastattn.patch(model)
+    assert torch.allclose(model(x=x), stock(x))
+    for call in (lambda m: m(x, x), lambda m: m(), lambda m: m(None), lambda m: m(x, y=x)):
+        errors = []
+        for m in (model, stock):
+            with pytest.raises(TypeError) as error:
+                call(m)
+            errors.append(str(error.value))
+        assert errors[0] == errors[1]
 
 
 def test_small_inputs_run_torchs_code(x, calls, monkeypatch):
