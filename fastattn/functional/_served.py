@@ -16,7 +16,12 @@ from torch.nn.attention.bias import CausalBias
 from fastattn import _products, backends
 from fastattn._problem import autocast_dtype, computed_dtype, follows_autocast
 from fastattn.functional._autograd import transforming
-from fastattn.functional._torch_internals import FakeTensor, watched
+from fastattn.functional._torch_internals import (
+    FakeTensor,
+    function_modes,
+    tracing_state,
+    watched,
+)
 
 
 def unobserved() -> bool:
@@ -26,6 +31,12 @@ def unobserved() -> bool:
     if torch.compiler.is_compiling():
         return True  # Dynamo has guards of its own
     return not watched()
+
+
+def readable(x: object) -> bool:
+    """A quick test before each call: whether ``x`` is a tensor on a CPU whose attributes nobody
+    sees being read; a torch function mode would, and ``torch.jit.trace`` records it."""
+    return type(x) is Tensor and not function_modes() and tracing_state() is None and x.is_cpu
 
 
 def ordinary(*tensors: Any, exported: bool = False) -> bool:
@@ -200,8 +211,8 @@ def serves_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bo
 
 
 def is_large_dropout(input: Tensor) -> bool:
-    """A quick test before each call: whether the kernels' dropout of ``input`` is faster."""
-    if not input.is_cpu or input.numel() < LEAST_DROPOUT:
+    """Whether the kernels' dropout of ``input``, which lies on a CPU, is faster."""
+    if input.numel() < LEAST_DROPOUT:
         return False
     return input.dtype != torch.float64 or input.numel() >= 2 * LEAST_DROPOUT
 
@@ -211,7 +222,9 @@ def serves_dropout(input: Any) -> bool:
     Torch's result lies in memory as its input does, the kernels' is contiguous."""
     if not ordinary(input, exported=True) or input is None or transforming():
         return False
-    if not is_large_dropout(input) or not input.dim() or not input.is_contiguous():
+    if not input.is_cpu or not input.dim() or not input.is_contiguous():
+        return False
+    if not is_large_dropout(input):
         return False
     return backends.select_activation(input) == "cpu"
 

@@ -312,9 +312,8 @@ def _rms_norm(module: nn.Module, match: Match, x: Any) -> Tensor | None:
 
 def _rms_norm_in_one_dtype(module: nn.Module, match: Match, x: Any) -> Tensor | None:
     """With another dtype of the weight the rows may not be rounded at all."""
-    weight = match.value(module, "w")
-    same = isinstance(x, Tensor) and isinstance(weight, Tensor) and x.dtype == weight.dtype
-    return _rms_norm(module, match, x) if same else None
+    found = _norm_parts(module, match, x)
+    return None if found is None or found[0].dtype != x.dtype else _multiplied(x, *found)
 
 
 def _rms_norm_then_rounded(module: nn.Module, match: Match, x: Any) -> Tensor | None:

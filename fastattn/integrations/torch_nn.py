@@ -51,8 +51,8 @@ def patch(
     The kernels' dropout drops other elements than torch's for the same state of torch's generator,
     by as good random numbers: the same state gives the same result at every call, under activation
     checkpoints too. With ``dropout=False`` every layer that is swapped drops the elements that
-    torch's would. Dropouts then are torch's own, and attention whose weights are dropped runs
-    torch's code, in training; everything else is as fast as with ``dropout=True``.
+    torch's would: dropouts are torch's own then, and attention that drops weights runs torch's
+    code. A layer that was built as fastattn's draws as it always does.
 
     A Linear and a ReLU that a forward of the model's own joins are left apart: only that code knows
     what else reads their results. Left alone is everything else, and a module whose device or dtype

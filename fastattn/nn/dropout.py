@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastattn import functional
-from fastattn.functional._served import is_large_dropout, serves_dropout, unobserved
+from fastattn.functional._served import is_large_dropout, readable, serves_dropout, unobserved
 from fastattn.nn._plain import (
     as_written,
     has_hooks,
@@ -48,7 +48,7 @@ class Dropout(nn.Dropout):
         Returns:
             A tensor of input's shape and dtype; a NaN stays a NaN.
         """
-        if type(input) is Tensor and not (self.training and is_large_dropout(input)):
+        if readable(input) and not (self.training and is_large_dropout(input)):
             return super().forward(input)
         if not self.training or self.inplace or not 0.0 < self.p < 1.0:
             return run_torchs(self, super().forward, input)

@@ -1,16 +1,18 @@
 """What patch makes of blocks beside those of test_blocks: chains with functions and dropouts, T5's
-dtypes, Conv1D, the RMSNorms of transformers."""
+dtypes, Conv1D."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from block_calls import assert_same, gradients, spied
+from function_log import FunctionLog
+from side_by_side import small_or_not  # noqa: F401 (a fixture)
 from torch import Tensor, fx, nn
 
 import fastattn
@@ -19,6 +21,16 @@ from fastattn.functional import _served
 
 pytestmark = pytest.mark.native
 WIDTH, HIDDEN = 16, 24
+
+
+class Modules(nn.Module):
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.act, self.dropout = nn.ReLU(), nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.dropout(self.act(self.fc1(x))))
 
 
 class Functional(nn.Module):
@@ -69,32 +81,7 @@ def x() -> Tensor:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """The functions that are called."""
-    seen: list[str] = []
-    for name in ("linear", "mlp", "gated_mlp", "dropout_add_norm"):
-        whole = getattr(fastattn.functional, name)
-        spy = lambda *a, name=name, whole=whole, **o: seen.append(name) or whole(*a, **o)  # noqa: E731
-        monkeypatch.setattr(fastattn.functional, name, spy)
-    return seen
-
-
-def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    out = model(x)
-    t = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    return (out, *torch.autograd.grad(out, (x, *model.parameters()), t))
-
-
-def assert_same(stock: nn.Module, x: Tensor, rtol: float = 1e-9, atol: float = 1e-11) -> nn.Module:
-    model = copy.deepcopy(stock)
-    report = fastattn.patch(model, dropout=False)
-    assert report.swapped
-    assert not report.skipped
-    results = []
-    for m in (model, stock):
-        torch.manual_seed(3)
-        results.append(gradients(m, x))
-    torch.testing.assert_close(*results, rtol=rtol, atol=atol)
-    return model
+    return spied(monkeypatch)
 
 
 @pytest.mark.parametrize("make", [Functional, Digits, Chunked])
@@ -132,13 +119,17 @@ EDITS = {
     "a hook on the Linear": lambda m: m.fc1.register_forward_hook(lambda a, b, out: 2 * out),
     "another dropout": lambda m: setattr(m, "dropout", nn.Tanh()),
     "an adapter": lambda m: setattr(m, "fc1", nn.Sequential(m.fc1)),
+    "a child in the way": lambda m: vars(m).update(dropout=torch.tanh),
+    "no child at all": lambda m: delattr(m, "dropout"),
     "another width": lambda m: setattr(m, "fc1", nn.Linear(WIDTH, 3).double()),
 }
 
 
+@pytest.mark.usefixtures("small_or_not")
+@pytest.mark.parametrize("make", [Functional, Modules])
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-def test_edits_after_patch(edit, x):
-    stock = Functional().double()
+def test_edits_after_patch(edit, make, x):
+    stock = make().double()
     model = copy.deepcopy(stock)
     fastattn.patch(model)
     outcomes = []
@@ -147,7 +138,7 @@ def test_edits_after_patch(edit, x):
         edit(m)
         try:
             outcomes.append(m(x))
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:
             outcomes.append(str(error))
     if isinstance(outcomes[1], str):
         assert outcomes[0] == outcomes[1]
@@ -176,7 +167,8 @@ def test_a_name_that_is_missing_later(x, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("make", [Functional, Digits])
+@pytest.mark.usefixtures("small_or_not")
+@pytest.mark.parametrize("make", [Functional, Modules])
 def test_tools(make, x):
     stock = make().double()
     model = copy.deepcopy(stock)
@@ -185,6 +177,12 @@ def test_tools(make, x):
     assert [str(n) for n in fx.symbolic_trace(model).graph.nodes] == [
         str(n) for n in fx.symbolic_trace(stock).graph.nodes
     ]
+    seen = []
+    for m in (model, stock):
+        with FunctionLog() as log:
+            m(x)
+        seen.append(log.seen)
+    assert seen[0] == seen[1]
     traced = torch.jit.trace(model, x.detach())
     assert "fastattn" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(x), expected)
@@ -192,6 +190,21 @@ def test_tools(make, x):
     torch.testing.assert_close(gradients(compiled, x), gradients(stock, x))
     torch.testing.assert_close(torch.export.export(model, (x.detach(),)).module()(x), expected)
     torch.testing.assert_close(torch.jit.script(model)(x), expected)
+
+
+@pytest.mark.usefixtures("small_or_not")
+def test_calls_of_a_chain(x):
+    stock = Modules().double()
+    model = copy.deepcopy(stock)
+    fastattn.patch(model)
+    assert torch.allclose(model(x=x), stock(x))
+    for call in (lambda m: m(x, x), lambda m: m(), lambda m: m(None), lambda m: m(x, y=x)):
+        errors = []
+        for m in (model, stock):
+            with pytest.raises(TypeError) as error:
+                call(m)
+            errors.append(str(error.value))
+        assert errors[0] == errors[1]
 
 
 def test_small_inputs_run_torchs_code(x, calls, monkeypatch):
@@ -293,103 +306,3 @@ def test_the_mlp_of_gpt2(conv1d, calls):
     x = torch.randn(2, 5, WIDTH, requires_grad=True)
     assert_same(stock, x, rtol=1e-5, atol=1e-5)
     assert calls == ["linear", "mlp"]
-
-
-# --- RMSNorm --------------------------------------------------------------------------------------
-
-
-class MetasNorm(nn.Module):
-    """As Meta's Llama has it."""
-
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
-
-    def _norm(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = self._norm(x.float()).type_as(x)
-        return output * self.weight
-
-
-NORMS = ("llama.LlamaRMSNorm", "olmo2.Olmo2RMSNorm", "t5.T5LayerNorm", "gemma.GemmaRMSNorm", "")
-ROUNDINGS = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-
-
-def norm(path: str, dtype: torch.dtype) -> nn.Module:
-    kind = MetasNorm
-    if path:
-        pytest.importorskip("transformers")
-        family, name = path.split(".")
-        home = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        kind = getattr(home, name)
-    module = kind(HIDDEN)
-    nn.init.normal_(module.weight)
-    return module.to(dtype)
-
-
-@pytest.mark.parametrize("dtype", ROUNDINGS)
-@pytest.mark.parametrize("path", NORMS)
-def test_norms(path, dtype, calls):
-    stock = norm(path, dtype)
-    x = torch.randn(6, 3, HIDDEN).to(dtype).requires_grad_()
-    assert_same(stock, x, rtol=ROUNDINGS[dtype], atol=4 * ROUNDINGS[dtype])
-    assert calls == ["dropout_add_norm"]
-
-
-@pytest.mark.parametrize("path", NORMS)
-def test_results_of_norms_are_as_near_to_the_formula(path):
-    stock = norm(path, torch.bfloat16)
-    x = torch.randn(64, HIDDEN).bfloat16()
-    model = copy.deepcopy(stock)
-    fastattn.patch(model)
-    given, exact = stock(x), stock.float()(x.float())
-    ours, theirs = ((r.float() - exact).abs().mean() for r in (model(x), given))
-    assert ours <= theirs * 1.02
-    assert (model(x) == given).float().mean() > 0.99  # rounded in the same order
-
-
-@pytest.mark.parametrize("path", NORMS)
-def test_what_else_norms_are_called_with(path):
-    stock = norm(path, torch.float32)
-    model = copy.deepcopy(stock)
-    fastattn.patch(model)
-    for edit in (None, "half", "double"):
-        for m in (stock, model):
-            if edit is not None:
-                getattr(m, edit)()
-        for given in (
-            torch.randn(3, HIDDEN),
-            torch.randn(3, HIDDEN).bfloat16(),
-            torch.randn(3, HIDDEN).double(),
-            torch.randn(4, HIDDEN, 5).transpose(1, 2),
-            torch.randn(3, 1),
-            torch.full((2, HIDDEN), 1e30),
-            torch.tensor([float("inf"), float("nan")]).repeat(HIDDEN // 2),
-            torch.randn(0, HIDDEN),
-        ):
-            expected, out = stock(given), model(given)
-            assert out.dtype == expected.dtype
-            if out.dtype == torch.float64:  # of numbers that were computed in float32
-                out, expected = out.float(), expected.float()
-            torch.testing.assert_close(out, expected, equal_nan=True)
-    with pytest.raises(RuntimeError, match="must match the size"):
-        model(torch.randn(3, 5))
-
-
-def test_a_method_that_is_replaced_later(monkeypatch):
-    model = norm("gemma.GemmaRMSNorm", torch.float32)
-    fastattn.patch(model)
-    x = torch.randn(3, HIDDEN)
-    monkeypatch.setattr(type(model), "_norm", lambda self, x: 2 * x)
-    torch.testing.assert_close(model(x), 2 * x * (1 + model.weight))
-
-
-def test_a_norm_compiles():
-    model = norm("llama.LlamaRMSNorm", torch.float32)
-    x = torch.randn(3, HIDDEN)
-    expected = model(x)
-    fastattn.patch(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), expected)

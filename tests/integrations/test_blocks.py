@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from block_calls import spied
 from torch import Tensor, nn
 
 import fastattn
@@ -102,11 +103,7 @@ def test_patch_and_unpatch(x):
 
 
 def test_the_kernels_are_called(x, monkeypatch):
-    seen = []
-    for name in ("linear", "dropout_add_norm", "gated_mlp"):
-        whole = getattr(fastattn.functional, name)
-        spy = lambda *a, name=name, whole=whole, **o: seen.append(name) or whole(*a, **o)  # noqa: E731
-        monkeypatch.setattr(fastattn.functional, name, spy)
+    seen = spied(monkeypatch)
     model = Block().double()
     fastattn.patch(model)
     model(x)

@@ -99,9 +99,9 @@ def run_models(seed: int, models: int) -> Counter[str]:
 
 
 def call_straight(draw: Draw, model: Net) -> None:
-    """Every input of the Sequentials counts as small, and their layers are called straight."""
+    """Every input of the Sequentials and blocks counts as small, and layers are called straight."""
     for module in model.modules():
-        if type(module) is sequential.FusedSequential:
+        if _plain.SMALL_BELOW in vars(module):
             vars(module)[_plain.SMALL_BELOW] = 1 << 62
             draw.seen["called straight"] += 1
 

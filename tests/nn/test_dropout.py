@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from function_log import FunctionLog
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -152,6 +153,18 @@ def test_tools():
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.equal(seeded(compiled, x), seeded(layer, x))
     assert torch.equal(torch.export.export(model.eval(), (x,)).module()(x), x)
+
+
+def test_a_function_mode_sees_what_it_saw(monkeypatch):
+    x = torch.randn(4, 8)
+    for size in (8, 1 << 20):
+        monkeypatch.setattr(_served, "LEAST_DROPOUT", size)
+        seen = []
+        for layer in (fnn.Dropout(0.5), nn.Dropout(0.5)):
+            with FunctionLog() as log:
+                layer(x)
+            seen.append(log.seen)
+        assert seen[0] == seen[1]
 
 
 def test_copies_and_names():
