@@ -19,7 +19,7 @@ _FIXED = {
     "fastattn": 0, "fastattn patched": 0, "fastattn compiled": 1, "sdpa": 4, "eager": 4,
     "eager float32": 5, "sdpa math": 5, "torch.compile": 6, "ONNX Runtime": 2, "OpenVINO": 3,
 }  # fmt: skip
-_LOG_FROM = 12.0  # the largest value over the smallest, from where on a scale is logarithmic
+_LOG_FROM = 30.0  # the largest value over the smallest, from where on a scale is logarithmic
 _STEPS = ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 7, 8, 9))
 _WIDTH = 11.0  # inches, of the whole figure
 
