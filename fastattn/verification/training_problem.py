@@ -53,7 +53,7 @@ def solve_training_step(at: Device, case: Case) -> Iterator[Comparison]:
     states = [[random(*p.shape).abs() for _ in range(2)] for p in parameters]
 
     def kernels() -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for number, optimizer in enumerate(_OPTIMIZERS):
             mine = [p.clone() for p in parameters]
             kept = [[s.clone() for s in own[: len(optimizer.states)]] for own in states]
@@ -101,16 +101,16 @@ def _expected(
     whole = torch.ones_like(out, dtype=torch.bool)
     grad, dw2, db2 = reference.linear_relu_backward(grad, hidden, w2, whole)
     _, dw1, db1 = reference.linear_relu_backward(grad, x, w1, hidden > 0)
-    found = {}
+    found: dict[str, Tensor] = {}
     for optimizer in _OPTIMIZERS:
         mine = [torch.nn.Parameter(p.clone()) for p in (w1, b1, w2, b2)]
         torchs = optimizer.kind(mine, **optimizer.options)
-        kept = []
+        kept: list[list[Tensor]] = []
         for p, gradient, own in zip(mine, (dw1, db1, dw2, db2), states, strict=True):
             p.grad = gradient
             mean_and_square = zip(optimizer.states, own, strict=False)
             state = {"step": torch.ones((), device="cpu")}
-            state |= {name: t.double() for name, t in mean_and_square}
+            state |= {name: t.double().clone() for name, t in mean_and_square}
             torchs.state[p] = state
             kept.append([state[name] for name in optimizer.states])
         torchs.step()
