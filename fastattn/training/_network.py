@@ -161,7 +161,8 @@ class Network:
         own = kind.__module__.split(".")[0] in ("torch", "fastattn")
         function = kind.forward
         if own or not isinstance(function, FunctionType):
-            raise NotServed(f"{name} is {kind.__name__}, not a Linear, a ReLU or a chain of them")
+            reason = f"{name} is {kind.__name__}, not a Linear, a ReLU or a chain of them"
+            raise NotServed(reason, lasting=True)
         if (
             kind.__call__ is not CALL
             or kind.__getattr__ is not nn.Module.__getattr__
@@ -171,7 +172,7 @@ class Network:
         try:
             chain = read_forward(function)
         except NotServed as error:
-            raise NotServed(f"{name} ({kind.__name__}): {error}") from None
+            raise NotServed(f"{name} ({kind.__name__}): {error}", lasting=True) from None
         self._forwards.append(_Forward(kind, function, function.__code__))
         self._references += chain.references
         for step in chain.steps:

@@ -86,6 +86,8 @@ class TrainingStep:
         self.reason: str | None = "no step was made yet"
         """Why the last step ran torch's loop; None where it was the kernel's."""
         self._network: Network | None = None
+        self._unread: str | None = None  # why the model is not read at the next calls,
+        self._pause = self._left = 0  # how many these are, and how many are left
         self._updates = Updates(optimizer)
 
     @property
@@ -162,7 +164,7 @@ class TrainingStep:
         network = self._network
         if network is None or not network.holds():
             self._network = None
-            self._network = network = Network(self._model)
+            self._network = network = self._read()
         options = read_loss(self._loss)
         x = _rows(network, inputs)
         rows = x.shape[0]
@@ -171,6 +173,21 @@ class TrainingStep:
         check_targets(options, labels, rows, network.n_out, x)
         self._updates.prepare(network)
         return network, x, options
+
+    def _read(self) -> Network:
+        """The model as it is. A model of other code is read seldom, as reading takes time: after 1,
+        2, 4 ... steps, at most 64."""
+        if self._unread is not None and self._left > 0:
+            self._left -= 1
+            raise NotServed(self._unread)
+        try:
+            network = Network(self._model)
+        except NotServed as error:
+            self._unread = str(error) if error.lasting else None
+            self._pause = self._left = min(64, 2 * self._pause or 1) if error.lasting else 0
+            raise
+        self._unread, self._pause = None, 0
+        return network
 
     def _torchs(self, inputs: Tensor, labels: Tensor) -> Tensor:
         self._optimizer.zero_grad()

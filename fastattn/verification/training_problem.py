@@ -105,12 +105,12 @@ def _expected(
     for optimizer in _OPTIMIZERS:
         mine = [torch.nn.Parameter(p.clone()) for p in (w1, b1, w2, b2)]
         torchs = optimizer.kind(mine, **optimizer.options)
-        kept = []
+        kept: list[list[Tensor]] = []
         for p, gradient, own in zip(mine, (dw1, db1, dw2, db2), states, strict=True):
             p.grad = gradient
             mean_and_square = zip(optimizer.states, own, strict=False)
             state = {"step": torch.ones((), device="cpu")}
-            state |= {name: t.double() for name, t in mean_and_square}
+            state |= {name: t.double().clone() for name, t in mean_and_square}
             torchs.state[p] = state
             kept.append([state[name] for name in optimizer.states])
         torchs.step()

@@ -24,6 +24,8 @@ from training_models import (
 )
 
 from fastattn import _products
+from fastattn.training import step
+from fastattn.training._network import Network
 
 pytestmark = pytest.mark.native
 
@@ -163,10 +165,18 @@ def test_a_chain_whose_names_change(monkeypatch):
     monkeypatch.setitem(Functional.forward.__globals__, "F", namespace)
     assert_torchs(pair, "the model (Functional): its forward has `F`")
     monkeypatch.undo()
-    pair.train()
+    pair.train(3)  # a model of other code is read seldom
     assert pair.step.reason is None
     monkeypatch.setattr(Functional, "forward", lambda self, x: self.fc2(self.fc1(x)))
     assert_torchs(pair, "the model (Functional): ")
+
+
+def test_a_model_of_other_code_is_read_seldom(monkeypatch):
+    pair, read = Pair(sequential(nn.Sigmoid)), []
+    monkeypatch.setattr(step, "Network", lambda model: read.append(1) or Network(model))
+    pair.train(40)
+    assert len(read) == 6  # at steps 1, 3, 6, 11, 20 and 37
+    assert "2 is Sigmoid" in pair.step.reason
 
 
 def test_data_that_is_set_anew():
