@@ -280,7 +280,9 @@ class MineCrossEntropy(nn.CrossEntropyLoss):
 
 
 @pytest.mark.parametrize(
-    "loss", [nn.NLLLoss(), MineCrossEntropy(), lambda y, t: 2 * F.cross_entropy(y, t)], ids=repr
+    "loss",
+    [nn.NLLLoss(), MineCrossEntropy(), lambda y, t: 2 * F.cross_entropy(y, t)],
+    ids=["another module", "a subclass", "a function"],
 )
 def test_other_losses(loss):
     assert_torchs(Pair(sequential(), loss=loss), "the loss is ")

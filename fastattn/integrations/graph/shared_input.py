@@ -66,10 +66,14 @@ def _put_gate(rewriting: Rewriting, nodes: list[fx.Node], up: fx.Node, name: str
 
 
 def put_shared(rewriting: Rewriting, node: fx.Node) -> None:
-    """Linear layers that read ``node``, with nothing of their own behind them, as one call."""
-    if is_input(node):  # the losses of several heads on an input may go backward one by one
+    """Linear layers that read ``node``, with nothing of their own behind them, as one call. The
+    losses of several heads may go backward one by one where nothing before them has a gradient, as
+    behind a frozen model: these stay apart."""
+    linears = _linears_on(node)
+    frozen = is_input(node) or not linears or not value_of(node).requires_grad
+    if frozen and any(value_of(linear).requires_grad for linear in linears):
         return
-    waiting = [linear for linear in _linears_on(node) if linear not in rewriting.taken]
+    waiting = [linear for linear in linears if linear not in rewriting.taken]
     while len(waiting) > 1:
         layers = _together([Layer(linear) for linear in waiting])
         if len(layers) > 1:
