@@ -49,6 +49,7 @@ ALLOWED = {
     },
     "cli": {
         "integrations",
+        "training",
         "functional",
         "backends",
         "verification",

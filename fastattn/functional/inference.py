@@ -12,11 +12,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastattn import ops
 from fastattn.functional import drop_in, packing
-from fastattn.functional._autograd import in_transform, kernel
+from fastattn.functional._autograd import kernel, transforming
 from fastattn.functional._torch_internals import watched
 
 
@@ -62,8 +61,7 @@ def _direct() -> bool:
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or in_transform()
+        or transforming()
         or packing.enabled()
         or watched()
     )

@@ -365,7 +365,8 @@ ADDMM = {
 
 
 @pytest.mark.parametrize("case", ADDMM)
-def test_addmm(case, products_win, kernel_calls, torchs_draws):  # noqa: F811
+def test_addmm(case, products_win, kernel_calls, torchs_draws, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(_served, "LEAST_ROWS", 10)
     inputs = torch.randn(20, 20), torch.randn(20, 16), torch.randn(16)
     assert_same(ADDMM[case], *inputs)
     assert fused() == ["linear"]
