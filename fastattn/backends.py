@@ -225,6 +225,12 @@ def kernels_of(backend: str) -> str:
     return "triton" if backend == "triton" else ops.NATIVE
 
 
+def has_served_on_cpu(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the CPU kernels took a call of a layer in the dtype before; nothing about it can
+    change."""
+    return device.type == "cpu" and (op, dtype) in _layers_on_cpu and _default is None
+
+
 def select_layers(
     op: str, input: Tensor, weights: Sequence[Tensor], backend: str | None = None
 ) -> str:
@@ -232,7 +238,7 @@ def select_layers(
     that a look-up in a set answers: a small layer takes only some microseconds in all."""
     if torch.compiler.is_compiling() or backend is not None or not input.is_cpu:
         return select(linear_problem(op, input, weights), backend)
-    if (op, input.dtype) in _layers_on_cpu and _default is None:
+    if has_served_on_cpu(op, input.device, input.dtype):
         return "cpu"
     chosen = select(linear_problem(op, input, weights))
     if chosen == "cpu":

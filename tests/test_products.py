@@ -8,6 +8,7 @@ import torch
 from fastattn import _products, backends
 
 pytestmark = pytest.mark.native
+EPILOGUE_WINS = _products.epilogue_wins  # which conftest.py replaces
 
 # rows, in, out -> who multiplies, on a processor for which torch lacks both 16-bit products (AVX2)
 # and on one for which it lacks float16's alone and MKL is slower (Zen 4).
@@ -89,3 +90,30 @@ def test_what_is_swapped_may_win_and_what_is_left_says_why(monkeypatch):
                     assert _products.why_left(*shape, dtype, cpu)
                 elif "autocast" not in why:
                     assert any(taken)
+
+
+@pytest.mark.parametrize("rows", [16, 64, 512])
+def test_zen_5_multiplies_smaller_problems(monkeypatch, rows):
+    """MKL keeps to AVX2 there, whatever the number of rows."""
+    processor(monkeypatch, zen4=True)
+    monkeypatch.setattr(_products, "_ZEN5", True)
+    input, weight = torch.empty(rows, 384), torch.empty(384, 384)
+    assert backends.explain("linear", input, weight).backend == "cpu"
+    small = torch.empty((1 << 21) // (64 * 64) - 1, 64), torch.empty(64, 64)
+    assert backends.explain("linear", *small).backend == "torch"
+    assert _products.work_shift(torch.float32) > _products.work_shift(torch.bfloat16) == 0
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu"])
+def test_gelu_and_silu_stay_behind_a_product_of_intels(monkeypatch, dtype, activation):
+    processor(monkeypatch, zen4=False)
+    assert EPILOGUE_WINS(dtype, activation, CPU)
+    monkeypatch.setattr(_products, "_INTEL", True)
+    monkeypatch.setattr(_products, "_LACKING", frozenset({torch.float16}))
+    torchs = dtype in (torch.float32, torch.bfloat16) and activation in ("gelu", "silu")
+    assert EPILOGUE_WINS(dtype, activation, CPU) == (not torchs)
+    assert EPILOGUE_WINS(dtype, activation, torch.device("cuda"))

@@ -148,6 +148,8 @@ def serves_layers(
         tensors = (x for x in (input, *weights, *biases) if x is not None)
         if computed is None or not all(map(follows_autocast, tensors)):
             return False
+    if any(backends.has_served_on_cpu(op, device, dtype) for op in ("mlp", "linear_relu")):
+        return True
     problem = backends.linear_problem("linear_relu", input, weights)
     return backends.serves(problem._replace(dtype=dtype) if computed is not None else problem)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import functional
-from fastattn.functional import _validate
+from fastattn.functional import _validate, inference
 from fastattn.functional._served import (
     is_torchs_product,
     ordinary,
@@ -65,6 +65,9 @@ class Linear(nn.Linear):
             return super().forward(input)
         if packing():
             return functional.linear(input, weight, bias)
+        autocast = torch.is_autocast_enabled("cpu")
+        if not torch.is_grad_enabled() and input.is_cpu and not autocast:
+            return inference.linear(input, weight, bias)
         return functional.mlp(input, [weight], [bias])
 
 
