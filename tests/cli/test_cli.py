@@ -182,3 +182,21 @@ def test_the_quick_demo(tmp_path):
     assert page.count("<img") == 3
     assert "http://" not in page
     assert "https://" not in page
+
+
+def test_the_kind_of_an_operation():
+    from fastattn.cli.demo.profile import OTHER, _kind
+
+    kinds = {
+        "fastattn::mlp_backward": "linear layers",
+        "fastattn::attention_forward": "attention",
+        "fastattn::dropout_add_norm_forward": "norms",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+        "aten::addmm": "linear layers",
+        "aten::bernoulli_": "dropout",
+        "aten::gelu_backward": "activations",
+        "aten::_fused_adamw_": "optimizer",
+        "aten::embedding_dense_backward": "embeddings",
+        "aten::copy_": OTHER,
+    }
+    assert {name: _kind(name) for name in kinds} == kinds

@@ -47,7 +47,7 @@ class Run:
             self.implementation,
             *(f"{self.metrics[name]:.3f}" for name in METRICS),
             "1.00x" if first else str(self.speed),
-            "" if self.memory is None else f"{self.memory / 2**20:,.0f}",
+            "" if self.memory is None else f"{self.memory / 2**20:,.1f}",
             self.check if self.good else f"{self.check}: FAILED",
         )
 

@@ -7,6 +7,7 @@ import argparse
 import gzip
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn.cli.demo.compare import Run, Task, metrics_of, side_by_side
+from fastattn.cli.memory import peak_bytes
 from fastattn.training import TrainingStep
 
 RUNS = ("torch", "fastattn.patch", "fastattn.training.TrainingStep")
@@ -140,11 +142,13 @@ def run_digits(options: argparse.Namespace, console: Console) -> list[Task]:
 
             pairs = zip(functions, runs, strict=True)
             speeds = side_by_side([recorded(*pair) for pair in pairs], batches(), steps // 10)
-            for run, model, speed in zip(runs, models, speeds, strict=True):
+            one = train_x[:64], train_y[:64]
+            for run, model, step, speed in zip(runs, models, functions, speeds, strict=True):
                 run.speed = speed
                 with torch.no_grad():
                     run.metrics = metrics_of(test_y, model(test_x).argmax(1))
                 _judge(run, runs[0])
+                run.memory = peak_bytes(partial(step, one))
             tasks.append(Task(f"{name}, {kind}", runs))
     return tasks
 
