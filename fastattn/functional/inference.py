@@ -13,10 +13,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastattn import ops
+from fastattn import backends, ops
 from fastattn.functional import drop_in, packing
 from fastattn.functional._autograd import kernel, transforming
 from fastattn.functional._torch_internals import watched
+
+
+def applies(input: Tensor) -> bool:
+    """Whether a module that serves ``input`` may call a function below: on a CPU, where nothing is
+    differentiated, no autocast changes dtypes, and no backend is named."""
+    return (
+        input.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not backends.named(None)
+    )
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

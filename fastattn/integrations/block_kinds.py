@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import _products, functional
-from fastattn.functional import _served
+from fastattn.functional import _served, inference
 from fastattn.functional._served import (
     crosswise_product_wins,
     is_small_product,
@@ -98,7 +98,10 @@ def _run(module: nn.Module, parts: Sequence[Any], x: Any) -> Tensor:
             x = parts[i](x)
             i += 1
             continue
-        x = functional.linear(x, layer.weight, layer.bias, name, p or 0.0)
+        if not p and inference.applies(x):
+            x = inference.linear_activation(x, layer.weight, layer.bias, name, 0.0)
+        else:
+            x = functional.linear(x, layer.weight, layer.bias, name, p or 0.0)
         i += 2 if p is None else 3
     return x
 

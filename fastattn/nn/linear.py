@@ -65,8 +65,7 @@ class Linear(nn.Linear):
             return super().forward(input)
         if packing():
             return functional.linear(input, weight, bias)
-        autocast = torch.is_autocast_enabled("cpu")
-        if not torch.is_grad_enabled() and input.is_cpu and not autocast:
+        if inference.applies(input):
             return inference.linear(input, weight, bias)
         return functional.mlp(input, [weight], [bias])
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import fastattn
-from fastattn import _products
+from fastattn import _products, backends
+from fastattn.functional import inference
 from fastattn.nn import MLP, Linear, LinearReLU
 
 
@@ -290,3 +291,22 @@ def test_linear_is_torchs_elsewhere(products):
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="cannot"):
         ours(x[:, :8])
     assert products == []
+
+
+def test_inference_honours_a_named_backend(monkeypatch):
+    """The short way to the op is for calls that name no backend."""
+    monkeypatch.setattr(_products, "_ZEN4", True)
+    monkeypatch.setattr(_products, "LEAST_FEW", 0)
+    layer, x = fastattn.nn.Linear(64, 64), torch.randn(4, 64)
+    called = []
+    monkeypatch.setattr(inference, "linear", lambda *given: called.append(given) or x)
+    with torch.no_grad():
+        layer(x)
+        assert len(called) == 1
+        monkeypatch.setattr(backends, "_default", "reference")
+        layer(x)
+        monkeypatch.setattr(backends, "_default", None)
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+    layer(x)
+    assert len(called) == 1
