@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 # The first kind whose pattern is found in an operation's name has its time.
 _KINDS = {
@@ -24,7 +24,7 @@ KINDS = (*_KINDS, OTHER)
 def seconds_by_kind(call: Callable[[], object]) -> dict[str, float]:
     """The seconds of processor time of torch's operations in one call. Python's own time, between
     them, is not in it. A linear layer of ours has its activation with it, a norm its dropout."""
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(use_kineto=False) as found:  # Kineto writes lines of its own to the terminal
         call()
     seconds = dict.fromkeys(KINDS, 0.0)
     for event in found.key_averages():
