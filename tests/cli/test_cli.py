@@ -193,6 +193,8 @@ def test_the_kind_of_an_operation():
         "fastattn::dropout_add_norm_forward": "norms",
         "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
         "aten::addmm": "linear layers",
+        "aten::bmm": "attention",
+        "aten::_log_softmax": OTHER,
         "aten::bernoulli_": "dropout",
         "aten::gelu_backward": "activations",
         "aten::_fused_adamw_": "optimizer",
