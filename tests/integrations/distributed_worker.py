@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 import traceback
 from collections import Counter
@@ -258,7 +259,10 @@ def main() -> None:
                 error = traceback.format_exc()
             row = {"case": case, "error": error, "calls": dict(calls)}
             print(json.dumps(row), file=lines, flush=True)
+    dist.barrier()  # neither rank goes while the other still listens
     dist.destroy_process_group()
+    # A thread of gloo's that is still there when C++ objects are destroyed aborts the process.
+    os._exit(0)
 
 
 if __name__ == "__main__":
