@@ -87,13 +87,14 @@ class TransformerEncoder(nn.TransformerEncoder):
         Returns:
             A tensor of src's shape.
         """
+        nested = self._may_be_nested(src_key_padding_mask)
         if (
             not len(self.layers)
             or not as_written(nn.TransformerEncoder)
             or not unobserved()
             or not ordinary(src, mask, src_key_padding_mask, exported=not was_swapped(self))
             or not all(m is None or _is_mask(m) for m in (mask, src_key_padding_mask))
-            or (self._may_be_nested(src_key_padding_mask) and not self._fastattn_unpad)
+            or (nested and not self._fastattn_unpad)
         ):
             return run_torchs(self, super().forward, src, mask, src_key_padding_mask, is_causal)
         if is_causal is None:
@@ -102,6 +103,8 @@ class TransformerEncoder(nn.TransformerEncoder):
             packing = self._packing(src, mask, src_key_padding_mask, is_causal)
             if packing is not None:
                 return self._of_packed(src, packing, is_causal)
+            if nested:  # torch's result is 0 at padding too
+                return run_torchs(self, super().forward, src, mask, src_key_padding_mask, is_causal)
         given = {"src_mask": mask, "src_key_padding_mask": src_key_padding_mask}
         added = {name: _added(m, src.dtype) for name, m in given.items()}
         x = src
@@ -127,6 +130,8 @@ class TransformerEncoder(nn.TransformerEncoder):
     ) -> str | None:
         if mask is not None and not is_causal:
             return "mask is not the causal one"
+        if mask is None and is_causal:
+            return "is_causal is set and mask is None"
         if padding.dtype != torch.bool:
             return "src_key_padding_mask is not bool"
         layers = list(self.layers)
@@ -155,7 +160,9 @@ class TransformerEncoder(nn.TransformerEncoder):
     def _may_be_nested(self, padding: Tensor | None) -> bool:
         """Whether torch's forward may make a nested tensor, after which padded positions are 0."""
         wanted = getattr(self, "use_nested_tensor", False)
-        return bool(wanted and padding is not None and not self.layers[0].training)
+        if not wanted or padding is None or not len(self.layers):
+            return False
+        return not self.layers[0].training
 
 
 # Classes inside an encoder of ours that compute each token by itself, or know packed sequences.

@@ -153,3 +153,30 @@ def test_unpatch_pads_again():
     fastattn.unpatch(ours)
     fastattn.patch(ours)
     assert not (ours(batch(), src_key_padding_mask=PADDING)[PADDING] == 0).all()
+
+
+def test_the_hint_without_a_mask_is_refused_as_by_torch():
+    stock = encoder().train()
+    ours = copy.deepcopy(stock)
+    fastattn.patch(ours, unpad=True)
+    errors = []
+    for model in (stock, ours):
+        with pytest.raises(RuntimeError) as caught:
+            model(batch(), None, src_key_padding_mask=PADDING, is_causal=True)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.filterwarnings("ignore:unpad", "ignore:The PyTorch API of nested tensors")
+def test_where_it_cannot_at_inference_torchs_nested_path_runs():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    stock = nn.TransformerEncoder(layer, 2).eval()
+    ours = copy.deepcopy(stock)
+    fastattn.patch(ours, unpad=True)
+    for model in (stock, ours):
+        model.layers[1].norm1.register_forward_hook(lambda *given: None)
+    with torch.no_grad():
+        out, expected = (m(batch().float(), src_key_padding_mask=PADDING) for m in (ours, stock))
+    assert_close(out[~PADDING], expected[~PADDING], rtol=1e-4, atol=1e-4)
+    assert bool((out[PADDING] == 0).all()) == bool((expected[PADDING] == 0).all())
